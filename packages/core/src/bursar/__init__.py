@@ -1,0 +1,1 @@
+"""Bursar: in-process budgets for AI agents."""

@@ -1,0 +1,47 @@
+"""The command group `bursar`: its own commands load when asked for, other packages add theirs by entry point."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import click
+
+from bursar.errors import BursarError
+
+# name -> module; the module holds a click command named `command`
+_OWN = {
+    "price": "bursar.cli.price",
+    "prices": "bursar.cli.prices",
+    "policy": "bursar.cli.policy",
+    "records": "bursar.cli.records",
+    "status": "bursar.cli.status",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*_OWN, *(point.name for point in entry_points(group="bursar.commands"))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _OWN:
+            command = import_module(_OWN[cmd_name]).command
+        else:
+            found = [point for point in entry_points(group="bursar.commands") if point.name == cmd_name]
+            if not found:
+                return None
+            command = found[0].load()
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BursarError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="bursar", prog_name="bursar")
+def main() -> None:
+    """Bursar: budgets for AI agents, in process."""

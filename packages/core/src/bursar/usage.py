@@ -1,0 +1,96 @@
+"""Usage: the counted units of one call, as the provider bills them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from bursar.errors import InvalidInput
+
+_NOTHING: Mapping[str, int] = MappingProxyType({})
+MAX_COUNT = 2**48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Counts of one call. Totals hold their parts, so nothing is counted twice.
+
+    `input_tokens` and `output_tokens` are totals. Inside input: `cache_read_tokens`, `cache_write_5m_tokens`,
+    `cache_write_1h_tokens`, `input_audio_tokens`, `input_image_tokens`, `input_video_tokens`, and `tool_prompt_tokens` (what the
+    provider's own tools put into the prompt); `cache_read_audio_tokens` (also image, video) are inside both the cache reads and
+    the medium. Inside output: `reasoning_tokens`, `output_audio_tokens`, `output_image_tokens`.
+    Beside tokens: `requests`, seconds of audio in milliseconds (`input_audio_ms`, `output_audio_ms`), `input_characters`, `images`, `pages`,
+    `search_units`, and `server_tools`, a count per server-side tool (`web_search`, `code_execution`, `grounding`, ...).
+    Facts of the answer that decide its price: `model` (as answered), `service_tier`, `region`, `batch`, and
+    `stated_cost_nanos`, the bill that the provider itself states.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    input_audio_tokens: int = 0
+    input_image_tokens: int = 0
+    input_video_tokens: int = 0
+    cache_read_audio_tokens: int = 0
+    cache_read_image_tokens: int = 0
+    cache_read_video_tokens: int = 0
+    output_audio_tokens: int = 0
+    output_image_tokens: int = 0
+    tool_prompt_tokens: int = 0
+    requests: int = 1
+    input_audio_ms: int = 0
+    output_audio_ms: int = 0
+    input_characters: int = 0
+    images: int = 0
+    pages: int = 0
+    search_units: int = 0
+    server_tools: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
+    model: str | None = None
+    service_tier: str | None = None
+    region: str | None = None
+    batch: bool = False
+    stated_cost_nanos: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= MAX_COUNT:
+                raise InvalidInput(
+                    f"Usage.{name} must be a whole number from 0 to 2^48, got {value!r}. Pass the provider's count as it is.",
+                    argument=name, value=value,
+                )
+        for tool, count in self.server_tools.items():
+            if type(count) is not int or not 0 <= count <= MAX_COUNT:
+                raise InvalidInput(f"Usage.server_tools[{tool!r}] must be a whole number, got {count!r}.", argument=tool, value=count)
+
+    @classmethod
+    def from_response(cls, provider: str, body: Any) -> Usage:
+        """Read the usage of any provider's answer, or of the list of events of its stream.
+
+        `provider`: `openai`, `azure`, `anthropic`, `google`, `bedrock`, ...; `body`: the answer's JSON as a dict, an SDK's answer
+        object, or a list of a stream's events. Raises UnreadableAnswer when there is no usage to read; it never guesses zeros.
+        """
+        from bursar.answers import read_usage  # the readers load when an answer is read
+
+        return read_usage(provider, body)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts and facts that are not empty, as plain JSON data; `Usage(**usage.as_dict())` gives it back."""
+        result: dict[str, Any] = {}
+        for name in _NAMES:
+            value = getattr(self, name)
+            if name == "server_tools":
+                value = dict(value)
+            if value != _EMPTY[name]:
+                result[name] = value
+        return result
+
+
+_NAMES = tuple(f.name for f in fields(Usage))
+_EMPTY = {f.name: {} if f.name == "server_tools" else f.default for f in fields(Usage)}
+_COUNTS = tuple(f.name for f in fields(Usage) if type(f.default) is int)
