@@ -1,0 +1,189 @@
+"""The one front door for everything that is done to this repository: `nox -s tests` is what a change must pass."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PINS = "pins.txt"
+PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("packages/*/pyproject.toml"))
+ADAPTERS = [name for name in ("langchain", "llamaindex", "crewai", "litellm") if f"packages/{name}" in PACKAGES]
+# Only figures are read from these two; they come without their requirements, which do not resolve everywhere.
+PRICE_SOURCES = ("genai-prices==0.2.3", "litellm==1.109.1")
+PRICE_PINS = "tools/pins-prices.txt"
+
+os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # the interpreters of this machine are the ones that are used
+# pyenv hides its interpreters behind shims that answer for one version only; uv has to see them themselves.
+for folder in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.1[123].*/bin")):
+    os.environ["PATH"] += os.pathsep + str(folder)
+HERE = ".".join(platform.python_version_tuple()[:2])
+OTHERS = [
+    version
+    for version in ("3.11", "3.12", "3.13")
+    if version != HERE and subprocess.run(["uv", "python", "find", version], capture_output=True).returncode == 0
+]
+
+nox.needs_version = ">=2026.4"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests"]
+
+
+def _lowest_pins(adapter: str) -> str:
+    return f"packages/{adapter}/pins-lowest.txt"
+
+
+def _uv(session: nox.Session, *args: str) -> None:
+    session.run_install("uv", *args, external=True)
+
+
+def _install(session: nox.Session, pins: str = PINS, *, wheels: bool = True) -> None:
+    """Make the environment exactly what the pins say, hashes checked, with the wheels that were built on top."""
+    _uv(session, "pip", "sync", "--quiet", "--require-hashes", pins)
+    if wheels:
+        built = sorted(path.as_posix() for path in Path("dist").glob("*.whl"))
+        _uv(session, "pip", "install", "--quiet", "--no-deps", "--reinstall", *built)
+
+
+def _pytest(session: nox.Session, *args: str) -> None:
+    # -P keeps the working directory off sys.path: what is imported is what the wheels hold.
+    session.run("python", "-P", "-m", "pytest", "-n", "2", *args, *session.posargs)
+
+
+def _compile(session: nox.Session, target: str, *args: str) -> None:
+    """Resolve to exact versions with hashes, for every supported Python and system. No address gets into the file."""
+    _uv(
+        session,
+        *("pip", "compile", "--quiet", "--upgrade", "--universal", "--python-version", "3.11", "--generate-hashes"),
+        *("--no-annotate", "--custom-compile-command", "nox -s pins", "--output-file", target, *args),
+    )
+
+
+@nox.session(
+    requires=[
+        "lint",
+        "typing",
+        "wheels",
+        *(f"core-{version}" for version in OTHERS),
+        *(f"adapter(name='{name}', versions='lowest')" for name in ADAPTERS),
+    ]
+)
+def tests(session: nox.Session) -> None:
+    """Everything that a change must pass; its last step runs every test on the built wheels and the exact pins."""
+    _install(session)
+    _pytest(session)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format; `nox -s lint -- --fix` repairs what can be repaired."""
+    _install(session, wheels=False)
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy, strict, over every package and over tests/typed_api.py, which uses the public names as a user does."""
+    _install(session, wheels=False)
+    session.run("mypy")
+
+
+@nox.session(venv_backend="none")
+def wheels(session: nox.Session) -> None:
+    """The wheel of every package, into dist/, by the pinned build backend."""
+    shutil.rmtree("dist", ignore_errors=True)
+    for package in PACKAGES:
+        session.run(
+            *("uv", "build", "--quiet", "--wheel", "--out-dir", "dist", package),
+            *("--build-constraints", PINS, "--require-hashes"),
+        )
+
+
+@nox.session(python=[*OTHERS, HERE], requires=["wheels"])
+def core(session: nox.Session) -> None:
+    """The core's tests, without the slow ones, on each Python that this machine has."""
+    _install(session)
+    _pytest(session, "-m", "not slow and not nightly", *(f"--ignore-glob=*/test_{name}*" for name in ADAPTERS))
+
+
+@nox.session(requires=["wheels"])
+@nox.parametrize("versions", ["lowest", "pinned", "newest"])
+@nox.parametrize("name", ADAPTERS)
+def adapter(session: nox.Session, name: str, versions: str) -> None:
+    """An adapter's tests with its framework at the lowest supported, the pinned, or the newest versions there are."""
+    if versions == "newest":
+        built = [path.resolve() for path in Path("dist").glob("*.whl")]
+        wanted = [
+            f"{path.name.split('-')[0]}{'' if 'bursar-' in path.name else '[demo]'} @ {path.as_uri()}" for path in built
+        ]
+        _uv(session, "pip", "install", "--quiet", "--upgrade", "--group", "test", *wanted)
+    else:
+        _install(session, _lowest_pins(name) if versions == "lowest" else PINS)
+    files = sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py"))
+    if not files:
+        session.skip(f"there is no tests/test_{name}*.py yet")
+    _pytest(session, *files)
+
+
+@nox.session(requires=["wheels"])
+def docs(session: nox.Session) -> None:
+    """Every code block of the README and the documentation, run."""
+    _install(session)
+    _pytest(session, "tests/test_docs.py")
+
+
+@nox.session(requires=["wheels"])
+def nightly(session: nox.Session) -> None:
+    """What is too long for every change: the long tests, more examples per property, the newest frameworks."""
+    for name in ADAPTERS:
+        session.notify(f"adapter(name='{name}', versions='newest')")
+    _install(session)
+    _pytest(session, "-m", "nightly or not nightly", "--hypothesis-profile=nightly", "--timeout=3600")
+
+
+@nox.session(requires=["wheels"])
+def bench(session: nox.Session) -> None:
+    """Every table of bench/, or those named: `nox -s bench -- prices`."""
+    _install(session)
+    for name in session.posargs or sorted(
+        path.stem.removeprefix("bench_") for path in Path("bench").glob("bench_*.py")
+    ):
+        session.run("python", "-P", f"bench/bench_{name}.py")
+
+
+@nox.session
+def prices(session: nox.Session) -> None:
+    """Compile the packaged price table, and fit the packaged estimates on the recorded answers in the folder given."""
+    _install(session, wheels=False)
+    _uv(session, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", PRICE_PINS)
+    source = {"PYTHONPATH": "packages/core/src"}
+    session.run("python", "tools/compile_prices.py", env=source)
+    session.run("python", "tools/fit_priors.py", *session.posargs, env=source)
+
+
+@nox.session(venv_backend="none")
+def pins(session: nox.Session) -> None:
+    """Bring every pins file up to date with what the packages ask for and what the index offers today."""
+    ours = [
+        f"--no-emit-package=bursar{'' if name == 'core' else '-' + name}" for name in map(os.path.basename, PACKAGES)
+    ]
+    projects = [f"{package}/pyproject.toml" for package in PACKAGES]
+    groups = [f"--group={name}" for name in ("check", "test", "clients")]
+    _compile(session, PINS, "--all-extras", *groups, *ours, *projects)
+    for name in ADAPTERS:
+        # Beside the adapter's own requirements the core's stand at their lowest too; the test tools do not matter.
+        lowest = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
+        _compile(session, _lowest_pins(name), *lowest, f"packages/{name}/pyproject.toml")
+    with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
+        wanted.write("\n".join(PRICE_SOURCES))
+        wanted.flush()
+        _compile(session, PRICE_PINS, "--no-deps", wanted.name)

@@ -1,0 +1,10 @@
+"""What every test shares: how many examples a property is tried with, in a change and at night."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# No deadlines: the machines that run this are shared, and a slow example is not a wrong one.
+settings.register_profile("change", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("nightly", settings.get_profile("change"), max_examples=5_000)
+settings.load_profile("change")
