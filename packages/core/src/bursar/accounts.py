@@ -1,0 +1,137 @@
+"""Accounts: one limit in one window, and the arithmetic of holding and booking amounts on it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Kind = Literal["window", "rolling", "refill", "slots"]
+
+
+class Rule(NamedTuple):
+    """An account's identity and the limit in force, as the policy states them. Amounts are integers in the unit.
+
+    `period_us` is the length of a rolling window, or the time in which a refill account gains `limit`.
+    """
+
+    key: str
+    budget: str
+    scope: str
+    unit: str
+    kind: Kind
+    limit: int
+    start_us: int = 0
+    end_us: int | None = None
+    period_us: int = 0
+    enforce: bool = True
+
+
+class Account(NamedTuple):
+    """One limit in one window. A refill account has a `level`: what is available now, negative when overdrawn."""
+
+    rule: Rule
+    spent: int = 0
+    reserved: int = 0
+    overrun: int = 0
+    refused: int = 0
+    refused_minute: int = 0
+    refused_in_minute: int = 0
+    level: int = 0
+    remainder: int = 0
+    at_us: int = 0
+    buckets: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def available(self) -> int:
+        """`limit - spent - reserved`; for a refill account its level."""
+        return self.level if self.rule.kind == "refill" else self.rule.limit - self.spent - self.reserved
+
+
+def age(account: Account, now_us: int) -> Account:
+    """The account as time has changed it: buckets that are wholly outside leave, a refill account gains."""
+    rule = account.rule
+    if rule.kind == "rolling":
+        width = rule.period_us // 60
+        oldest = (now_us - rule.period_us) // width
+        if not account.buckets or account.buckets[0][0] >= oldest:
+            return account
+        buckets = tuple(bucket for bucket in account.buckets if bucket[0] >= oldest)
+        return account._replace(buckets=buckets, spent=sum(amount for _, amount in buckets))
+    if rule.kind == "refill" and now_us > account.at_us:
+        gained, remainder = divmod((now_us - account.at_us) * rule.limit + account.remainder, rule.period_us)
+        level = account.level + gained
+        if level >= rule.limit:
+            level, remainder = rule.limit, 0
+        return Account(rule, *account[1:7], level, remainder, now_us)
+    return account
+
+
+def hold(account: Account, amount: int) -> Account:
+    rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets = account
+    if rule.kind == "refill":
+        level -= amount
+    return Account(
+        rule, spent, reserved + amount, overrun, refused, minute, in_minute, level, remainder, at_us, buckets
+    )
+
+
+def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int, overrun: int) -> Account:
+    """Give back what was held and book what was spent, in the window that holds the reserve time."""
+    rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets = account
+    if rule.kind == "slots":
+        return Account(rule, spent, reserved - held, over, refused, minute, in_minute, level, remainder, at_us, buckets)
+    if rule.kind == "rolling":
+        account = age(account, now_us)
+        buckets = _bucketed(account.buckets, rule.period_us // 60, reserved_us, actual, now_us - rule.period_us)
+        spent = sum(amount for _, amount in buckets) - actual
+    elif rule.kind == "refill":
+        account = age(account, now_us)
+        level, remainder, at_us = account.level + held - actual, account.remainder, account.at_us
+        if level >= rule.limit:
+            level, remainder = rule.limit, 0
+    return Account(
+        rule,
+        spent + actual,
+        reserved - held,
+        over + overrun,
+        refused,
+        minute,
+        in_minute,
+        level,
+        remainder,
+        at_us,
+        buckets,
+    )
+
+
+def _bucketed(
+    buckets: tuple[tuple[int, int], ...], width: int, at_us: int, amount: int, outside_us: int
+) -> tuple[tuple[int, int], ...]:
+    index = at_us // width
+    if index < outside_us // width:  # its bucket has left the window already
+        return buckets
+    sums = dict(buckets)
+    sums[index] = sums.get(index, 0) + amount
+    return tuple(sorted(sums.items()))
+
+
+def until(account: Account, asked: int, now_us: int) -> int | None:
+    """Microseconds until time alone makes room for `asked`, or None when it never does."""
+    rule = account.rule
+    if asked > rule.limit:
+        return None
+    if rule.kind == "refill":
+        need = (asked - account.level) * rule.period_us - account.remainder
+        return -(-need // rule.limit)
+    if rule.kind == "rolling":
+        width, room = rule.period_us // 60, account.available
+        for index, amount in account.buckets:
+            room += amount
+            if room >= asked:
+                return (index + 1) * width + rule.period_us - now_us
+        return None
+    return None if rule.end_us is None else rule.end_us - now_us
+
+
+def may_free(account: Account, asked: int) -> bool:
+    rule = account.rule
+    return rule.kind != "refill" and account.reserved > 0 and asked <= rule.limit - account.spent

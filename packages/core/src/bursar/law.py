@@ -1,0 +1,369 @@
+"""The law: what every command does to accounts, as one pure function `decide`, without I/O and without a clock.
+
+A store's whole state is rows by key. An account's key is the JSON text that its rule carries. A reservation stands
+under its id while it is open; the entry that ends it then takes its place, so that the row under an id says which of
+the states of I5 it is in. The key `ID~` holds the one correction of an expired reservation, `#NAME` the number of a
+budget's accounts, and `@policy` the newest version of the policy. `decide` reads rows through a function and returns
+the rows to put, which the store must put all together or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bursar.accounts import Account, Rule, age, book, hold, may_free, until
+from bursar.commands import (
+    Charge,
+    Command,
+    Decision,
+    Ended,
+    Entry,
+    Expire,
+    Extend,
+    Extended,
+    Granted,
+    Refused,
+    Rejected,
+    Release,
+    Reservation,
+    Reserve,
+    Row,
+    Settle,
+)
+
+POLICY_KEY = "@policy"
+REFUSALS_PER_MINUTE = 60
+MINUTE_US = 60_000_000
+
+Read = Callable[[str], Row | None]
+_NOTHING: dict[str, Row] = {}
+
+
+def decide(read: Read, command: Command, now_us: int) -> Decision:
+    """What `command` does at `now_us` to the rows that `read` shows. Pure: it changes nothing itself."""
+    return _HANDLERS[type(command)](read, command, now_us)
+
+
+def _reject(why: str, detail: str = "") -> Decision:
+    return Decision(Rejected(why, detail), _NOTHING)
+
+
+def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
+    row = read(command.id)
+    if row is not None:
+        return _reserve_again(read, row, command)
+    if command.version < (read(POLICY_KEY) or 0):  # type: ignore[operator]
+        return _reject("stale", str(read(POLICY_KEY)))
+    puts: dict[str, Row] = {}
+    accounts: list[Account] = []
+    short = -1
+    shadowed: tuple[str, ...] = ()
+    for rule, amount in command.lines:
+        account = _current(read, rule, now_us, puts, command.max_accounts)
+        if type(account) is not Account:
+            return _reject(*account)
+        free = account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved
+        if amount > free:
+            if rule.enforce:
+                short = len(accounts) if short < 0 else short
+            else:
+                shadowed = (*shadowed, rule.key)
+        accounts.append(account)
+    if short >= 0:
+        return _refuse(command, accounts, short, now_us, puts)
+    held = []
+    for at, (rule, amount) in enumerate(command.lines):
+        accounts[at] = puts[rule.key] = hold(accounts[at], amount)
+        held.append((rule.key, rule.unit, amount))
+    reservation = Reservation(
+        command.id,
+        tuple(held),
+        now_us,
+        now_us + command.ttl_us,
+        command.on_expiry,
+        command.digest,
+        command.draft,
+    )
+    puts[command.id] = reservation
+    return Decision(Granted(reservation, tuple(accounts), shadowed), puts)
+
+
+def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
+    if type(row) is Reservation and row.digest == command.digest:
+        return Decision(Granted(row, _accounts(read, row.held)), _NOTHING)
+    if type(row) is Entry and row.kind != "charge" and row.digest == command.digest:
+        held = tuple((key, "", amount) for key, amount in row.amounts.items())
+        again = Reservation(row.id, held, row.reserved_us, row.settled_us, "charge", row.digest, row.draft)
+        return Decision(Granted(again, _accounts(read, held)), _NOTHING)
+    return _reject("conflict", command.id)
+
+
+def _current(read: Read, rule: Rule, now_us: int, puts: dict[str, Row], max_accounts: int) -> Account | tuple[str, str]:
+    """The rule's account as it stands now, new where there is none; or why there cannot be one."""
+    if rule.end_us is not None and not rule.start_us <= now_us < rule.end_us:
+        return "moved", rule.budget
+    account = read(rule.key)
+    if type(account) is not Account:
+        count_key = "#" + rule.budget
+        count = puts.get(count_key)
+        count = (read(count_key) or 0) if count is None else count
+        assert type(count) is int
+        if count >= max_accounts:
+            return "accounts", rule.budget
+        puts[count_key] = count + 1
+        return Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us)
+    if account.rule is not rule and account.rule != rule:
+        account = account._replace(rule=rule)
+    if rule.kind == "rolling" or rule.kind == "refill":
+        return age(account, now_us)
+    return account
+
+
+def _refuse(command: Reserve, accounts: list[Account], short: int, now_us: int, puts: dict[str, Row]) -> Decision:
+    account, asked = accounts[short], command.lines[short][1]
+    lines = tuple(zip(accounts, (amount for _, amount in command.lines), strict=True))
+    answer = Refused(account, asked, until(account, asked, now_us), may_free(account, asked), lines)
+    if command.quiet:
+        return Decision(answer, _NOTHING)
+    minute = now_us // MINUTE_US
+    recorded = account.refused_in_minute if account.refused_minute == minute else 0
+    refused = account._replace(refused=account.refused + 1, refused_minute=minute, refused_in_minute=recorded + 1)
+    kept: dict[str, Row] = {account.rule.key: refused}
+    count_key = "#" + account.rule.budget
+    if count_key in puts:  # of the accounts that this command would have made, only the refusing one is kept
+        kept[count_key] = puts[count_key]
+        kept |= {a.rule.key: a for a in accounts if a.rule.budget == account.rule.budget and a is not account}
+    if recorded < REFUSALS_PER_MINUTE:
+        key = f"{command.id}!{now_us}.{refused.refused}"
+        reason = f"{account.rule.budget}: asked {asked}, available {account.available}"
+        kept[key] = Entry(
+            key, "refusal", None, "blocked", False, reason, 0, {}, {}, now_us, now_us, "", command.draft, {}
+        )
+    return Decision(answer, kept)
+
+
+def _accounts(read: Read, held: tuple[tuple[str, str, int], ...]) -> tuple[Account, ...]:
+    return tuple(account for key, _, _ in held if type(account := read(key)) is Account)
+
+
+def _settle(read: Read, command: Settle, now_us: int) -> Decision:
+    row = read(command.id)
+    if type(row) is Reservation:
+        amounts = {key: 0 if unit == "slots" else command.actuals.get(unit, held) for key, unit, held in row.held}
+        return _end(read, row, "settlement", amounts, command, now_us)
+    if type(row) is not Entry:
+        return _reject("unknown", command.id)
+    if row.kind == "expiry":
+        return _settle_late(read, row, command, now_us)
+    if row.kind != "settlement":
+        return _reject("ended", row.kind)
+    return _settled_again(read, row, command)
+
+
+def _settled_again(read: Read, entry: Entry, command: Settle) -> Decision:
+    if (entry.cost_nanos, entry.usage, entry.outcome) != (command.cost_nanos, command.usage, command.outcome):
+        return _reject("conflict", command.id)
+    accounts = tuple(account for key in entry.amounts if type(account := read(key)) is Account)
+    return Decision(Ended(entry, accounts, again=True), _NOTHING)
+
+
+def _end(
+    read: Read, row: Reservation, kind: str, amounts: dict[str, int], told: Settle | Release, now_us: int
+) -> Decision:
+    """Replace an open reservation by its entry, and move every account of it."""
+    puts: dict[str, Row] = {}
+    accounts = []
+    for key, _, held in row.held:
+        account = read(key)
+        assert type(account) is Account, f"I2 broken: {key} is missing"
+        assert account.reserved >= held, f"I2 broken: {key} holds less than its reservations"
+        actual = amounts[key]
+        account = book(account, held, actual, row.reserved_us, now_us, actual - held if actual > held else 0)
+        puts[key] = account
+        accounts.append(account)
+    cost_nanos, usage, estimated = (
+        (told.cost_nanos, told.usage, told.estimated) if type(told) is Settle else (0, {}, False)
+    )
+    puts[row.id] = entry = Entry(
+        row.id,
+        kind,
+        None,
+        told.outcome,
+        estimated,
+        told.reason,
+        cost_nanos,
+        usage,
+        amounts,
+        row.reserved_us,
+        now_us,
+        row.digest,
+        row.draft,
+        told.facts,
+    )
+    return Decision(Ended(entry, tuple(accounts)), puts)
+
+
+def _settle_late(read: Read, expired: Entry, command: Settle, now_us: int) -> Decision:
+    """A settlement after expiry: the true figures less what the expiry booked, as a further entry."""
+    key = expired.id + "~"
+    usage = _difference(command.usage, expired.usage)
+    cost_nanos = command.cost_nanos - expired.cost_nanos
+    done = read(key)
+    if type(done) is Entry:
+        if done.kind == "correction" and (done.cost_nanos, done.usage) == (cost_nanos, usage):
+            return Decision(Ended(done, (), again=True), _NOTHING)
+        return _reject("ended", done.kind)
+    units = expired.facts["units"]
+    held = expired.facts["held"]
+    amounts = {
+        account: 0 if units[account] == "slots" else command.actuals.get(units[account], held[account]) - booked
+        for account, booked in expired.amounts.items()
+    }
+    return _correct(read, expired, key, amounts, command, cost_nanos, usage, now_us)
+
+
+def _correct(
+    read: Read,
+    expired: Entry,
+    key: str,
+    amounts: dict[str, int],
+    told: Settle | Release,
+    cost_nanos: int,
+    usage: dict[str, Any],
+    now_us: int,
+) -> Decision:
+    puts: dict[str, Row] = {}
+    for account_key, amount in amounts.items():
+        account = read(account_key)
+        assert type(account) is Account, f"I2 broken at {account_key}"
+        puts[account_key] = book(account, 0, amount, expired.reserved_us, now_us, max(0, amount))
+    puts[key] = entry = Entry(
+        key,
+        "correction" if type(told) is Settle else "reversal",
+        expired.id,
+        told.outcome,
+        type(told) is Settle and told.estimated,
+        told.reason,
+        cost_nanos,
+        usage,
+        amounts,
+        expired.reserved_us,
+        now_us,
+        expired.digest,
+        expired.draft,
+        told.facts,
+    )
+    return Decision(Ended(entry, tuple(a for a in puts.values() if type(a) is Account)), puts)
+
+
+def _difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be added to the counts that were booked to reach the actual ones; facts are the actual ones."""
+    result: dict[str, Any] = {}
+    for name in [*actual, *(name for name in booked if name not in actual)]:
+        new, old = actual.get(name), booked.get(name)
+        if isinstance(new, bool) or isinstance(new or old, str):
+            result[name] = new
+        elif isinstance(new or old, Mapping):
+            inner = _difference(new or {}, old or {})
+            result |= {name: inner} if inner else {}
+        elif (new or 0) - (old or 0):
+            result[name] = (new or 0) - (old or 0)
+    return result
+
+
+def _release(read: Read, command: Release, now_us: int) -> Decision:
+    row = read(command.id)
+    if type(row) is Reservation:
+        return _end(read, row, "release", {key: 0 for key, _, _ in row.held}, command, now_us)
+    if type(row) is not Entry:
+        return _reject("unknown", command.id)
+    if row.kind == "release":
+        return Decision(Ended(row, (), again=True), _NOTHING)
+    if row.kind != "expiry":
+        return _reject("ended", row.kind)
+    done = read(row.id + "~")
+    if type(done) is Entry:
+        if done.kind == "reversal":
+            return Decision(Ended(done, (), again=True), _NOTHING)
+        return _reject("ended", done.kind)
+    amounts = {key: -amount for key, amount in row.amounts.items()}
+    usage = _difference({}, row.usage)
+    return _correct(read, row, row.id + "~", amounts, command, -row.cost_nanos, usage, now_us)
+
+
+def _extend(read: Read, command: Extend, now_us: int) -> Decision:
+    row = read(command.id)
+    if type(row) is not Reservation:
+        return _reject("ended", row.kind) if type(row) is Entry else _reject("unknown", command.id)
+    expires_us = max(row.expires_us, now_us + command.ttl_us)
+    return Decision(Extended(expires_us), {row.id: row._replace(expires_us=expires_us)})
+
+
+def _expire(read: Read, command: Expire, now_us: int) -> Decision:
+    """The outcome is unknown: `charge` books the reserved amounts as estimated; slots are free at once (I5)."""
+    row = read(command.id)
+    if type(row) is not Reservation:
+        return _reject("ended", row.kind) if type(row) is Entry else _reject("unknown", command.id)
+    if now_us < row.expires_us:
+        return _reject("live", command.id)
+    charge = row.on_expiry == "charge"
+    amounts = {key: held if charge and unit != "slots" else 0 for key, unit, held in row.held}
+    told = Settle(
+        row.id,
+        {},
+        row.draft.get("cost_nanos", 0) if charge else 0,
+        row.draft.get("usage", {}) if charge else {},
+        "cancelled",
+        True,
+        "expired: the outcome is unknown",
+        {
+            "units": {key: unit for key, unit, _ in row.held},
+            "held": {key: held for key, _, held in row.held},
+        },
+    )
+    return _end(read, row, "expiry", amounts, told, now_us)
+
+
+def _charge(read: Read, command: Charge, now_us: int) -> Decision:
+    row = read(command.id)
+    if type(row) is Entry and row.kind == "charge" and row.digest == command.digest:
+        return Decision(Ended(row, (), again=True), _NOTHING)
+    if row is not None:
+        return _reject("conflict", command.id)
+    puts: dict[str, Row] = {}
+    accounts = []
+    for rule, amount in command.lines:
+        account = _current(read, rule, now_us, puts, command.max_accounts)
+        if type(account) is not Account:
+            return _reject(*account)
+        uncovered = max(0, amount - max(0, account.available))
+        account = puts[rule.key] = book(account, 0, amount, now_us, now_us, uncovered)
+        accounts.append(account)
+    puts[command.id] = entry = Entry(
+        command.id,
+        "charge",
+        None,
+        command.outcome,
+        command.estimated,
+        command.reason,
+        command.cost_nanos,
+        command.usage,
+        {rule.key: amount for rule, amount in command.lines},
+        now_us,
+        now_us,
+        command.digest,
+        command.draft,
+        command.facts,
+    )
+    return Decision(Ended(entry, tuple(accounts)), puts)
+
+
+_HANDLERS: dict[type, Callable[[Read, Any, int], Decision]] = {
+    Reserve: _reserve,
+    Settle: _settle,
+    Release: _release,
+    Extend: _extend,
+    Expire: _expire,
+    Charge: _charge,
+}

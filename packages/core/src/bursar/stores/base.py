@@ -1,0 +1,69 @@
+"""What a store is: it applies the law's commands, one after another, all of a command or nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from bursar.accounts import Account
+from bursar.commands import Answer, Command, Entry
+
+
+class BudgetVersion(NamedTuple):
+    """A budget's definition as the store holds it; the newest version is the one in force."""
+
+    version: int
+    definition: dict[str, Any]
+
+
+class Store(Protocol):
+    """The strategy behind every budget. Raises StoreError, with nothing done, when a command could not be applied.
+
+    Stores are synchronous; `aexecute` takes one hop onto the store's own executor where a command may block.
+    """
+
+    durability: str
+
+    def now_us(self) -> int:
+        """The store's time in microseconds since the epoch: it decides, and never runs back."""
+        ...
+
+    def execute(self, command: Command) -> Answer:
+        """Apply one command."""
+        ...
+
+    async def aexecute(self, command: Command) -> Answer:
+        """Apply one command without blocking the event loop."""
+        ...
+
+    def post(self, command: Command) -> None:
+        """Apply a command soon, without waiting for its answer: for callers that are being cancelled."""
+        ...
+
+    def sweep(self) -> int:
+        """Expire every reservation whose time has come; the number of them."""
+        ...
+
+    def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
+        """Make these budgets' definitions the newest where they differ; the policy's version afterwards."""
+        ...
+
+    def budgets(self) -> tuple[int, dict[str, BudgetVersion]]:
+        """The policy's version, and the newest definition of every budget by name."""
+        ...
+
+    def open_reservations(self) -> int:
+        """How many reservations are open."""
+        ...
+
+    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
+        """The accounts of these keys that exist, or all of them."""
+        ...
+
+    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
+        """The entries whose draft carries these tags, oldest id first."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was posted and free everything; further commands raise StoreError."""
+        ...

@@ -1,0 +1,102 @@
+"""The memory store: the law over a dict. For one process, and for tests; nothing outlives it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from bursar.accounts import Account
+from bursar.clock import Clock, StoreClock, SystemClock
+from bursar.commands import Answer, Command, Ended, Entry, Expire, Granted, Reservation, Row
+from bursar.errors import StoreError
+from bursar.law import POLICY_KEY, decide
+from bursar.stores.base import BudgetVersion
+
+
+class MemoryStore:
+    """Budgets in this process only. Holds the newest `max_entries` entries; older ones are dropped, balances stay."""
+
+    durability = "memory"
+
+    def __init__(self, clock: Clock | None = None, *, max_entries: int = 100_000) -> None:
+        self._clock = StoreClock(clock or SystemClock())
+        self._rows: dict[str, Row] = {}
+        self._open: dict[str, None] = {}
+        self._ended: deque[str] = deque()
+        self._max_entries = max_entries
+        self._budgets: dict[str, BudgetVersion] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+        self.now_us = self._clock.now_us
+
+    def execute(self, command: Command) -> Answer:
+        with self._lock:
+            if self._closed:
+                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+            answer, puts = decide(self._rows.get, command, self._clock.now_us())
+            if puts:
+                if type(answer) is Granted:
+                    self._open[command.id] = None
+                self._rows.update(puts)  # one call: an interrupt comes before it or after it
+                if type(answer) is not Granted:
+                    self._forget(puts)
+            return answer
+
+    async def aexecute(self, command: Command) -> Answer:
+        return self.execute(command)
+
+    def post(self, command: Command) -> None:
+        self.execute(command)
+
+    def _forget(self, puts: dict[str, Row]) -> None:
+        for key, row in puts.items():
+            if type(row) is Entry:
+                self._open.pop(key, None)
+                self._ended.append(key)
+        while len(self._ended) > self._max_entries:
+            self._rows.pop(self._ended.popleft(), None)
+
+    def sweep(self) -> int:
+        now_us = self.now_us()
+        with self._lock:
+            due = [id for id in self._open if type(row := self._rows[id]) is Reservation and row.expires_us <= now_us]
+        return sum(type(self.execute(Expire(id))) is Ended for id in due)
+
+    def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
+        with self._lock:
+            version = self._version()
+            for name, definition in definitions.items():
+                held = self._budgets.get(name)
+                if held is None or held.definition != definition:
+                    version += 1
+                    self._budgets[name] = BudgetVersion(version, definition)
+            self._rows[POLICY_KEY] = version
+            return version
+
+    def _version(self) -> int:
+        version = self._rows.get(POLICY_KEY, 0)
+        assert type(version) is int
+        return version
+
+    def budgets(self) -> tuple[int, dict[str, BudgetVersion]]:
+        with self._lock:
+            return self._version(), dict(self._budgets)
+
+    def open_reservations(self) -> int:
+        return len(self._open)
+
+    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
+        with self._lock:
+            rows = list(self._rows.values()) if keys is None else [self._rows.get(key) for key in keys]
+        return iter([row for row in rows if type(row) is Account])
+
+    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
+        wanted = dict(tags or {}).items()
+        with self._lock:
+            found = [row for row in self._rows.values() if type(row) is Entry and wanted <= row.draft["tags"].items()]
+        return iter(sorted(found, key=lambda entry: entry.id))
+
+    def close(self) -> None:
+        self._closed = True
