@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent
 PINS = "pins.txt"
 PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("packages/*/pyproject.toml"))
 ADAPTERS = [name for name in ("langchain", "llamaindex", "crewai", "litellm") if f"packages/{name}" in PACKAGES]
-# Only figures are read from these two; they come without their requirements, which do not resolve everywhere.
-PRICE_SOURCES = ("genai-prices==0.2.3", "litellm==1.109.1")
+# A source of the price table beside genai-prices: only its figures are read, so it comes without its requirements,
+# which do not resolve everywhere.
+PRICE_SOURCE = "litellm==1.109.1"
 PRICE_PINS = "tools/pins-prices.txt"
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # the interpreters of this machine are the ones that are used
@@ -66,17 +67,15 @@ def _compile(session: nox.Session, target: str, *args: str) -> None:
     )
 
 
-@nox.session(
-    requires=[
-        "lint",
-        "typing",
-        "wheels",
-        *(f"core-{version}" for version in OTHERS),
-        *(f"adapter(name='{name}', versions='lowest')" for name in ADAPTERS),
-    ]
-)
+@nox.session(requires=["wheels"])
 def tests(session: nox.Session) -> None:
-    """Everything that a change must pass; its last step runs every test on the built wheels and the exact pins."""
+    """Everything that a change must pass; with arguments for pytest, those tests alone."""
+    if not session.posargs:
+        # Queued first: one failure does not hide what the others would say.
+        for check in ("lint", "typing", *(f"core-{version}" for version in OTHERS)):
+            session.notify(check)
+        for name in ADAPTERS:
+            session.notify(f"adapter(name='{name}', versions='lowest')")
     _install(session)
     _pytest(session)
 
@@ -121,11 +120,12 @@ def core(session: nox.Session) -> None:
 def adapter(session: nox.Session, name: str, versions: str) -> None:
     """An adapter's tests with its framework at the lowest supported, the pinned, or the newest versions there are."""
     if versions == "newest":
-        built = [path.resolve() for path in Path("dist").glob("*.whl")]
-        wanted = [
-            f"{path.name.split('-')[0]}{'' if 'bursar-' in path.name else '[demo]'} @ {path.as_uri()}" for path in built
-        ]
-        _uv(session, "pip", "install", "--quiet", "--upgrade", "--group", "test", *wanted)
+        core_wheel, own_wheel = (
+            next(Path("dist").glob(f"{stem}-*.whl")).resolve().as_uri() for stem in ("bursar", f"bursar_{name}")
+        )
+        wanted = (f"bursar @ {core_wheel}", f"bursar-{name}[demo] @ {own_wheel}")
+        # Without this project's own constraints: what a user gets today.
+        _uv(session, "pip", "install", "--quiet", "--upgrade", "--no-config", "--group", "test", *wanted)
     else:
         _install(session, _lowest_pins(name) if versions == "lowest" else PINS)
     files = sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py"))
@@ -164,7 +164,7 @@ def bench(session: nox.Session) -> None:
 def prices(session: nox.Session) -> None:
     """Compile the packaged price table, and fit the packaged estimates on the recorded answers in the folder given."""
     _install(session, wheels=False)
-    _uv(session, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", PRICE_PINS)
+    _uv(session, "pip", "install", "--quiet", "--no-config", "--no-deps", "--require-hashes", "-r", PRICE_PINS)
     source = {"PYTHONPATH": "packages/core/src"}
     session.run("python", "tools/compile_prices.py", env=source)
     session.run("python", "tools/fit_priors.py", *session.posargs, env=source)
@@ -177,13 +177,13 @@ def pins(session: nox.Session) -> None:
         f"--no-emit-package=bursar{'' if name == 'core' else '-' + name}" for name in map(os.path.basename, PACKAGES)
     ]
     projects = [f"{package}/pyproject.toml" for package in PACKAGES]
-    groups = [f"--group={name}" for name in ("check", "test", "clients")]
+    groups = [f"--group={name}" for name in ("dev", "check", "test", "clients")]
     _compile(session, PINS, "--all-extras", *groups, *ours, *projects)
     for name in ADAPTERS:
         # Beside the adapter's own requirements the core's stand at their lowest too; the test tools do not matter.
         lowest = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
         _compile(session, _lowest_pins(name), *lowest, f"packages/{name}/pyproject.toml")
     with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
-        wanted.write("\n".join(PRICE_SOURCES))
+        wanted.write(PRICE_SOURCE)
         wanted.flush()
         _compile(session, PRICE_PINS, "--no-deps", wanted.name)

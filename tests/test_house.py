@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,11 @@ _LAW = {"windows", "accounts", "commands", "law"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "money": {"errors"},
-    "usage": {"errors", "money"},
+    "usage": {
+        "errors",
+        "money",
+        "answers",
+    },  # Usage.from_response is the door to the readers; it loads them when called
     "answers": _BASE,
     "estimate": _BASE,
     "prices": _BASE,
@@ -208,6 +213,12 @@ def test_one_version_everywhere() -> None:
         ours = [one for one in project["dependencies"] if one.startswith("bursar")]
         assert all(one.endswith(f"=={version}") for one in ours), ours
         assert name == "core" or ours, f"{name} has to ask for bursar=={version}"
+
+
+@pytest.mark.skipif("NOX_CURRENT_SESSION" not in os.environ, reason="run by hand, on whatever is installed")
+def test_the_built_wheels_are_what_is_tested() -> None:
+    for folder in SOURCES.values():
+        assert ROOT / "packages" not in Path(str(resources.files(folder.name))).parents
 
 
 @pytest.mark.parametrize("name", PROJECTS)
