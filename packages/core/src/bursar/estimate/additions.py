@@ -1,0 +1,135 @@
+"""What a provider adds to a request on its side: its own tools, stored conversations, routing; told from the request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Anthropic, "Handling stop reasons", pause_turn: the server's loop stops after 10 rounds.
+_ANTHROPIC_ROUNDS = 10
+# Tools that run at the caller's; everything of another type is taken for the provider's own.
+_CLIENT_TYPES = frozenset(
+    "function custom namespace computer computer_use computer_use_preview local_shell apply_patch".split()
+)
+_ANTHROPIC_CLIENT = ("bash_", "text_editor_", "computer_", "memory_")
+_GEMINI_CLIENT = frozenset(("functionDeclarations", "function_declarations", "computerUse", "computer_use"))
+_TOOL_LISTS = ("tools", "functions", "toolConfig", "tool_config", "mcp_servers")
+# Settings that make the provider search, read or compact by itself.
+_SETTINGS = (
+    "web_search_options", "search_parameters", "search_settings", "plugins", "connectors", "data_sources",
+    "retrieveAndGenerateConfiguration", "retrievalQuery", "agent", "mcp_servers", "enable_search",
+)
+_STORED = ("previous_response_id", "conversation", "cachedContent", "cached_content", "container", "variables")
+_SEARCHING = ("-search-preview", "-search-api", "deep-research", "sonar", "compound", ":online")
+_ROUTED = ("auto", "openrouter/auto", "model-router", "switchpoint/router", "openrouter/fusion", "openrouter/free")
+
+
+@dataclass(slots=True)
+class Additions:
+    """`tools`: declared by the caller; `hidden`: those of them for which the provider writes a prompt; `server`: the provider's own.
+
+    `rounds`: how often the model is run at most, or None where nothing limits it; `stored`, `routed`: the reason in words, or empty.
+    """
+
+    tools: int = 0
+    hidden: int = 0
+    server: list[str] = field(default_factory=list)
+    rounds: int | None = 1
+    stored: str = ""
+    routed: str = ""
+
+
+def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, Any]) -> Additions:
+    """Find everything in `body` by which the provider would put more into the prompt, or run the model more than once."""
+    found = Additions()
+    uses: list[int | None] = []
+    anthropic = "anthropic" in provider or "claude" in model
+    for tool in _tools(body):
+        name, client = _tool(tool, anthropic)
+        if client:
+            found.tools += max(1, len(_declarations(tool)))
+            found.hidden += name != ""
+        else:
+            found.server.append(name)
+            uses.append(tool.get("max_uses") if isinstance(tool.get("max_uses"), int) else None)
+    found.server += [name for name in _SETTINGS if body.get(name)]
+    found.server += [f"the model {model!r}" for part in _SEARCHING if part in model]
+    if provider == "perplexity":
+        found.server.append("its search")
+    if _compacts(body):
+        found.server.append("compaction")
+    reasoning = body.get("reasoning")
+    if isinstance(reasoning, Mapping) and reasoning.get("mode") not in (None, "standard", "default"):
+        found.server.append(f"the reasoning mode {reasoning['mode']!r}")  # `pro` was billed 20 times the request's bytes
+    if found.server:
+        found.rounds = _rounds(body, found.server, uses, anthropic)
+    for name in _STORED:
+        if body.get(name):
+            found.stored = f"`{name}`"
+    if isinstance(body.get("prompt"), Mapping):
+        found.stored = "a stored prompt"
+    if "compact" in endpoint or "agent" in endpoint:
+        found.stored = found.stored or f"the endpoint {endpoint!r}"
+    if model in _ROUTED or model.endswith("/auto"):
+        found.routed = f"{model!r} lets the provider choose the model"
+    elif body.get("models"):
+        found.routed = "`models` lets the provider choose the model"
+    return found
+
+
+def _tools(body: Mapping[str, Any]) -> Iterator[Any]:
+    for key in _TOOL_LISTS:
+        value = body.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("tools")
+        if isinstance(value, (list, tuple)) and key != "mcp_servers":
+            yield from value
+
+
+def _declarations(tool: Any) -> Iterable[Any]:
+    if isinstance(tool, Mapping):
+        for key in ("functionDeclarations", "function_declarations", "tools"):
+            if isinstance(tool.get(key), (list, tuple)):
+                return tuple(tool[key])
+    return ()
+
+
+def _tool(tool: Any, anthropic: bool) -> tuple[str, bool]:
+    """Its name, and whether it runs at the caller's. A client tool has a name only where the provider writes its prompt."""
+    if not isinstance(tool, Mapping):
+        return "", True  # an SDK's or framework's tool object is the caller's own
+    kind = tool.get("type")
+    if isinstance(kind, str):
+        if kind == "tool_search" and tool.get("execution") == "client":
+            return "", True
+        if anthropic and kind.startswith(_ANTHROPIC_CLIENT):
+            return kind, True
+        return ("" if kind in ("function", "custom", "namespace") else kind), kind in _CLIENT_TYPES
+    keys = set(tool)
+    if keys & {"function", "toolSpec", "input_schema", "parameters", "parameter_definitions", "cachePoint"}:
+        return "", True
+    if keys & _GEMINI_CLIENT:
+        other = sorted(keys - _GEMINI_CLIENT)
+        return (other[0], False) if other else ("", True)
+    if "name" in keys and not isinstance(tool.get("name"), Mapping):
+        return "", "systemTool" not in keys
+    return (min(keys) if keys else ""), not keys
+
+
+def _compacts(body: Mapping[str, Any]) -> bool:
+    management = body.get("context_management")
+    edits = management.get("edits") if isinstance(management, Mapping) else management
+    return isinstance(edits, (list, tuple)) and any("compact" in str(edit.get("type")) for edit in edits if isinstance(edit, Mapping))
+
+
+def _rounds(body: Mapping[str, Any], server: list[str], uses: list[int | None], anthropic: bool) -> int | None:
+    """How often the model runs at most. The limits that count: OpenAI's `max_tool_calls`, xAI's `max_turns`, Anthropic's `max_uses`."""
+    for name in ("max_tool_calls", "max_turns"):
+        limit = body.get(name)
+        if isinstance(limit, int) and limit >= 0:
+            return limit + 1
+    if not anthropic or len(uses) != len(server) or any(name.startswith("advisor") for name in server):
+        return None
+    limits = [use for use in uses if use is not None]
+    return min(_ANTHROPIC_ROUNDS, sum(limits) if len(limits) == len(uses) else _ANTHROPIC_ROUNDS) + 1
