@@ -1,0 +1,96 @@
+"""Scope: who and what a call belongs to, as tags along a path of nested scopes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextvars import ContextVar
+
+from bursar.errors import InvalidInput
+
+TAGS = (
+    "org",
+    "team",
+    "project",
+    "user",
+    "customer",
+    "workflow",
+    "agent",
+    "run",
+    "tool",
+    "connection",
+    "model",
+    "provider",
+)
+MAX_TAGS = 64
+MAX_VALUE_LENGTH = 512
+MAX_DEPTH = 32
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,63}")
+
+
+def check_tags(tags: Mapping[str, object]) -> dict[str, str]:
+    """The tags as text, without those that are None. Raises InvalidInput for names and values that no store should hold."""
+    checked: dict[str, str] = {}
+    for name, value in tags.items():
+        if value is None:
+            continue
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidInput(
+                f"{name!r} cannot name a tag. Use letters, digits and _.:/- (64 at most).", argument=str(name)
+            )
+        text = str(value)
+        if not text or len(text) > MAX_VALUE_LENGTH or not text.isprintable():
+            raise InvalidInput(
+                f"The tag {name} cannot be {text[:40]!r}. Use 1 to {MAX_VALUE_LENGTH} printable characters.",
+                argument=name,
+            )
+        checked[name] = text
+    if len(checked) > MAX_TAGS:
+        raise InvalidInput(f"A call cannot have more than {MAX_TAGS} tags. Drop some.", argument="tags")
+    return checked
+
+
+class Scope:
+    """Tags along a path: `tags` are those in force, `path` the tags in force at each level, outermost first.
+
+    `limits` are (tags at the level, limit text) of scopes that were opened with a budget of their own.
+    """
+
+    __slots__ = ("key", "limits", "path", "tags")
+
+    def __init__(self, tags: dict[str, str], parent: Scope | None = None, limit: str | None = None) -> None:
+        self.tags = tags if parent is None else {**parent.tags, **tags}
+        self.path: tuple[dict[str, str], ...] = (self.tags,) if parent is None else (*parent.path, self.tags)
+        if len(self.path) > MAX_DEPTH:
+            raise InvalidInput(f"Scopes nest at most {MAX_DEPTH} deep. Close inner scopes first.", argument="scope")
+        self.limits: tuple[tuple[dict[str, str], str], ...] = () if parent is None else parent.limits
+        if limit is not None:
+            self.limits = (*self.limits, (self.tags, limit))
+        self.key = json.dumps([self.path, self.limits])
+
+    def with_tags(self, tags: dict[str, str], defaults: Mapping[str, str]) -> Scope:
+        """The same scope with more tags at its innermost level: `tags` win over its own, `defaults` do not."""
+        leaf = {**defaults, **self.tags, **tags}
+        if leaf == self.tags:
+            return self
+        scope = Scope.__new__(Scope)
+        scope.tags = leaf
+        scope.path = (*self.path[:-1], leaf)
+        scope.limits = self.limits
+        scope.key = json.dumps([scope.path, scope.limits])
+        return scope
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The runs along the path, outermost first, each once."""
+        return tuple(dict.fromkeys(tags["run"] for tags in self.path if "run" in tags))
+
+
+current: ContextVar[Scope | None] = ContextVar("bursar_scope", default=None)
+
+
+def process_run() -> str:
+    """The run of calls that no scope and no framework gives one: one per process."""
+    return f"process-{os.getpid()}"
