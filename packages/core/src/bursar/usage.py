@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,8 @@ class Usage:
     Beside tokens: `requests`, seconds of audio in milliseconds (`input_audio_ms`, `output_audio_ms`), `input_characters`, `images`, `pages`,
     `search_units`, and `server_tools`, a count per server-side tool (`web_search`, `code_execution`, `grounding`, ...).
     Facts of the answer that decide its price: `model` (as answered), `service_tier`, `region`, `batch`, and
-    `stated_cost_nanos`, the bill that the provider itself states.
+    `stated_cost_nanos`, the bill that the provider itself states. `other_models` holds the parts of the totals that other models
+    made (an advisor, a router, a collaborating agent), each with its own `model`; `by_model` takes the totals apart for pricing.
     """
 
     input_tokens: int = 0
@@ -55,6 +56,7 @@ class Usage:
     region: str | None = None
     batch: bool = False
     stated_cost_nanos: int | None = None
+    other_models: tuple[Usage, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -67,17 +69,40 @@ class Usage:
         for tool, count in self.server_tools.items():
             if type(count) is not int or not 0 <= count <= MAX_COUNT:
                 raise InvalidInput(f"Usage.server_tools[{tool!r}] must be a whole number, got {count!r}.", argument=tool, value=count)
+        if self.other_models:
+            others = tuple(other if isinstance(other, Usage) else Usage(**other) for other in self.other_models)
+            object.__setattr__(self, "other_models", others)
 
     @classmethod
-    def from_response(cls, provider: str, body: Any) -> Usage:
+    def from_response(cls, provider: str, body: Any, *, headers: Mapping[str, Any] | None = None, status: int = 200) -> Usage:
         """Read the usage of any provider's answer, or of the list of events of its stream.
 
-        `provider`: `openai`, `azure`, `anthropic`, `google`, `bedrock`, ...; `body`: the answer's JSON as a dict, an SDK's answer
-        object, or a list of a stream's events. Raises UnreadableAnswer when there is no usage to read; it never guesses zeros.
+        `provider`: `openai`, `azure`, `anthropic`, `google`, `bedrock`, ...; `body`: the answer's JSON as a dict, text or bytes, an
+        SDK's answer object, or a list of a stream's events; `headers` and `status`: what HTTP said beside it, where known.
+        Raises UnreadableAnswer when there is no usage to read; it never guesses zeros.
         """
         from bursar.answers import read_usage  # the readers load when an answer is read
 
-        return read_usage(provider, body)
+        return read_usage(provider, body, headers=headers, status=status)
+
+    def by_model(self) -> tuple[Usage, ...]:
+        """One Usage per model, for pricing: what is left of the totals first, if anything, then `other_models`.
+
+        The stated bill stays with the first: it covers the whole call.
+        """
+        if not self.other_models:
+            return (self,)
+        left = {
+            name: max(0, getattr(self, name) - sum(getattr(other, name) for other in self.other_models))
+            for name in _COUNTS
+            if name != "requests"
+        }
+        own = self.replace(**left, other_models=())
+        return (own, *self.other_models) if any(left.values()) or own.server_tools else self.other_models
+
+    def replace(self, **changes: Any) -> Usage:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and facts that are not empty, as plain JSON data; `Usage(**usage.as_dict())` gives it back."""
@@ -86,11 +111,13 @@ class Usage:
             value = getattr(self, name)
             if name == "server_tools":
                 value = dict(value)
+            elif name == "other_models":
+                value = [other.as_dict() for other in value]
             if value != _EMPTY[name]:
                 result[name] = value
         return result
 
 
 _NAMES = tuple(f.name for f in fields(Usage))
-_EMPTY = {f.name: {} if f.name == "server_tools" else f.default for f in fields(Usage)}
+_EMPTY = {f.name: f.default for f in fields(Usage)} | {"server_tools": {}, "other_models": []}
 _COUNTS = tuple(f.name for f in fields(Usage) if type(f.default) is int)

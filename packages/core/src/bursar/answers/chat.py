@@ -1,0 +1,198 @@
+"""OpenAI's chat shape, which most providers speak: chat and text completions, embeddings, rerank, xAI over gRPC, images, audio."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from bursar.answers.counts import (
+    Json,
+    Keywords,
+    cost_nanos,
+    count,
+    items,
+    milliseconds,
+    part,
+    reported,
+    ticks_nanos,
+    tidy,
+    tier,
+    tools,
+    total,
+    unreadable,
+    word,
+)
+from bursar.answers.tally import Tally
+from bursar.usage import Usage
+
+_TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
+_GROQ_TOOLS = {"search": "web_search", "visit": "web_fetch", "python": "code_execution", "browser_search": "browser_search"}
+
+
+class Chat(Tally):
+    """`usage.prompt_tokens` and its kin, wherever providers put it: top level, `x_groq`, or inside the choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usage: Json | None = None
+        self.breakdown: list[Json] = []
+        self.plain: Keywords = {}  # what is billed without a usage object: images, seconds of audio
+
+    @staticmethod
+    def claims(data: Json) -> bool:
+        usage = data.get("usage")
+        if isinstance(usage, dict) and "input_tokens" in usage:
+            return False
+        if isinstance(usage, dict) and any(name in usage for name in _TOKENS):
+            return True
+        return any(name in data for name in ("choices", "x_groq", "outputs")) or images_made(data) > 0 or _heard(data)
+
+    def feed(self, data: Json) -> None:
+        self.note(model=word(data.get("model")))
+        self.facts.update(tier(data.get("service_tier")))
+        usage = _usage_of(data)
+        if usage is not None:
+            self.usage, self.final = usage, True
+        self.breakdown = items(part(data, "usage_breakdown"), "models") or self.breakdown
+        if images_made(data):
+            self.plain, self.final = {"images": images_made(data)}, True
+        elif _heard(data):
+            self.plain, self.final = {"input_audio_ms": milliseconds(data["duration"])}, True
+        for choice in items(data, "choices"):
+            for name in ("message", "delta"):
+                message = choice.get(name)
+                if isinstance(message, dict):
+                    self.used.update(_GROQ_TOOLS.get(kind, kind) for kind in _kinds(items(message, "executed_tools")))
+
+    def counts(self) -> Keywords | None:
+        if self.usage is None:
+            return self.facts | self.plain if self.plain else None
+        if not reported(self.usage):
+            return None
+        words = chat_counts(self.usage) | self.plain
+        if not any(words.values()):
+            return None
+        spent = usage_tools(self.usage)
+        others = tuple(
+            Usage(**chat_counts(part(entry, "usage")), model=word(entry.get("model")))
+            for entry in self.breakdown[:50]
+            if reported(part(entry, "usage"))
+        )
+        words = words | ({"other_models": others} if others else {})
+        return tools(self.facts | tier(self.usage.get("service_tier")) | words, self.used | spent)
+
+
+def chat_counts(usage: Json) -> Keywords:
+    """The counts of one chat-shaped usage object.
+
+    Cached, audio and image tokens are inside `prompt_tokens`; reasoning is inside `completion_tokens`, except where `total_tokens`
+    exceeds the sum (xAI, Google's compatible endpoint): what lies outside the parts is output that was billed and not shown.
+    """
+    into, out = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+    whole = count(usage.get("total_tokens"))
+    heard = part(usage, "prompt_tokens_details", "prompt_token_details")
+    said = part(usage, "completion_tokens_details", "completion_token_details")
+    thought = max(total(said, "reasoning_tokens"), total(usage, "reasoning_tokens"))
+    connectors = count(usage.get("connector_tokens"))  # Mistral: what its connectors put into the prompt
+    into += connectors
+    if "completion_tokens" not in usage and "prompt_tokens" not in usage:
+        into, outside = whole, 0  # embeddings and rerank report a total alone
+    elif whole:
+        outside = max(0, whole - into - out)
+    else:
+        outside = thought if "prompt_text_tokens" in usage else 0
+    if thought > out + outside:
+        outside = thought
+    read = max(
+        total(heard, "cached_tokens"),
+        total(usage, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens", "cached_prompt_text_tokens"),
+        count(usage.get("cache_read_input_tokens")),
+    )
+    written = max(total(heard, "cache_write_tokens", "cache_creation_tokens"), count(usage.get("cache_creation_input_tokens")))
+    words = tidy({
+        "input_tokens": into,
+        "output_tokens": out + outside,
+        "cache_read_tokens": read,
+        "cache_write_5m_tokens": written,
+        "reasoning_tokens": max(thought, outside),
+        "input_audio_tokens": total(heard, "audio_tokens"),
+        "input_image_tokens": max(total(heard, "image_tokens"), total(usage, "prompt_image_tokens")),
+        "input_video_tokens": total(heard, "video_tokens"),
+        "output_audio_tokens": total(said, "audio_tokens"),
+        "output_image_tokens": total(said, "image_tokens"),
+        "tool_prompt_tokens": connectors,
+        "input_audio_ms": milliseconds(usage.get("prompt_audio_seconds")),
+    })
+    bill = stated(usage)
+    return words if bill is None else words | {"stated_cost_nanos": bill}
+
+
+def stated(usage: Json) -> int | None:
+    """The bill that the provider states: OpenRouter's `cost`, xAI's ticks.
+
+    With the user's own key (`is_byok`) OpenRouter's cost is its fee, and the upstream provider bills `upstream_inference_cost` beside it.
+    """
+    if usage.get("cost_in_usd_ticks") is not None:
+        return ticks_nanos(usage["cost_in_usd_ticks"])
+    cost = usage.get("cost")
+    if isinstance(cost, dict):
+        cost = cost.get("total_cost")  # Perplexity
+    if cost is None:
+        return None
+    if usage.get("is_byok") is True:
+        upstream = part(usage, "cost_details").get("upstream_inference_cost")
+        return None if upstream is None else cost_nanos(cost) + cost_nanos(upstream)
+    return cost_nanos(cost)
+
+
+def usage_tools(usage: Json) -> Counter[str]:
+    """Server-side tools as usage objects count them, under Bursar's names."""
+    used: Counter[str] = Counter()
+    for name in ("server_tool_use", "server_tool_use_details"):  # Anthropic, OpenRouter
+        for key, value in part(usage, name).items():
+            if key.endswith("_requests"):
+                used[key.removesuffix("_requests")] = max(used[key.removesuffix("_requests")], count(value))
+    for key, value in part(usage, "server_side_tool_usage_details").items():  # xAI
+        used[key.removesuffix("_calls")] = count(value)
+    for tool in _listed(usage.get("server_side_tools_used")):  # xAI over gRPC, one entry a call
+        used[tool.removeprefix("SERVER_SIDE_TOOL_").lower()] += 1
+    for key, value in part(usage, "connectors").items():  # Mistral
+        used[str(key)[:60]] = count(value)
+    used["web_search"] = max(used["web_search"], count(usage.get("num_search_queries")))  # Perplexity
+    return +used
+
+
+def _listed(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise unreadable("`server_side_tools_used` is not a list")
+    return [(word(tool) or f"tool_{tool}"[:40]) for tool in value]
+
+
+def _kinds(executed: list[Json]) -> list[str]:
+    return [kind for kind in (word(tool.get("type")) for tool in executed) if kind]
+
+
+def _usage_of(data: Json) -> Json | None:
+    """The usage object of an answer or of a chunk: streams send null until the end."""
+    places = [data, part(data, "x_groq")]
+    places += [choice for choice in items(data, "choices")[:1] if "usage" in choice]
+    for place in places:
+        usage = place.get("usage")
+        if usage is not None:
+            if not isinstance(usage, dict):
+                raise unreadable("`usage` is not an object")
+            if any(name in usage for name in _TOKENS):
+                return usage
+    return None
+
+
+def images_made(data: Json) -> int:
+    """Images that were made: `data: [{url | b64_json}]`."""
+    return sum(1 for item in items(data, "data") if item.get("url") or item.get("b64_json"))
+
+
+def _heard(data: Json) -> bool:
+    """A verbose transcription, billed by its duration."""
+    return "duration" in data and "text" in data and data.get("usage") is None

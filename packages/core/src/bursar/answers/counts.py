@@ -1,0 +1,154 @@
+"""Exact reading of single figures out of untrusted JSON, and the arithmetic that families share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any
+
+from bursar.errors import InvalidInput, UnreadableAnswer
+from bursar.money import nanos, round_half_up
+from bursar.usage import MAX_COUNT
+
+Json = Mapping[str, Any]
+Keywords = dict[str, Any]  # keyword arguments of Usage
+_EMPTY: Json = {}
+
+
+def unreadable(what: str) -> UnreadableAnswer:
+    """The error for an answer that contradicts its own format."""
+    return UnreadableAnswer(
+        f"The answer's usage cannot be read: {what}. Settle the call with a Usage of your own, or leave it to its worst case.",
+        reason="unreadable",
+    )
+
+
+def number(value: Any) -> Fraction:
+    """A non-negative finite number, exactly as it is written; JSON numbers, and strings of digits as gRPC and headers send them."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise unreadable(f"{str(value)[:40]!r} is not a number")
+    if isinstance(value, int):
+        exact: Decimal | int = value
+    else:
+        try:
+            exact = Decimal(str(value)[:64])  # through its text: a float stands for the decimal that was sent
+        except InvalidOperation:
+            raise unreadable(f"{str(value)[:40]!r} is not a number") from None
+        if not exact.is_finite() or abs(exact.adjusted()) > 30:
+            raise unreadable(f"{str(value)[:40]!r} is not a finite number")
+    if not 0 <= exact <= MAX_COUNT * 1000:
+        raise unreadable(f"{str(value)[:40]} is out of range")
+    return Fraction(exact)
+
+
+def count(value: Any) -> int:
+    """A whole number from 0 to 2^48; None counts as 0. Some providers send counts as 6.0."""
+    if value is None:
+        return 0
+    exact = number(value)
+    if exact.denominator != 1 or exact > MAX_COUNT:
+        raise unreadable(f"{str(value)[:40]} is not a count")
+    return int(exact)
+
+
+def milliseconds(seconds: Any) -> int:
+    """Seconds as whole milliseconds, rounded half up."""
+    return 0 if seconds is None else round_half_up(number(seconds) * 1000)
+
+
+def cost_nanos(dollars: Any) -> int:
+    """A stated bill in dollars as nano-dollars, rounded half up once."""
+    exact = number(dollars)
+    try:
+        return nanos(Decimal(exact.numerator) / 1 if exact.denominator == 1 else Decimal(str(dollars)))
+    except InvalidInput:
+        raise unreadable(f"{str(dollars)[:40]} is not an amount of money") from None
+
+
+def ticks_nanos(ticks: Any) -> int:
+    """xAI's cost ticks, 10^-10 dollars each, as nano-dollars."""
+    return round_half_up(number(ticks) / 10)
+
+
+def part(data: Json, *names: str) -> Json:
+    """The object under the first of these names that is there; empty when none is."""
+    for name in names:
+        value = data.get(name)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, Mapping):
+            raise unreadable(f"`{name}` is not an object")
+        return value
+    return _EMPTY
+
+
+def items(data: Json, name: str) -> list[Json]:
+    """The objects of a list; empty when it is not there. Other things in the list are passed over."""
+    value = data.get(name)
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def total(data: Json, *names: str) -> int:
+    """The largest of several names for the same count."""
+    return max((count(data.get(name)) for name in names), default=0)
+
+
+def word(value: Any) -> str | None:
+    """A fact such as a model or a tier: a short text, else None (SDKs send enums, numbers and empty strings)."""
+    value = getattr(value, "value", value)
+    return value[:200] if isinstance(value, str) and value else None
+
+
+def tier(value: Any) -> dict[str, str]:
+    """The service tier as a keyword, in small letters; `auto` is a wish, not what was used."""
+    name = (word(value) or "").lower()
+    return {} if name in ("", "auto", "unspecified", "service_tier_unspecified") else {"service_tier": name}
+
+
+def reported(usage: Json) -> bool:
+    """Whether a usage object holds any count above zero: providers send zeros where they counted nothing."""
+    stack: list[Any] = list(usage.values())
+    for _ in range(10_000):  # bound: a usage object is small
+        if not stack:
+            return False
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack.extend(value.values())
+        elif isinstance(value, list | tuple):
+            stack.extend(value)
+        elif (isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value != 0) or (isinstance(value, str) and value.strip("0.") and value[:1].isdigit()):
+            return True
+    return True
+
+
+def tidy(words: Keywords) -> Keywords:
+    """Make totals hold their parts, where a provider's figures do not.
+
+    A single part above its total shows that the total left it out (xAI counts cached tokens over all rounds of its tools), so
+    the total grows. Cache writes that do not fit beside the reads, and reasoning beside other media, are cut.
+    """
+    into, out = words.get("input_tokens", 0), words.get("output_tokens", 0)
+    for name in ("cache_read_tokens", "input_audio_tokens", "input_image_tokens", "input_video_tokens", "tool_prompt_tokens"):
+        into = max(into, words.get(name, 0))
+    room = into - words.get("cache_read_tokens", 0)
+    for name in ("cache_write_1h_tokens", "cache_write_5m_tokens"):
+        if name in words:
+            words[name] = min(words[name], room)
+            room -= words[name]
+    media = words.get("output_audio_tokens", 0) + words.get("output_image_tokens", 0)
+    out = max(out, media)
+    if "reasoning_tokens" in words:
+        words["reasoning_tokens"] = min(words["reasoning_tokens"], out - media)
+    for medium in ("audio", "image", "video"):
+        name = f"cache_read_{medium}_tokens"
+        if name in words:
+            words[name] = min(words[name], words.get("cache_read_tokens", 0), words.get(f"input_{medium}_tokens", 0))
+    return words | {"input_tokens": into, "output_tokens": out}
+
+
+def tools(words: Keywords, counts: Counter[str]) -> Keywords:
+    """Add the server-side tools that were used, at most 50 names."""
+    used = {name: number_used for name, number_used in counts.most_common(50) if number_used > 0}
+    return words | {"server_tools": used} if used else words
