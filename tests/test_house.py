@@ -39,6 +39,8 @@ ARROWS: dict[str, set[str]] = {
     "estimate": _BASE,
     "prices": _BASE,
     "clock": {"errors"},
+    "scope": {"errors"},
+    "waiting": {"errors"},
     "windows": {"errors"},
     "accounts": {"errors", "money", "windows"},
     "commands": {"errors", "money", "usage", "accounts"},
@@ -46,8 +48,10 @@ ARROWS: dict[str, set[str]] = {
     "schema": _BASE,
     "migrations": _BASE | {"schema"},
     "stores": _BASE | _LAW | {"clock", "schema", "migrations"},
-    "policy": _BASE | _LAW | {"prices"},
-    "guard": _BASE | _LAW | {"answers", "estimate", "prices", "clock", "schema", "stores", "policy"},
+    "policy": _BASE | _LAW | {"prices", "scope"},
+    "guard": _BASE
+    | _LAW
+    | {"answers", "estimate", "prices", "clock", "scope", "waiting", "schema", "stores", "policy"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
 PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices"}
