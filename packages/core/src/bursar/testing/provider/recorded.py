@@ -43,7 +43,7 @@ class Recorded:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(
-                f"A recorded step is not readable ({error!r}). Give endpoint, request, and response with body or events."
+                f"A recorded step is unreadable ({error!r}). Give endpoint, request, and response with body or events."
             ) from error
 
     def data(self) -> Any:
