@@ -18,14 +18,15 @@ class Usage:
     """Counts of one call. Totals hold their parts, so nothing is counted twice.
 
     `input_tokens` and `output_tokens` are totals. Inside input: `cache_read_tokens`, `cache_write_5m_tokens`,
-    `cache_write_1h_tokens`, `input_audio_tokens`, `input_image_tokens`, `input_video_tokens`, and `tool_prompt_tokens` (what the
-    provider's own tools put into the prompt); `cache_read_audio_tokens` (also image, video) are inside both the cache reads and
-    the medium. Inside output: `reasoning_tokens`, `output_audio_tokens`, `output_image_tokens`.
-    Beside tokens: `requests`, seconds of audio in milliseconds (`input_audio_ms`, `output_audio_ms`), `input_characters`, `images`, `pages`,
-    `search_units`, and `server_tools`, a count per server-side tool (`web_search`, `code_execution`, `grounding`, ...).
-    Facts of the answer that decide its price: `model` (as answered), `service_tier`, `region`, `batch`, and
-    `stated_cost_nanos`, the bill that the provider itself states. `other_models` holds the parts of the totals that other models
-    made (an advisor, a router, a collaborating agent), each with its own `model`; `by_model` takes the totals apart for pricing.
+    `cache_write_1h_tokens`, `input_audio_tokens`, `input_image_tokens`, `input_video_tokens`, and `tool_prompt_tokens`
+    (what the provider's own tools put into the prompt); `cache_read_audio_tokens` (also image, video) are inside both
+    the cache reads and the medium. Inside output: `reasoning_tokens`, `output_audio_tokens`, `output_image_tokens`.
+    Beside tokens: `requests`, seconds of audio in milliseconds (`input_audio_ms`, `output_audio_ms`),
+    `input_characters`, `images`, `pages`, `search_units`, and `server_tools`, a count per server-side tool
+    (`web_search`, `code_execution`, `grounding`, ...). Facts of the answer that decide its price: `model` (as
+    answered), `service_tier`, `region`, `batch`, and `stated_cost_nanos`, the bill that the provider itself states.
+    `other_models` holds the parts of the totals that other models made (an advisor, a router, a collaborating agent),
+    each with its own `model`; `by_model` takes the totals apart for pricing.
     """
 
     input_tokens: int = 0
@@ -63,23 +64,31 @@ class Usage:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= MAX_COUNT:
                 raise InvalidInput(
-                    f"Usage.{name} must be a whole number from 0 to 2^48, got {value!r}. Pass the provider's count as it is.",
-                    argument=name, value=value,
+                    f"Usage.{name} must be a whole number from 0 to 2^48, got {value!r}. "
+                    "Pass the provider's count as it is.",
+                    argument=name,
+                    value=value,
                 )
         for tool, count in self.server_tools.items():
             if type(count) is not int or not 0 <= count <= MAX_COUNT:
-                raise InvalidInput(f"Usage.server_tools[{tool!r}] must be a whole number, got {count!r}.", argument=tool, value=count)
+                raise InvalidInput(
+                    f"Usage.server_tools[{tool!r}] must be a whole number, got {count!r}. Pass the count of calls.",
+                    argument=tool,
+                    value=count,
+                )
         if self.other_models:
             others = tuple(other if isinstance(other, Usage) else Usage(**other) for other in self.other_models)
             object.__setattr__(self, "other_models", others)
 
     @classmethod
-    def from_response(cls, provider: str, body: Any, *, headers: Mapping[str, Any] | None = None, status: int = 200) -> Usage:
+    def from_response(
+        cls, provider: str, body: Any, *, headers: Mapping[str, Any] | None = None, status: int = 200
+    ) -> Usage:
         """Read the usage of any provider's answer, or of the list of events of its stream.
 
-        `provider`: `openai`, `azure`, `anthropic`, `google`, `bedrock`, ...; `body`: the answer's JSON as a dict, text or bytes, an
-        SDK's answer object, or a list of a stream's events; `headers` and `status`: what HTTP said beside it, where known.
-        Raises UnreadableAnswer when there is no usage to read; it never guesses zeros.
+        `provider`: `openai`, `azure`, `anthropic`, `google`, `bedrock`, ...; `body`: the answer's JSON as a dict, text
+        or bytes, an SDK's answer object, or a list of a stream's events; `headers` and `status`: what HTTP said beside
+        it, where known. Raises UnreadableAnswer when there is no usage to read; it never guesses zeros.
         """
         from bursar.answers import read_usage  # the readers load when an answer is read
 

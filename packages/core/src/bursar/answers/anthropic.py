@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from bursar.answers.chat import usage_tools
-from bursar.answers.counts import Json, Keywords, count, items, part, reported, tidy, tier, tools, word
+from bursar.answers.counts import Json, Keywords, count, items, part, reported, tidy, tier, tools, usage_of, word
 from bursar.answers.tally import Tally
 from bursar.usage import Usage
 
-_EVENTS = frozenset({"message_start", "message_delta", "message_stop", "content_block_start", "content_block_delta", "content_block_stop"})
+_EVENTS = frozenset(
+    {
+        "message_start",
+        "message_delta",
+        "message_stop",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+    }
+)
 _OWN_KEYS = ("cache_creation_input_tokens", "cache_read_input_tokens", "server_tool_use", "iterations")
 _CODE = frozenset({"code_execution", "bash_code_execution", "text_editor_code_execution"})
 
 
 class Anthropic(Tally):
-    """`message_start` tells the input; `message_delta` the final counts, which are running totals and replace what came before."""
+    """`message_start` tells the input; `message_delta` the final counts: running totals, which replace the earlier ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +46,7 @@ class Anthropic(Tally):
         self.note(model=word(message.get("model")))
         blocks = items(message, "content") if kind != "content_block_start" else [part(data, "content_block")]
         for block in blocks:
-            if block.get("type") == "server_tool_use" and block.get("name") in _CODE:
+            if block.get("type") == "server_tool_use" and word(block.get("name")) in _CODE:
                 self.used["code_execution"] += 1
         usage = part(message, "usage")
         if usage:
@@ -85,9 +94,10 @@ def _message_counts(usage: Json) -> Keywords:
 
 
 def _with_iterations(usage: Json, top: Keywords, model: str | None) -> Keywords:
-    """Add the rounds that the top level leaves out: compaction, and an advisor, which is another model at its own price.
+    """Add the rounds that the top level leaves out: compaction, and an advisor, another model at its own price.
 
-    The top level counts the rounds of type `message` alone. Source: docs.anthropic.com, compaction, "Understanding usage".
+    The top level counts the rounds of type `message` alone. Source: docs.anthropic.com, compaction, "Understanding
+    usage".
     """
     rounds = items(usage, "iterations")[:1000]
     own: Keywords = dict.fromkeys(top, 0)
@@ -96,7 +106,7 @@ def _with_iterations(usage: Json, top: Keywords, model: str | None) -> Keywords:
         words = _message_counts(entry)
         other = word(entry.get("model"))
         if other and other != model:
-            others.append(Usage(**tidy(words), model=other))
+            others.append(usage_of(tidy(words) | {"model": other}))
             continue
         own = {name: own[name] + words[name] for name in own}
     if own["input_tokens"] + own["output_tokens"] > top["input_tokens"] + top["output_tokens"]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bursar.answers.counts import Json, Keywords, count, items, part, reported, tidy, tier, tools, total, word
+from bursar.answers.counts import Json, Keywords, count, items, part, reported, tidy, tier, tools, total, usage_of, word
 from bursar.answers.tally import Tally
-from bursar.usage import Usage
 
 _HEADER = "x-amzn-bedrock-"
 METRICS = "amazon-bedrock-invocationMetrics"
@@ -25,7 +24,18 @@ class Bedrock(Tally):
 
     @staticmethod
     def claims(data: Json) -> bool:
-        if any(name in data for name in (METRICS, *_TITAN, *_LLAMA, "messageStart", "contentBlockDelta", "contentBlockStop", "messageStop")):
+        if any(
+            name in data
+            for name in (
+                METRICS,
+                *_TITAN,
+                *_LLAMA,
+                "messageStart",
+                "contentBlockDelta",
+                "contentBlockStop",
+                "messageStop",
+            )
+        ):
             return True
         usage = part(data, "metadata").get("usage") if isinstance(data.get("metadata"), Mapping) else None
         usage = usage or data.get("usage")
@@ -39,31 +49,44 @@ class Bedrock(Tally):
         usage = part(data, METRICS) or part(inner, "usage") or part(data, "usage") or _native(data)
         if reported(usage):
             self.usage = usage
-            self.final = self.final or METRICS in data or not any(name in data for name in _LLAMA) or bool(data.get("stop_reason"))
+            self.final = (
+                self.final
+                or METRICS in data
+                or not any(name in data for name in _LLAMA)
+                or bool(data.get("stop_reason"))
+            )
             for name, value in part(usage, "serverToolUsage").items():
-                self.used[str(name)[:60].removesuffix("Requests")] = count(value)
+                self.used[(word(name) or "other").removesuffix("Requests")] = count(value)
 
     def counts(self) -> Keywords | None:
         return tools(self.facts | converse_counts(self.usage), self.used) if reported(self.usage) else None
 
 
 def converse_counts(usage: Json) -> Keywords:
-    """Converse's `inputTokens` leaves cache reads and writes out (its `totalTokens` has them); Bursar's total holds them."""
+    """Converse's `inputTokens` leaves cache reads and writes out, which its `totalTokens` has; Bursar's total holds them."""
     read = total(usage, "cacheReadInputTokens", "cacheReadInputTokenCount")
-    hour = sum(count(entry.get("inputTokens")) for entry in items(usage, "cacheDetails")[:10] if entry.get("ttl") == "1h")
+    hour = sum(
+        count(entry.get("inputTokens")) for entry in items(usage, "cacheDetails")[:10] if entry.get("ttl") == "1h"
+    )
     written = max(total(usage, "cacheWriteInputTokens", "cacheWriteInputTokenCount"), hour)
-    return tidy({
-        "input_tokens": total(usage, "inputTokens", "inputTokenCount") + read + written,
-        "output_tokens": total(usage, "outputTokens", "outputTokenCount"),
-        "cache_read_tokens": read,
-        "cache_write_5m_tokens": written - hour,
-        "cache_write_1h_tokens": hour,
-    })
+    return tidy(
+        {
+            "input_tokens": total(usage, "inputTokens", "inputTokenCount") + read + written,
+            "output_tokens": total(usage, "outputTokens", "outputTokenCount"),
+            "cache_read_tokens": read,
+            "cache_write_5m_tokens": written - hour,
+            "cache_write_1h_tokens": hour,
+        }
+    )
 
 
 def header_counts(headers: Mapping[str, Any]) -> Keywords | None:
-    """The counts that `InvokeModel` sends as headers, for models whose bodies hold none (Cohere, Mistral, old Claude, embeddings)."""
-    found = {str(name).lower().removeprefix(_HEADER): value for name, value in headers.items() if str(name).lower().startswith(_HEADER)}
+    """The counts that `InvokeModel` sends as headers: Cohere's, Mistral's, old Claude's and embeddings' bodies hold none."""
+    found = {
+        str(name).lower().removeprefix(_HEADER): value
+        for name, value in headers.items()
+        if str(name).lower().startswith(_HEADER)
+    }
     if "input-token-count" not in found and "output-token-count" not in found:
         return None
     usage = {
@@ -122,7 +145,7 @@ class Agent(Tally):
     def counts(self) -> Keywords | None:
         if not self.final:
             return None
-        others = tuple(Usage(**words, model=model or None) for model, words in self.others.items())
+        others = tuple(usage_of(words | {"model": model or None}) for model, words in self.others.items())
         return self.facts | self.own | ({"other_models": others} if others else {})
 
 

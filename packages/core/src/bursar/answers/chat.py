@@ -1,4 +1,4 @@
-"""OpenAI's chat shape, which most providers speak: chat and text completions, embeddings, rerank, xAI over gRPC, images, audio."""
+"""OpenAI's chat shape, which most providers speak: completions, embeddings, rerank, xAI over gRPC, images, audio."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from bursar.answers.counts import (
     tools,
     total,
     unreadable,
+    usage_of,
     word,
 )
 from bursar.answers.tally import Tally
-from bursar.usage import Usage
 
 _TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
-_GROQ_TOOLS = {"search": "web_search", "visit": "web_fetch", "python": "code_execution", "browser_search": "browser_search"}
+_GROQ_TOOLS = {
+    "search": "web_search",
+    "visit": "web_fetch",
+    "python": "code_execution",
+    "browser_search": "browser_search",
+}
 
 
 class Chat(Tally):
@@ -70,11 +75,9 @@ class Chat(Tally):
         if not reported(self.usage):
             return None
         words = chat_counts(self.usage) | self.plain
-        if not any(words.values()):
-            return None
         spent = usage_tools(self.usage)
         others = tuple(
-            Usage(**chat_counts(part(entry, "usage")), model=word(entry.get("model")))
+            usage_of(chat_counts(part(entry, "usage")) | {"model": word(entry.get("model"))})
             for entry in self.breakdown[:50]
             if reported(part(entry, "usage"))
         )
@@ -85,8 +88,9 @@ class Chat(Tally):
 def chat_counts(usage: Json) -> Keywords:
     """The counts of one chat-shaped usage object.
 
-    Cached, audio and image tokens are inside `prompt_tokens`; reasoning is inside `completion_tokens`, except where `total_tokens`
-    exceeds the sum (xAI, Google's compatible endpoint): what lies outside the parts is output that was billed and not shown.
+    Cached, audio and image tokens are inside `prompt_tokens`; reasoning is inside `completion_tokens`, except where
+    `total_tokens` exceeds the sum (xAI, Google's compatible endpoint): what lies outside the parts is output that was
+    billed and not shown.
     """
     into, out = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
     whole = count(usage.get("total_tokens"))
@@ -108,21 +112,25 @@ def chat_counts(usage: Json) -> Keywords:
         total(usage, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens", "cached_prompt_text_tokens"),
         count(usage.get("cache_read_input_tokens")),
     )
-    written = max(total(heard, "cache_write_tokens", "cache_creation_tokens"), count(usage.get("cache_creation_input_tokens")))
-    words = tidy({
-        "input_tokens": into,
-        "output_tokens": out + outside,
-        "cache_read_tokens": read,
-        "cache_write_5m_tokens": written,
-        "reasoning_tokens": max(thought, outside),
-        "input_audio_tokens": total(heard, "audio_tokens"),
-        "input_image_tokens": max(total(heard, "image_tokens"), total(usage, "prompt_image_tokens")),
-        "input_video_tokens": total(heard, "video_tokens"),
-        "output_audio_tokens": total(said, "audio_tokens"),
-        "output_image_tokens": total(said, "image_tokens"),
-        "tool_prompt_tokens": connectors,
-        "input_audio_ms": milliseconds(usage.get("prompt_audio_seconds")),
-    })
+    written = max(
+        total(heard, "cache_write_tokens", "cache_creation_tokens"), count(usage.get("cache_creation_input_tokens"))
+    )
+    words = tidy(
+        {
+            "input_tokens": into,
+            "output_tokens": out + outside,
+            "cache_read_tokens": read,
+            "cache_write_5m_tokens": written,
+            "reasoning_tokens": max(thought, outside),
+            "input_audio_tokens": total(heard, "audio_tokens"),
+            "input_image_tokens": max(total(heard, "image_tokens"), total(usage, "prompt_image_tokens")),
+            "input_video_tokens": total(heard, "video_tokens"),
+            "output_audio_tokens": total(said, "audio_tokens"),
+            "output_image_tokens": total(said, "image_tokens"),
+            "tool_prompt_tokens": connectors,
+            "input_audio_ms": milliseconds(usage.get("prompt_audio_seconds")),
+        }
+    )
     bill = stated(usage)
     return words if bill is None else words | {"stated_cost_nanos": bill}
 
@@ -130,7 +138,8 @@ def chat_counts(usage: Json) -> Keywords:
 def stated(usage: Json) -> int | None:
     """The bill that the provider states: OpenRouter's `cost`, xAI's ticks.
 
-    With the user's own key (`is_byok`) OpenRouter's cost is its fee, and the upstream provider bills `upstream_inference_cost` beside it.
+    With the user's own key (`is_byok`) OpenRouter's cost is its fee, and the upstream provider bills
+    `upstream_inference_cost` beside it.
     """
     if usage.get("cost_in_usd_ticks") is not None:
         return ticks_nanos(usage["cost_in_usd_ticks"])
@@ -150,14 +159,15 @@ def usage_tools(usage: Json) -> Counter[str]:
     used: Counter[str] = Counter()
     for name in ("server_tool_use", "server_tool_use_details"):  # Anthropic, OpenRouter
         for key, value in part(usage, name).items():
-            if key.endswith("_requests"):
-                used[key.removesuffix("_requests")] = max(used[key.removesuffix("_requests")], count(value))
+            tool, _, what = (word(key) or "").rpartition("_")
+            if what == "requests":
+                used[tool] = max(used[tool], count(value))
     for key, value in part(usage, "server_side_tool_usage_details").items():  # xAI
-        used[key.removesuffix("_calls")] = count(value)
+        used[(word(key) or "other").removesuffix("_calls")] = count(value)
     for tool in _listed(usage.get("server_side_tools_used")):  # xAI over gRPC, one entry a call
         used[tool.removeprefix("SERVER_SIDE_TOOL_").lower()] += 1
     for key, value in part(usage, "connectors").items():  # Mistral
-        used[str(key)[:60]] = count(value)
+        used[word(key) or "other"] = count(value)
     used["web_search"] = max(used["web_search"], count(usage.get("num_search_queries")))  # Perplexity
     return +used
 
@@ -167,7 +177,7 @@ def _listed(value: Any) -> list[str]:
         return []
     if not isinstance(value, list | tuple):
         raise unreadable("`server_side_tools_used` is not a list")
-    return [(word(tool) or f"tool_{tool}"[:40]) for tool in value]
+    return [word(tool) or "other" for tool in value[:10_000]]
 
 
 def _kinds(executed: list[Json]) -> list[str]:

@@ -7,7 +7,7 @@ from bursar.answers.tally import Tally
 
 
 class Cohere(Tally):
-    """Only `billed_units` are billed; `tokens` counts the template around the prompt too, and stands in where no bill is told.
+    """Only `billed_units` are billed; `tokens` counts the template too, and stands in where no bill is told.
 
     `cached_tokens` is a part of `tokens`, and has no price of its own.
     """
@@ -18,7 +18,10 @@ class Cohere(Tally):
 
     @staticmethod
     def claims(data: Json) -> bool:
-        if data.get("type") in ("message-start", "message-end") or data.get("event_type") in ("stream-start", "stream-end"):
+        if data.get("type") in ("message-start", "message-end") or data.get("event_type") in (
+            "stream-start",
+            "stream-end",
+        ):
             return True
         for name in ("usage", "meta"):
             value = data.get(name)
@@ -38,10 +41,12 @@ class Cohere(Tally):
         if not reported(self.usage):
             return None
         seen = count(self.usage.get("image_tokens"))
-        return self.facts | tidy({
-            "input_tokens": count(self.usage.get("input_tokens")) + seen,
-            "output_tokens": count(self.usage.get("output_tokens")),
-            "input_image_tokens": seen,
-            "search_units": count(self.usage.get("search_units")),
-            "images": count(self.usage.get("images")),
-        })
+        return self.facts | tidy(
+            {
+                "input_tokens": count(self.usage.get("input_tokens")) + seen,
+                "output_tokens": count(self.usage.get("output_tokens")),
+                "input_image_tokens": seen,
+                "search_units": count(self.usage.get("search_units")),
+                "images": count(self.usage.get("images")),
+            }
+        )

@@ -9,37 +9,37 @@ from fractions import Fraction
 from typing import Any
 
 from bursar.errors import InvalidInput, UnreadableAnswer
-from bursar.money import nanos, round_half_up
-from bursar.usage import MAX_COUNT
+from bursar.money import MAX_NANOS, NANOS_PER_USD, round_half_up
+from bursar.usage import MAX_COUNT, Usage
 
 Json = Mapping[str, Any]
 Keywords = dict[str, Any]  # keyword arguments of Usage
 _EMPTY: Json = {}
+MAX_NUMBER = 2**62
 
 
 def unreadable(what: str) -> UnreadableAnswer:
     """The error for an answer that contradicts its own format."""
     return UnreadableAnswer(
-        f"The answer's usage cannot be read: {what}. Settle the call with a Usage of your own, or leave it to its worst case.",
+        f"The answer's usage cannot be read: {what}. "
+        "Settle the call with a Usage of your own, or leave it to its worst case.",
         reason="unreadable",
     )
 
 
 def number(value: Any) -> Fraction:
-    """A non-negative finite number, exactly as it is written; JSON numbers, and strings of digits as gRPC and headers send them."""
+    """A non-negative finite number, exactly as it is written: a JSON number, or digits as gRPC and headers send them."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        raise unreadable(f"{str(value)[:40]!r} is not a number")
-    if isinstance(value, int):
-        exact: Decimal | int = value
-    else:
-        try:
-            exact = Decimal(str(value)[:64])  # through its text: a float stands for the decimal that was sent
-        except InvalidOperation:
-            raise unreadable(f"{str(value)[:40]!r} is not a number") from None
-        if not exact.is_finite() or abs(exact.adjusted()) > 30:
-            raise unreadable(f"{str(value)[:40]!r} is not a finite number")
-    if not 0 <= exact <= MAX_COUNT * 1000:
-        raise unreadable(f"{str(value)[:40]} is out of range")
+        raise unreadable(f"a {type(value).__name__} stands where a number is due")
+    try:
+        # Through its text, so that a float stands for the decimal that was sent.
+        exact = value if isinstance(value, int | Decimal) else Decimal(str(value)[:64])
+    except InvalidOperation:
+        raise unreadable(f"{str(value)[:40]!r} is not a number") from None
+    if isinstance(exact, Decimal) and (not exact.is_finite() or (exact and abs(exact.adjusted()) > 30)):
+        raise unreadable(f"{str(value)[:40]!r} is not a finite number")
+    if not 0 <= exact <= MAX_NUMBER:
+        raise unreadable("a number is negative or far too large")
     return Fraction(exact)
 
 
@@ -60,16 +60,19 @@ def milliseconds(seconds: Any) -> int:
 
 def cost_nanos(dollars: Any) -> int:
     """A stated bill in dollars as nano-dollars, rounded half up once."""
-    exact = number(dollars)
-    try:
-        return nanos(Decimal(exact.numerator) / 1 if exact.denominator == 1 else Decimal(str(dollars)))
-    except InvalidInput:
-        raise unreadable(f"{str(dollars)[:40]} is not an amount of money") from None
+    return _bill(number(dollars) * NANOS_PER_USD)
 
 
 def ticks_nanos(ticks: Any) -> int:
     """xAI's cost ticks, 10^-10 dollars each, as nano-dollars."""
-    return round_half_up(number(ticks) / 10)
+    return _bill(number(ticks) / 10)
+
+
+def _bill(amount: Fraction) -> int:
+    rounded = round_half_up(amount)
+    if rounded > MAX_NANOS:
+        raise unreadable("the stated bill is beyond any account")
+    return rounded
 
 
 def part(data: Json, *names: str) -> Json:
@@ -118,7 +121,10 @@ def reported(usage: Json) -> bool:
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
             stack.extend(value)
-        elif (isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value != 0) or (isinstance(value, str) and value.strip("0.") and value[:1].isdigit()):
+        elif isinstance(value, str):
+            if value.replace(".", "", 1).isdigit() and value.strip("0."):
+                return True
+        elif isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value != 0:
             return True
     return True
 
@@ -126,11 +132,18 @@ def reported(usage: Json) -> bool:
 def tidy(words: Keywords) -> Keywords:
     """Make totals hold their parts, where a provider's figures do not.
 
-    A single part above its total shows that the total left it out (xAI counts cached tokens over all rounds of its tools), so
-    the total grows. Cache writes that do not fit beside the reads, and reasoning beside other media, are cut.
+    A single part above its total shows that the total left it out (xAI counts cached tokens over all rounds of its
+    tools), so the total grows. Cache writes that do not fit beside the reads, and reasoning beside other media, are
+    cut.
     """
     into, out = words.get("input_tokens", 0), words.get("output_tokens", 0)
-    for name in ("cache_read_tokens", "input_audio_tokens", "input_image_tokens", "input_video_tokens", "tool_prompt_tokens"):
+    for name in (
+        "cache_read_tokens",
+        "input_audio_tokens",
+        "input_image_tokens",
+        "input_video_tokens",
+        "tool_prompt_tokens",
+    ):
         into = max(into, words.get(name, 0))
     room = into - words.get("cache_read_tokens", 0)
     for name in ("cache_write_1h_tokens", "cache_write_5m_tokens"):
@@ -150,5 +163,13 @@ def tidy(words: Keywords) -> Keywords:
 
 def tools(words: Keywords, counts: Counter[str]) -> Keywords:
     """Add the server-side tools that were used, at most 50 names."""
-    used = {name: number_used for name, number_used in counts.most_common(50) if number_used > 0}
+    used = {name: times for name, times in counts.most_common(50) if times > 0}
     return words | {"server_tools": used} if used else words
+
+
+def usage_of(words: Keywords) -> Usage:
+    """The Usage of these keywords; sums that no account holds are unreadable."""
+    try:
+        return Usage(**words)
+    except InvalidInput as error:
+        raise unreadable(str(error).split(". ")[0]) from None

@@ -9,7 +9,12 @@ from bursar.answers.tally import Tally
 
 # Enums come as names, or as numbers from the protobuf clients (google.ai.generativelanguage, Modality).
 _MODALITIES = {1: "TEXT", 2: "IMAGE", 3: "VIDEO", 4: "AUDIO", 5: "DOCUMENT"}
-_TRAFFIC = {"ON_DEMAND": "standard", "ON_DEMAND_PRIORITY": "priority", "ON_DEMAND_FLEX": "flex", "PROVISIONED_THROUGHPUT": "provisioned"}
+_TRAFFIC = {
+    "ON_DEMAND": "standard",
+    "ON_DEMAND_PRIORITY": "priority",
+    "ON_DEMAND_FLEX": "flex",
+    "PROVISIONED_THROUGHPUT": "provisioned",
+}
 _MARKS = ("usageMetadata", "candidates", "promptFeedback", "modelVersion", "serverContent")
 
 
@@ -62,7 +67,7 @@ class Google(Tally):
         return tools(self.facts | words, self.used)
 
     def _tools(self, candidate: Json) -> None:
-        """Grounding is billed by the grounded prompt up to Gemini 2.5, by the query from Gemini 3 on: both are counted."""
+        """Grounding is billed by the prompt up to Gemini 2.5, by the query from Gemini 3 on: both are counted."""
         grounding = _camel(part(candidate, "groundingMetadata"))
         chunks = items(grounding, "groundingChunks")
         asked = grounding.get("webSearchQueries")
@@ -75,14 +80,17 @@ class Google(Tally):
         if any("retrievedContext" in chunk or "retrieved_context" in chunk for chunk in chunks):
             self.used["file_search"] = 1
         pieces = items(part(candidate, "content"), "parts")
-        self.used["code_execution"] += sum(1 for piece in pieces if piece.get("executableCode") or piece.get("executable_code"))
+        self.used["code_execution"] += sum(
+            1 for piece in pieces if piece.get("executableCode") or piece.get("executable_code")
+        )
 
 
 def _metadata(usage: Json) -> Keywords:
     """Counts of `usageMetadata`. Thoughts and the prompts of tools stand beside prompt and candidates.
 
-    Early previews counted the thoughts inside the candidates: the total, which then equals prompt and candidates, tells. Live leaves
-    the thoughts out of its total though they are billed as output. Source: ai.google.dev/gemini-api/docs/thinking, "Pricing".
+    Early previews counted the thoughts inside the candidates: the total, which then equals prompt and candidates,
+    tells. Live leaves the thoughts out of its total though they are billed as output. Source:
+    ai.google.dev/gemini-api/docs/thinking, "Pricing".
     """
     prompt, tool = count(usage.get("promptTokenCount")), count(usage.get("toolUsePromptTokenCount"))
     shown = count(usage.get("candidatesTokenCount"))
@@ -96,22 +104,24 @@ def _metadata(usage: Json) -> Keywords:
     media = _modalities(usage, "promptTokensDetails", "promptTokenDetails", "toolUsePromptTokensDetails")
     cached = _modalities(usage, "cacheTokensDetails")
     said = _modalities(usage, "candidatesTokensDetails", "responseTokensDetails")
-    return tidy({
-        "input_tokens": prompt + tool,
-        "output_tokens": out,
-        "cache_read_tokens": count(usage.get("cachedContentTokenCount")),
-        "reasoning_tokens": thought,
-        "tool_prompt_tokens": tool,
-        "input_audio_tokens": media.get("AUDIO", 0),
-        "input_image_tokens": media.get("IMAGE", 0),
-        "input_video_tokens": media.get("VIDEO", 0),
-        "cache_read_audio_tokens": cached.get("AUDIO", 0),
-        "cache_read_image_tokens": cached.get("IMAGE", 0),
-        "cache_read_video_tokens": cached.get("VIDEO", 0),
-        "output_audio_tokens": said.get("AUDIO", 0),
-        "output_image_tokens": said.get("IMAGE", 0),
-        "input_characters": count(usage.get("billableCharacterCount")),
-    })
+    return tidy(
+        {
+            "input_tokens": prompt + tool,
+            "output_tokens": out,
+            "cache_read_tokens": count(usage.get("cachedContentTokenCount")),
+            "reasoning_tokens": thought,
+            "tool_prompt_tokens": tool,
+            "input_audio_tokens": media.get("AUDIO", 0),
+            "input_image_tokens": media.get("IMAGE", 0),
+            "input_video_tokens": media.get("VIDEO", 0),
+            "cache_read_audio_tokens": cached.get("AUDIO", 0),
+            "cache_read_image_tokens": cached.get("IMAGE", 0),
+            "cache_read_video_tokens": cached.get("VIDEO", 0),
+            "output_audio_tokens": said.get("AUDIO", 0),
+            "output_image_tokens": said.get("IMAGE", 0),
+            "input_characters": count(usage.get("billableCharacterCount")),
+        }
+    )
 
 
 def _interaction(usage: Json) -> Keywords:
@@ -119,16 +129,18 @@ def _interaction(usage: Json) -> Keywords:
     cached = _modalities(usage, "cached_tokens_by_modality")
     said = _modalities(usage, "output_tokens_by_modality")
     tool, thought = count(usage.get("total_tool_use_tokens")), count(usage.get("total_thought_tokens"))
-    return tidy({
-        "input_tokens": count(usage.get("total_input_tokens")) + tool,
-        "output_tokens": count(usage.get("total_output_tokens")) + thought,
-        "cache_read_tokens": count(usage.get("total_cached_tokens")),
-        "reasoning_tokens": thought,
-        "tool_prompt_tokens": tool,
-        **{f"input_{name.lower()}_tokens": media.get(name, 0) for name in ("AUDIO", "IMAGE", "VIDEO")},
-        **{f"cache_read_{name.lower()}_tokens": cached.get(name, 0) for name in ("AUDIO", "IMAGE", "VIDEO")},
-        **{f"output_{name.lower()}_tokens": said.get(name, 0) for name in ("AUDIO", "IMAGE")},
-    })
+    return tidy(
+        {
+            "input_tokens": count(usage.get("total_input_tokens")) + tool,
+            "output_tokens": count(usage.get("total_output_tokens")) + thought,
+            "cache_read_tokens": count(usage.get("total_cached_tokens")),
+            "reasoning_tokens": thought,
+            "tool_prompt_tokens": tool,
+            **{f"input_{name.lower()}_tokens": media.get(name, 0) for name in ("AUDIO", "IMAGE", "VIDEO")},
+            **{f"cache_read_{name.lower()}_tokens": cached.get(name, 0) for name in ("AUDIO", "IMAGE", "VIDEO")},
+            **{f"output_{name.lower()}_tokens": said.get(name, 0) for name in ("AUDIO", "IMAGE")},
+        }
+    )
 
 
 def _predictions(data: Json) -> Json:
@@ -145,10 +157,10 @@ def _modalities(usage: Json, *names: str) -> dict[str, int]:
     result: dict[str, int] = {}
     for name in names:
         for entry in items(usage, name)[:100]:
-            kind: Any = getattr(entry.get("modality"), "value", entry.get("modality"))
-            kind = _MODALITIES.get(kind, "TEXT") if isinstance(kind, int) else str(kind).upper()
+            kind = entry.get("modality")
+            kind = _MODALITIES.get(kind) if isinstance(kind, int) else (word(kind) or "").upper()
             tokens = next((entry[key] for key in ("tokenCount", "token_count", "tokens") if key in entry), None)
-            result[kind] = result.get(kind, 0) + count(tokens)
+            result[kind or "TEXT"] = result.get(kind or "TEXT", 0) + count(tokens)
     return result
 
 
@@ -160,7 +172,7 @@ def _tier(usage: Json) -> dict[str, str]:
 
 
 def _camel(data: Json) -> Json:
-    """The SDK's snake_case names as the wire's camelCase; the interactions API has snake_case on the wire and keeps it."""
+    """The SDK's snake_case names as the wire's camelCase; interactions have snake_case on the wire and keep it."""
     if "total_input_tokens" in data or not any("_" in name for name in data if isinstance(name, str)):
         return _inner(data)
     result: dict[str, Any] = {}

@@ -15,7 +15,9 @@ class Ollama(Tally):
 
     @staticmethod
     def claims(data: Json) -> bool:
-        return any(name in data for name in ("prompt_eval_count", "eval_count")) or ("done" in data and "created_at" in data)
+        return any(name in data for name in ("prompt_eval_count", "eval_count")) or (
+            "done" in data and "created_at" in data
+        )
 
     def feed(self, data: Json) -> None:
         self.note(model=word(data.get("model")))

@@ -23,7 +23,9 @@ def plain(value: Any) -> Any:
         return value
     try:
         return _object(value)
-    except Exception as error:  # an SDK's own dump may raise anything; the caller must still learn that the usage is unknown
+    except (
+        Exception
+    ) as error:  # an SDK's own dump may raise anything; the caller must still learn that the usage is unknown
         raise unreadable(f"{type(value).__name__} cannot be turned into data ({type(error).__name__})") from None
 
 
@@ -34,7 +36,9 @@ def _object(value: Any) -> Any:
         return list(value)
     if hasattr(value, "model_dump"):
         return value.model_dump(warnings=False) if _takes_warnings(value) else value.model_dump()
-    message = getattr(value, "_pb", None) or getattr(value, "proto", None) or value  # proto-plus, xAI's wrapper, protobuf itself
+    message = (
+        getattr(value, "_pb", None) or getattr(value, "proto", None) or value
+    )  # proto-plus, xAI's wrapper, protobuf itself
     if hasattr(message, "DESCRIPTOR"):
         from google.protobuf.json_format import MessageToDict  # there, because the message is one of its own
 

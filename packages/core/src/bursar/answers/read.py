@@ -6,39 +6,52 @@ from collections.abc import Mapping
 from typing import Any
 
 from bursar.answers.bedrock import header_counts
-from bursar.answers.counts import part, unreadable
+from bursar.answers.counts import count, part, unreadable, usage_of, word
 from bursar.answers.plain import events_of, plain
 from bursar.answers.stream import StreamReader
 from bursar.errors import UnreadableAnswer
 from bursar.usage import Usage
 
 _REMEDY = {
-    "no_usage": "Settle the call with a Usage of your own, or leave it to its worst case; for streams turn usage reporting on.",
+    "no_usage": "Turn usage reporting on for streams, settle with a Usage of your own, or leave the call to its worst case.",
     "not_billable": "Release the call's reservation.",
 }
 # A whole answer with nothing but these names is a count, a lookup or a setup that no provider bills.
 _FREE: tuple[frozenset[str], ...] = (
     frozenset({"input_tokens", "object", "context_management"}),  # Anthropic and OpenAI token counts
     frozenset({"inputTokens"}),  # Bedrock CountTokens
-    frozenset({"totalTokens", "totalBillableCharacters", "promptTokensDetails", "cachedContentTokenCount"}),  # Google countTokens
-    frozenset({"total_tokens", "total_billable_characters", "prompt_tokens_details", "cached_content_token_count", "sdk_http_response"}),
+    frozenset(
+        {"totalTokens", "totalBillableCharacters", "promptTokensDetails", "cachedContentTokenCount"}
+    ),  # Google countTokens
+    frozenset(
+        {
+            "total_tokens",
+            "total_billable_characters",
+            "prompt_tokens_details",
+            "cached_content_token_count",
+            "sdk_http_response",
+        }
+    ),
     frozenset({"tokens", "token_strings", "meta"}),  # Cohere tokenize
     frozenset({"retrievalResults", "nextToken", "guardrailAction"}),  # Bedrock knowledge base retrieve
     frozenset({"value", "expires_at", "session"}),  # OpenAI realtime client secrets
 )
-_AFTER_GENERATION = frozenset({"api_error", "server_error", "internal_server_error", "timeout", "timeout_error", "internal"})
+_AFTER_GENERATION = frozenset(
+    {"api_error", "server_error", "internal_server_error", "timeout", "timeout_error", "internal"}
+)
 _UNSURE_STATUS = frozenset({408, 409, 499})  # the provider may have worked on, or done it before
 
 
 def read_usage(provider: str, body: Any, *, headers: Mapping[str, Any] | None = None, status: int = 200) -> Usage:
     """The usage that a provider's answer reports.
 
-    `body`: the JSON as a dict, text or bytes; an SDK's answer object; a stream as a list of its events (dicts, SDK events, or
-    `{"event", "data"}`) or as its text; a recording `{"format", "events"}`; a line of a batch result. `headers` and `status` are
-    what HTTP said beside it: some Bedrock models count in headers alone.
+    `body`: the JSON as a dict, text or bytes; an SDK's answer object; a stream as a list of its events (dicts, SDK
+    events, or `{"event", "data"}`) or as its text; a recording `{"format", "events"}`; a line of a batch result.
+    `headers` and `status` are what HTTP said beside it: some Bedrock models count in headers alone.
 
-    Raises UnreadableAnswer, whose `reason` is `no_usage` (billed, or perhaps billed, and not reported; `partial` holds what a cut
-    stream told), `not_billable` (refused before generation, or free), or `unreadable`. Nothing is ever guessed as zero.
+    Raises UnreadableAnswer, whose `reason` is `no_usage` (billed, or perhaps billed, and not reported; `partial` holds
+    what a cut stream told), `not_billable` (refused before generation, or free), or `unreadable`. Nothing is ever
+    guessed as zero.
     """
     try:
         return _read(provider, body, headers or {}, status)
@@ -48,12 +61,14 @@ def read_usage(provider: str, body: Any, *, headers: Mapping[str, Any] | None = 
 
 
 def _read(provider: str, body: Any, headers: Mapping[str, Any], status: int) -> Usage:
-    if hasattr(body, "status_code") and hasattr(body, "content") and hasattr(body, "headers"):
-        body, headers, status = body.content, body.headers, int(body.status_code)  # an HTTP response
+    code = getattr(body, "status_code", None)
+    if isinstance(code, int) and hasattr(body, "content") and hasattr(body, "headers"):
+        body, headers, status = body.content, body.headers, code  # an HTTP response
     data = plain(body)
     if isinstance(data, dict):
         meta = part(data, "ResponseMetadata")  # boto3 keeps the HTTP side in the answer
-        headers, status = headers or part(meta, "HTTPHeaders"), meta.get("HTTPStatusCode") or status
+        headers = headers or part(meta, "HTTPHeaders")
+        status = count(meta.get("HTTPStatusCode")) or status
     if isinstance(data, str):
         if data.startswith("v=0"):
             raise _none(provider, "not_billable", "it is a session description")
@@ -68,7 +83,7 @@ def _read(provider: str, body: Any, headers: Mapping[str, Any], status: int) -> 
     usage = reader.usage() if streamed else reader.partial()
     if usage is None:
         words = header_counts(headers)
-        usage = Usage(**words) if words else None
+        usage = usage_of(words) if words else None
     if usage is None:
         raise _missing(provider, data, reader, status)
     return usage.replace(batch=True) if batch else usage
@@ -114,7 +129,10 @@ def _missing(provider: str, data: Any, reader: StreamReader, status: int) -> Unr
         return _none(provider, "not_billable", "the provider refused the call")
     if data and any(set(data) <= names for names in _FREE):
         return _none(provider, "not_billable", "it is a count, a lookup or a setup")
-    if data.get("object") in ("realtime.session", "list", "model", "file", "batch", "vector_store") and "data" not in data:
+    if (
+        data.get("object") in ("realtime.session", "list", "model", "file", "batch", "vector_store")
+        and "data" not in data
+    ):
         return _none(provider, "not_billable", "it is a setup")
     return _none(provider, "no_usage", "nothing was reported")
 
@@ -126,7 +144,7 @@ def _generated(data: dict[str, Any], status: int) -> bool:
         return True  # Groq: the model wrote a tool call, which then failed its schema
     code = facts.get("code")
     known = status if status >= 400 else code if isinstance(code, int) else 400
-    kinds = {str(facts.get(name)).lower() for name in ("type", "code", "status")}
+    kinds = {(word(facts.get(name)) or "").lower() for name in ("type", "code", "status")}
     return known >= 500 or known in _UNSURE_STATUS or bool(kinds & _AFTER_GENERATION)
 
 

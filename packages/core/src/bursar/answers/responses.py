@@ -94,7 +94,9 @@ def response_counts(usage: Json, *, images: bool = False) -> Keywords:
     cached = part(heard, "cached_tokens_details")
     out = count(usage.get("output_tokens"))
     hour = count(heard.get("ephemeral_1h_input_tokens"))  # LangChain's names for Anthropic's split
-    written = max(total(heard, "cache_write_tokens", "cache_creation"), hour + count(heard.get("ephemeral_5m_input_tokens")))
+    written = max(
+        total(heard, "cache_write_tokens", "cache_creation"), hour + count(heard.get("ephemeral_5m_input_tokens"))
+    )
     drawn = total(said, "image_tokens", "image")
     # xAI bills voice by the second and says how many; the raw duration stands where it does not.
     spoken = usage.get("billable_audio_seconds", usage.get("output_audio_seconds"))
@@ -130,7 +132,7 @@ def _output_tools(answer: Json) -> Counter[str]:
         if kind == "web_search_call":
             used["web_search"] += (part(item, "action").get("type") or "search") == "search"
         elif kind == "code_interpreter_call":
-            containers.add(str(item.get("container_id"))[:100])
+            containers.add(word(item.get("container_id")) or "")
         elif _TOOLS.get(kind):
             used[_TOOLS[kind]] += 1
     used["code_interpreter"] = len(containers)

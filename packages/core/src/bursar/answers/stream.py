@@ -19,14 +19,16 @@ from bursar.usage import Usage
 
 # Asked in this order; the shapes decide, because gateways and clouds pass on the shapes of others.
 FAMILIES: tuple[type[Tally], ...] = (Agent, Cohere, Google, Bedrock, Anthropic, Ollama, Chat, Responses)
-# What several families counted in one stream is the bill in this order: Bedrock's closing metrics stand above the model's own.
+# What several families counted in one stream is the bill in this order: Bedrock's closing metrics stand above the
+# model's own.
 _RANK: tuple[type[Tally], ...] = (Agent, Bedrock, Anthropic, Google, Cohere, Responses, Chat, Ollama)
 
 
 class StreamReader:
     """Reads a stream's usage as its events pass by; it keeps counts and facts, never the text.
 
-    Feeding never raises, so that accounting cannot break a stream: what cannot be read is told by `usage` and `partial`.
+    Feeding never raises, so that accounting cannot break a stream: what cannot be read is told by `usage` and
+    `partial`.
     """
 
     def __init__(self, provider: str) -> None:
@@ -83,8 +85,14 @@ class StreamReader:
         if inner and "input_tokens" in words:  # what Bedrock's metrics leave out of a Claude stream
             hour = min(inner.get("cache_write_1h_tokens", 0), words.get("cache_write_5m_tokens", 0))
             if hour and not words.get("cache_write_1h_tokens"):
-                words = words | {"cache_write_1h_tokens": hour, "cache_write_5m_tokens": words["cache_write_5m_tokens"] - hour}
-            words = {**{name: inner[name] for name in ("model", "reasoning_tokens", "server_tools") if name in inner}, **words}
+                words = words | {
+                    "cache_write_1h_tokens": hour,
+                    "cache_write_5m_tokens": words["cache_write_5m_tokens"] - hour,
+                }
+            words = {
+                **{name: inner[name] for name in ("model", "reasoning_tokens", "server_tools") if name in inner},
+                **words,
+            }
             words["reasoning_tokens"] = min(words.get("reasoning_tokens", 0), words["output_tokens"])
         try:
             return Usage(**words)
