@@ -45,13 +45,27 @@ ARROWS: dict[str, set[str]] = {
     "accounts": {"errors", "money", "windows"},
     "commands": {"errors", "money", "usage", "accounts"},
     "law": _BASE | _LAW,
+    "outcome": {"errors"},
+    "records": _BASE | _LAW,
     "schema": _BASE,
     "migrations": _BASE | {"schema"},
-    "stores": _BASE | _LAW | {"clock", "schema", "migrations"},
+    "stores": _BASE | _LAW | {"clock", "records", "schema", "migrations"},
     "policy": _BASE | _LAW | {"prices", "scope"},
     "guard": _BASE
     | _LAW
-    | {"answers", "estimate", "prices", "clock", "scope", "waiting", "schema", "stores", "policy"},
+    | {
+        "answers",
+        "estimate",
+        "prices",
+        "clock",
+        "scope",
+        "waiting",
+        "outcome",
+        "records",
+        "schema",
+        "stores",
+        "policy",
+    },
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
 PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices"}
