@@ -24,7 +24,7 @@ _CODE = frozenset({"code_execution", "bash_code_execution", "text_editor_code_ex
 
 
 class Anthropic(Tally):
-    """`message_start` tells the input; `message_delta` the final counts: running totals, which replace the earlier ones."""
+    """`message_start` tells the input; `message_delta` the final counts, which replace the earlier ones."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class Bedrock(Tally):
 
 
 def converse_counts(usage: Json) -> Keywords:
-    """Converse's `inputTokens` leaves cache reads and writes out, which its `totalTokens` has; Bursar's total holds them."""
+    """Converse's `inputTokens` leaves cache reads and writes out, unlike `totalTokens`; Bursar's total holds them."""
     read = total(usage, "cacheReadInputTokens", "cacheReadInputTokenCount")
     hour = sum(
         count(entry.get("inputTokens")) for entry in items(usage, "cacheDetails")[:10] if entry.get("ttl") == "1h"
@@ -81,7 +81,7 @@ def converse_counts(usage: Json) -> Keywords:
 
 
 def header_counts(headers: Mapping[str, Any]) -> Keywords | None:
-    """The counts that `InvokeModel` sends as headers: Cohere's, Mistral's, old Claude's and embeddings' bodies hold none."""
+    """The counts that `InvokeModel` sends as headers: bodies of Cohere, Mistral, old Claude and embeddings hold none."""
     found = {
         str(name).lower().removeprefix(_HEADER): value
         for name, value in headers.items()

@@ -16,6 +16,11 @@ Json = Mapping[str, Any]
 Keywords = dict[str, Any]  # keyword arguments of Usage
 _EMPTY: Json = {}
 MAX_NUMBER = 2**62
+# What may be billed: an answer where all of these are zero has told nothing.
+BILLED = (
+    *("input_tokens", "output_tokens", "input_audio_ms", "output_audio_ms", "input_characters"),
+    *("images", "pages", "search_units", "server_tools", "stated_cost_nanos"),
+)
 
 
 def unreadable(what: str) -> UnreadableAnswer:
@@ -28,7 +33,7 @@ def unreadable(what: str) -> UnreadableAnswer:
 
 
 def number(value: Any) -> Fraction:
-    """A non-negative finite number, exactly as it is written: a JSON number, or digits as gRPC and headers send them."""
+    """A non-negative finite number, exactly as written: a JSON number, or digits as gRPC and headers send them."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise unreadable(f"a {type(value).__name__} stands where a number is due")
     try:

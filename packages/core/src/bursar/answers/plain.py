@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from bursar.answers.counts import unreadable
+from bursar.errors import UnreadableAnswer
 
 MAX_TEXT = 64 * 2**20  # characters: an answer with images is tens of megabytes at most
 
@@ -19,13 +20,11 @@ def plain(value: Any) -> Any:
     """A dict, a list or a text out of whatever holds an answer. Raises UnreadableAnswer for what holds none."""
     if isinstance(value, bytes | bytearray | memoryview):
         value = bytes(value).decode("utf-8", "replace")
-    if value is None or isinstance(value, str | dict | list):
+    if value is None or isinstance(value, str | dict | list | int | float):
         return value
     try:
         return _object(value)
-    except (
-        Exception
-    ) as error:  # an SDK's own dump may raise anything; the caller must still learn that the usage is unknown
+    except Exception as error:  # noqa: BLE001 (an SDK's own dump may raise anything; the call must still be settled)
         raise unreadable(f"{type(value).__name__} cannot be turned into data ({type(error).__name__})") from None
 
 
@@ -117,7 +116,7 @@ def event_of(item: Any) -> tuple[str | None, Any]:
 
 
 def _unwrapped(name: str | None, data: dict[str, Any]) -> Any:
-    """AWS event streams: boto3 names the event by the only key, and InvokeModel packs the model's own event into bytes."""
+    """AWS event streams: boto3 names the event by the only key, InvokeModel packs the model's event into bytes."""
     packed: Any = data.get("chunk") if len(data) == 1 else data
     if isinstance(packed, Mapping) and "bytes" in packed and name in (None, "chunk"):
         raw = packed["bytes"]
@@ -125,7 +124,10 @@ def _unwrapped(name: str | None, data: dict[str, Any]) -> Any:
             text = raw.decode() if isinstance(raw, bytes) else base64.b64decode(str(raw), validate=True).decode()
         except (ValueError, binascii.Error):
             return {}  # an agent's answer in chunks of text: no counts in it
-        return parse(text) if text.startswith("{") else {}
+        try:
+            return parse(text) if text.startswith("{") else {}
+        except UnreadableAnswer:
+            return {}  # an agent's text may look like the start of JSON
     if name == "metadata" or (name == "trace" and isinstance(data.get("trace"), Mapping)):
         return data
     if set(data) == {"trace"} and isinstance(data["trace"], Mapping) and "trace" in data["trace"]:

@@ -13,7 +13,7 @@ from bursar.errors import UnreadableAnswer
 from bursar.usage import Usage
 
 _REMEDY = {
-    "no_usage": "Turn usage reporting on for streams, settle with a Usage of your own, or leave the call to its worst case.",
+    "no_usage": "Turn on the reporting of usage for streams, or settle with a Usage of your own.",
     "not_billable": "Release the call's reservation.",
 }
 # A whole answer with nothing but these names is a count, a lookup or a setup that no provider bills.

@@ -8,13 +8,13 @@ from bursar.answers.anthropic import Anthropic
 from bursar.answers.bedrock import METRICS, Agent, Bedrock
 from bursar.answers.chat import Chat
 from bursar.answers.cohere import Cohere
-from bursar.answers.counts import Json, Keywords, unreadable
+from bursar.answers.counts import BILLED, Json, Keywords, usage_of
 from bursar.answers.google import Google
 from bursar.answers.ollama import Ollama
 from bursar.answers.plain import event_of
 from bursar.answers.responses import Responses
 from bursar.answers.tally import Tally
-from bursar.errors import InvalidInput, UnreadableAnswer
+from bursar.errors import UnreadableAnswer
 from bursar.usage import Usage
 
 # Asked in this order; the shapes decide, because gateways and clouds pass on the shapes of others.
@@ -49,7 +49,7 @@ class StreamReader:
             self._fault = self._fault or error
 
     def usage(self) -> Usage | None:
-        """The usage once the provider has told it; None before. Raises UnreadableAnswer for counts that are not counts."""
+        """The usage once the provider has told it; None before. Raises UnreadableAnswer for counts that are none."""
         return self._read(final=True)
 
     def partial(self) -> Usage | None:
@@ -75,7 +75,7 @@ class StreamReader:
             if tally is None or (final and not tally.final):
                 continue
             words = tally.counts()
-            if words is not None:
+            if words and any(words.get(name) for name in BILLED):
                 return self._usage(words)
         return None
 
@@ -94,7 +94,4 @@ class StreamReader:
                 **words,
             }
             words["reasoning_tokens"] = min(words.get("reasoning_tokens", 0), words["output_tokens"])
-        try:
-            return Usage(**words)
-        except InvalidInput as error:
-            raise unreadable(str(error).split(". ")[0]) from None
+        return usage_of(words)
