@@ -1,0 +1,9 @@
+"""Prices: a dated price book, exact to the nano-dollar, that refuses what it does not know."""
+
+from __future__ import annotations
+
+from bursar.prices.book import PriceBook
+from bursar.prices.model import ModelPrice, Price
+from bursar.prices.override import Override
+
+__all__ = ["PriceBook", "ModelPrice", "Price", "Override"]

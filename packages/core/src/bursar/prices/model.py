@@ -1,0 +1,162 @@
+"""The price of one model at one time: what a call cost, the most it can cost, and how much output a sum pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from bursar.errors import UnknownPrice
+from bursar.money import round_half_up
+from bursar.prices.rates import Level, Rates
+from bursar.usage import Usage
+
+_UNLIMITED_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One call priced: what it cost, and by which row of which version of the price book."""
+
+    cost_nanos: int
+    provider: str
+    model: str
+    effective_from: str | None
+    source: str
+    version: str
+
+
+class ModelPrice:
+    """The price of one model at one time. Get it from `PriceBook.find`.
+
+    `provider`, `model`: the row of the price book; `effective_from`: the date since which these rates hold (ISO text, or None
+    when they are the first known); `source`: where the figures come from; `context_window`, `max_output_tokens`: the model's
+    limits, or None where no source states them; `mode`: `chat`, `embedding`, ...
+    """
+
+    __slots__ = (
+        "_build", "_rates", "_standard", "context_window", "effective_from", "max_output_tokens", "mode", "model", "provider",
+        "source", "tiers",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        provider: str,
+        model: str,
+        *,
+        effective_from: str | None,
+        source: str,
+        mode: str,
+        context_window: int | None,
+        max_output_tokens: int | None,
+        tiers: tuple[str, ...],
+        build: Callable[[str, str | None], Rates],
+    ) -> None:
+        self.provider, self.model, self.effective_from, self.source, self.mode = provider, model, effective_from, source, mode
+        self.context_window, self.max_output_tokens = context_window, max_output_tokens
+        self.tiers = tiers
+        self._build = build
+        self._rates: dict[tuple[str | None, bool, str | None], Rates] = {}
+        self._standard = build("standard", None)
+
+    def __repr__(self) -> str:
+        return f"ModelPrice({self.provider}/{self.model}, from {self.effective_from}, {self.source})"
+
+    def cost_nanos(self, usage: Usage) -> int:
+        """What the call cost, in nano-dollars, rounded half up once. A bill that the provider states is believed.
+
+        Raises UnknownPrice when the usage holds something that the price book has no price for: it is never taken for 0 (I11).
+        """
+        if usage.stated_cost_nanos is not None:
+            return usage.stated_cost_nanos
+        if usage.service_tier is None and usage.region is None and not usage.batch:
+            rates = self._standard
+        else:
+            rates = self.rates(usage.service_tier, batch=usage.batch, region=usage.region)
+        total, scale = rates.fraction(usage)
+        if usage.server_tools:
+            try:
+                cost = Fraction(total, scale) + rates.fee_nanos(usage)
+            except KeyError as missing:
+                raise UnknownPrice(
+                    f"No price is known for {missing} on {self.provider}. "
+                    f"Add one: Override(provider={self.provider!r}, model={self.model!r}, tools={{{missing}: \"0.01\"}}).",
+                    provider=self.provider, model=self.model, nearest=[],
+                ) from None  # fmt: skip
+            if cost or rates.free:
+                return round_half_up(cost)
+        elif total or rates.free:
+            return (2 * total + scale) // (2 * scale)  # half up: the total is never negative
+        if not _counts_anything(usage):
+            return 0
+        raise UnknownPrice(
+            f"The price of {self.provider}/{self.model} is by {', '.join(rates.text)}, and the usage counts none of that. "
+            "Add an Override with a rate for what it counts.",
+            provider=self.provider, model=self.model, nearest=[],
+        )  # fmt: skip
+
+    def bound_nanos(
+        self,
+        input_tokens: int,
+        output_tokens: int,
+        *,
+        cache_writes: bool = True,
+        media: bool = False,
+        service_tier: str | None = None,
+        region: str | None = None,
+    ) -> int:
+        """The most that any split of these totals can cost, in nano-dollars: the dearest kind of input and of output.
+
+        `cache_writes=False` where the request writes no cache; `media=True` where it holds audio, images or video. Rounded up.
+        """
+        rates = self._tier(service_tier, region)
+        most = Fraction(0)
+        for level in _reached(rates, input_tokens):
+            token = max(level.dearest_write if cache_writes else level.dearest_input, level.dearest_media if media else 0)
+            most = max(most, Fraction(input_tokens * token + output_tokens * level.dearest_output + level.per_call, level.scale))
+        return -(-most.numerator // most.denominator)
+
+    def fit_output_tokens(
+        self,
+        headroom_nanos: int,
+        input_cost_nanos: int,
+        *,
+        input_tokens: int | None = None,
+        service_tier: str | None = None,
+        region: str | None = None,
+    ) -> int:
+        """The largest output whose cost fits into the headroom beside the input's cost; 0 when none does.
+
+        Without `input_tokens` the dearest context tier counts. Never more than the model's own maximum.
+        """
+        rates = self._tier(service_tier, region)
+        left = headroom_nanos - input_cost_nanos
+        most = self.max_output_tokens if self.max_output_tokens is not None else _UNLIMITED_TOKENS
+        if left < 0:
+            return 0
+        for level in _reached(rates, input_tokens):
+            if level.dearest_output:
+                most = min(most, left * level.scale // level.dearest_output)
+        return most
+
+    def rates(self, service_tier: str | None = None, *, batch: bool = False, region: str | None = None) -> Rates:
+        """The rates of a service tier and region. A tier that the provider has no price for is served at its standard rates."""
+        key = (service_tier, batch, region)
+        found = self._rates.get(key)
+        if found is None:
+            tier = "batch" if batch else (service_tier or "standard").lower()
+            found = self._build(tier if tier in self.tiers else "standard", region.lower() if region else None)
+            if len(self._rates) < 64:  # providers have a handful of tiers and regions; a hostile answer may invent more
+                self._rates[key] = found
+        return found
+
+    def _tier(self, service_tier: str | None, region: str | None) -> Rates:
+        return self._standard if service_tier is None and region is None else self.rates(service_tier, region=region)
+
+
+def _reached(rates: Rates, input_tokens: int | None) -> list[Level]:
+    return [level for level in rates.levels if level.start == 0 or input_tokens is None or input_tokens > level.start]
+
+
+def _counts_anything(usage: Usage) -> bool:
+    return any(value for name, value in usage.as_dict().items() if name != "requests" and type(value) is int)
