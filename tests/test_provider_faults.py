@@ -90,7 +90,7 @@ def test_a_drop_is_billed_in_full(provider: Provider, stream: bool) -> None:
 
 def test_a_dropped_stream_gives_what_was_sent_before(provider: Provider) -> None:
     provider.script([Fault("drop", after_events=3)])
-    lines = []
+    lines: list[str] = []
     with (
         pytest.raises(httpx.RemoteProtocolError),
         httpx.stream("POST", provider.url + "/v1/chat/completions", json=CHAT | {"stream": True}) as answer,
@@ -113,7 +113,7 @@ def test_a_drop_before_the_status_and_before_generation_is_not_billed(provider: 
 def test_a_hang_ends_when_the_client_goes(provider: Provider, stream: bool, after_events: int | None) -> None:
     provider.script([Fault("hang", after_events=after_events)])
     with pytest.raises(httpx.ReadTimeout):
-        post(provider, stream=stream, timeout=0.2)
+        post(provider, stream=stream, timeout=0.5)
     provider.wait_idle()
     (entry,) = provider.account
     assert (entry.billed, entry.cost_nanos, entry.client_gone, entry.done) == (True, BILL_NANOS, True, True)
@@ -137,7 +137,7 @@ def test_a_hang_ends_when_the_provider_stops() -> None:
 def test_a_client_that_times_out_is_billed() -> None:
     with Provider(ANSWER, latency_s=30) as provider:
         with pytest.raises(httpx.ReadTimeout):
-            post(provider, timeout=0.2)
+            post(provider, timeout=0.5)
         provider.wait_idle()  # well before the 30 s: the provider saw the client go
         assert provider.account[0].client_gone
         assert provider.billed_nanos == BILL_NANOS
@@ -212,6 +212,14 @@ def test_a_request_that_no_provider_accepts_is_not_billed(
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
     assert [(entry.status, entry.billed) for entry in provider.account] == [(status, False)]
+
+
+def test_what_goes_wrong_inside_the_provider_is_raised_when_it_stops() -> None:
+    provider = Provider(Answer(tool_calls=[("search", {"q": object()})]))
+    with pytest.raises(httpx.RemoteProtocolError):
+        post(provider)
+    with pytest.raises(TypeError, match="serializable"):
+        provider.stop()
 
 
 def test_one_connection_carries_many_requests(provider: Provider) -> None:

@@ -103,7 +103,8 @@ def agent(provider: Provider, steps: list[Recorded], calls: list[str], **options
 
 def test_a_recorded_langchain_agent_runs_again_through_langchain() -> None:
     """Three streamed steps with a failing tool; the recording states no usage, so the bill counts characters."""
-    steps, calls = recorded("langchain-agent"), []
+    steps = recorded("langchain-agent")
+    calls: list[str] = []
     with Provider.from_run(steps, rates=Rates(input_nanos=500, output_nanos=1_500)) as provider:
         runner, given = agent(provider, steps, calls, streaming=True)
         final = runner.invoke(given)["messages"][-1]
@@ -116,7 +117,8 @@ def test_a_recorded_langchain_agent_runs_again_through_langchain() -> None:
 
 
 def test_a_recorded_stream_states_usage_to_who_asks_for_it() -> None:
-    steps, calls = recorded("langchain-agent"), []
+    steps = recorded("langchain-agent")
+    calls: list[str] = []
     with Provider.from_run(steps) as provider:
         runner, given = agent(provider, steps, calls, streaming=True, stream_usage=True)
         answers = [message for message in runner.invoke(given)["messages"] if message.type == "ai"]
@@ -147,7 +149,11 @@ def test_twenty_parallel_runs_of_a_recorded_agent_do_not_mix() -> None:
 
 
 def test_answers_and_faults_can_be_steps_too() -> None:
-    steps = [Answer(tool_calls=[("search", {})]), Fault("refuse", status=500), Answer(text="done")]
+    steps: list[Answer | Fault] = [
+        Answer(tool_calls=[("search", {})]),
+        Fault("refuse", status=500),
+        Answer(text="done"),
+    ]
     with Provider.from_run(steps, match="conversation") as provider:
         answers = []
         for turns in (2, 0, 1, 0):
@@ -188,5 +194,7 @@ def test_a_recorded_refusal_is_not_billed() -> None:
 def test_what_is_no_recording_is_an_error() -> None:
     with pytest.raises(InvalidInput, match="langchain-agent"):
         recorded("../server")
+    with Provider() as provider, pytest.raises(InvalidInput, match="no step"):
+        provider.script(["nonsense"])  # type: ignore[list-item]
     with pytest.raises(InvalidInput, match="endpoint"):
         Provider.from_run([{"request": {}}])

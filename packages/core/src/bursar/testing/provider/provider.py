@@ -81,7 +81,7 @@ class Provider:
         """
         placed: list[tuple[Step, Call | None]] = []
         for given in steps:
-            step = Recorded.from_dict(given) if isinstance(given, Mapping) else given
+            step = _step(given)
             placed.append((step, _read(step.endpoint, "", step.request)[1] if isinstance(step, Recorded) else None))
         provider = cls(rates=rates, latency_s=latency_s)
         provider._run = Run(placed, match)
@@ -117,10 +117,11 @@ class Provider:
         """The most requests that were in flight at once."""
         return self._account.max_in_flight
 
-    def script(self, steps: Iterable[Step]) -> None:
+    def script(self, steps: Iterable[Step | Mapping[str, Any]]) -> None:
         """What to serve first, in order, each to one request; then come the provider's own answers again."""
+        checked = [_step(given) for given in steps]
         with self._lock:
-            self._script.extend(steps)
+            self._script.extend(checked)
 
     def wait_idle(self, timeout_s: float = 10.0) -> None:
         """Wait until no request is in flight; raises TimeoutError."""
@@ -149,8 +150,6 @@ class Provider:
             self._count += 1
             number = self._count
         try:
-            if body is None:
-                raise RefusedRequest(400, "We could not parse the JSON body of your request.")
             wire, call = _read(path, query, body)
             rates = self._rates if isinstance(self._rates, Rates) else self._rates.get(call.model)
             if rates is None:
@@ -250,9 +249,19 @@ class Provider:
         return self._latency_s if own_s is None else own_s
 
 
-def _read(path: str, query: str, body: Mapping[str, Any]) -> tuple[Wire, Call]:
+def _step(given: Step | Mapping[str, Any]) -> Step:
+    if isinstance(given, Mapping):
+        return Recorded.from_dict(given)
+    if not isinstance(given, Answer | Fault | Recorded):
+        raise InvalidInput(f"{given!r} is no step. Give an Answer, a Fault or a recording.", argument="steps")
+    return given
+
+
+def _read(path: str, query: str, body: Mapping[str, Any] | None) -> tuple[Wire, Call]:
     endpoint = endpoint_of(path)
     if endpoint is None:
         raise RefusedRequest(404, f"Nothing is served at {path}.")
+    if body is None:
+        raise RefusedRequest(400, "We could not parse the JSON body of your request.")
     wire = _WIRES[endpoint.partition(".")[0]]
     return wire, wire.read(endpoint, path, query, body)

@@ -43,7 +43,6 @@ Planner = Callable[[str, str, Mapping[str, Any] | None], Reply]
 class Server(ThreadingHTTPServer):
     """Carries hundreds of clients; `stop` ends every connection and returns when their threads are done."""
 
-    daemon_threads = True
     request_queue_size = 1024
 
     def __init__(self, port: int, plan: Planner, account: Account) -> None:
@@ -51,8 +50,8 @@ class Server(ThreadingHTTPServer):
         self.account = account
         self.stopping = threading.Event()
         self.failures: list[BaseException] = []
-        self._connections: set[socket.socket] = set()
-        self._ended = threading.Condition()
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
         super().__init__(("127.0.0.1", port), _Handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), name="bursar-provider", daemon=True)
 
@@ -65,28 +64,31 @@ class Server(ThreadingHTTPServer):
         self.stopping.set()
         self.shutdown()
         self._thread.join()
-        with self._ended:
-            for connection in self._connections:
-                _cut(connection)
-            ended = self._ended.wait_for(lambda: not self._connections, STOP_S)
+        with self._lock:
+            open_connections = dict(self._connections)
+        deadline_s = time.monotonic() + STOP_S
+        for connection in open_connections:
+            _cut(connection)
+        for thread in open_connections.values():
+            thread.join(max(0.0, deadline_s - time.monotonic()))
         self.server_close()
         if self.failures:
             raise self.failures[0]
-        if not ended:
-            raise RuntimeError(
-                f"{len(self._connections)} connections of the provider did not end within {STOP_S:.0f} s."
-            )
+        if any(thread.is_alive() for thread in open_connections.values()):
+            raise RuntimeError(f"Connections of the provider did not end within {STOP_S:.0f} s.")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._ended:
-            self._connections.add(request)
-        super().process_request(request, client_address)
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        with self._lock:
+            self._connections[request] = thread
+        thread.start()
 
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
-        with self._ended:
-            self._connections.discard(request)
-            self._ended.notify_all()
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                del self._connections[request]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
@@ -111,9 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             arrived_s = time.monotonic()
             length = int(self.headers.get("Content-Length") or 0)
-            raw = self.rfile.read(length) if length <= MAX_REQUEST_BYTES else b""
-            if length > MAX_REQUEST_BYTES:
-                self.close_connection = True
+            if length > MAX_REQUEST_BYTES or "Transfer-Encoding" in self.headers:
+                length, self.close_connection = 0, True  # what is not read must not be taken for the next request
+            raw = self.rfile.read(length)
             url = urlsplit(self.path)
             reply = self.server.plan(url.path, url.query, _json_object(raw))
             try:
