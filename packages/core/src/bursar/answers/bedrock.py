@@ -81,7 +81,7 @@ def converse_counts(usage: Json) -> Keywords:
 
 
 def header_counts(headers: Mapping[str, Any]) -> Keywords | None:
-    """The counts that `InvokeModel` sends as headers: bodies of Cohere, Mistral, old Claude and embeddings hold none."""
+    """The counts that `InvokeModel` sends as headers: the bodies of Cohere, Mistral, old Claude hold none."""
     found = {
         str(name).lower().removeprefix(_HEADER): value
         for name, value in headers.items()

@@ -72,8 +72,6 @@ class Chat(Tally):
     def counts(self) -> Keywords | None:
         if self.usage is None:
             return self.facts | self.plain if self.plain else None
-        if not reported(self.usage):
-            return None
         words = chat_counts(self.usage) | self.plain
         spent = usage_tools(self.usage)
         others = tuple(

@@ -73,11 +73,11 @@ class Google(Tally):
         asked = grounding.get("webSearchQueries")
         if isinstance(asked, list) and len(self.queries) < 1000:
             self.queries.update(query[:500] for query in asked if isinstance(query, str) and query)
-        if self.queries or any("web" in chunk for chunk in chunks):
+        if self.queries or any(chunk.get("web") for chunk in chunks):
             self.used["grounding"] = 1
-        if any("maps" in chunk for chunk in chunks):
+        if any(chunk.get("maps") for chunk in chunks):
             self.used["maps_grounding"] = 1
-        if any("retrievedContext" in chunk or "retrieved_context" in chunk for chunk in chunks):
+        if any(chunk.get("retrievedContext") or chunk.get("retrieved_context") for chunk in chunks):
             self.used["file_search"] = 1
         pieces = items(part(candidate, "content"), "parts")
         self.used["code_execution"] += sum(
