@@ -1,1 +1,7 @@
-"""x"""
+"""Estimates: what a call may use before it is sent, as an upper bound (`strict`) or as learned from settled calls (`Learner`)."""
+
+from bursar.estimate.learned import Learner
+from bursar.estimate.request import Request
+from bursar.estimate.strict import Estimate, strict
+
+__all__ = ["Estimate", "Learner", "Request", "strict"]

@@ -81,8 +81,8 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
 def _tools(body: Mapping[str, Any]) -> Iterator[Any]:
     for key in _TOOL_LISTS:
         value = body.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("tools")
+        if isinstance(value, Mapping):  # Gemini also takes one tool that stands alone
+            value = [value] if key == "tools" else value.get("tools")
         if isinstance(value, (list, tuple)) and key != "mcp_servers":
             yield from value
 

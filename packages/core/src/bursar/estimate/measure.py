@@ -37,7 +37,7 @@ _TOOL_RESULTS = frozenset(("functionResponse", "function_response", "toolResult"
 _MEDIA_TYPES = frozenset(
     "image image_url input_image file input_file document document_url audio input_audio video video_url container_upload media".split()
 )
-_MEDIA_KEYS = frozenset("image document video audio file inlineData inline_data fileData file_data".split())
+_MEDIA_KEYS = frozenset("image document video audio file inlineData inline_data fileData file_data image_url input_audio".split())
 # Items that stand for content which the provider keeps, so that their bytes say nothing of their tokens.
 _STORED = frozenset(
     "item_reference compaction web_search_call file_search_call image_generation_call code_interpreter_call computer_call mcp_call"
@@ -48,6 +48,7 @@ _STORED = frozenset(
 _ESCAPED = bytes(range(32)) + b'"\\'
 _NOT_ESCAPED = bytes(b for b in range(256) if b not in _ESCAPED)
 _SHORT_ESCAPES = b'"\\\b\f\n\r\t'
+_LONG, _BREAK = 128, 16
 _LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n\t\r"
 _ASCII = bytes(range(128))
 _HIGH = bytes(range(128, 256))
@@ -57,21 +58,21 @@ class Meter:
     """What one request holds, added up part by part. The text is let go by `close()`; only the counts stay.
 
     After `close()`: `text_bytes` (UTF-8), of them `wide_bytes` (outside ASCII) and `dense_bytes` (digits and signs, which make more
-    tokens a byte than letters do); `data_bytes` (JSON of tool calls and their results), `schema_bytes` (JSON of tool declarations),
+    tokens a byte than letters do) and `unbroken_bytes` (base64 and the like); `data_bytes` (JSON of tool calls and their results) and `calls`, how many there are, `schema_bytes` (JSON of tool declarations),
     `format_bytes` (JSON of output schemas), `reasoning_bytes` (reasoning given back since the last message of the user, encrypted or
     not) and `stale_bytes` (the same before it, which most providers drop), `syntax_bytes` (keys, labels, quotes and escapes of the
     rest), `token_ids` (input that came as token numbers), `messages`, and `marks`, the running total after each message.
     """
 
-    __slots__ = ("_chars", "_texts", "data_bytes", "dense_bytes", "format_bytes", "marks", "media", "messages", "reasoning_bytes",
-                 "schema_bytes", "stale_bytes", "stored", "syntax_bytes", "text_bytes", "token_ids", "wide_bytes")
+    __slots__ = ("_chars", "_texts", "calls", "data_bytes", "dense_bytes", "format_bytes", "marks", "media", "messages", "reasoning_bytes",
+                 "schema_bytes", "stale_bytes", "stored", "syntax_bytes", "text_bytes", "token_ids", "unbroken_bytes", "wide_bytes")
 
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._chars = 0
         self.text_bytes = self.wide_bytes = self.dense_bytes = 0
         self.data_bytes = self.schema_bytes = self.format_bytes = self.syntax_bytes = self.token_ids = self.messages = 0
-        self.reasoning_bytes = self.stale_bytes = 0
+        self.reasoning_bytes = self.stale_bytes = self.unbroken_bytes = self.calls = 0
         self.media: list[Media] = []
         self.stored = ""
         self.marks: list[int] = []
@@ -116,8 +117,13 @@ class Meter:
             self.marks.append(self._chars + self.data_bytes + self.stale_bytes + self.reasoning_bytes)
 
     def text(self, text: str) -> None:
+        """Count a text. Long stretches without a break (base64, keys, hashes) make twice the tokens that words do."""
         self._texts.append(text)
-        self._chars += len(text)
+        size = len(text)
+        self._chars += size
+        if size >= _LONG and text.isascii():
+            breaks = text.count(" ") + text.count("\n") + text.count('"') + text.count(",")
+            self.unbroken_bytes += max(0, size - _BREAK * breaks)
 
     def content(self, node: Any, depth: int) -> None:
         """Count any value inside a message: text, parts, media, calls of tools and their results."""
@@ -158,6 +164,7 @@ class Meter:
                 elif key in _REASONING:
                     self.reasoning_bytes += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
                 elif key in _DATA:
+                    self.calls += 1
                     self.data_bytes += json_bytes(value)
                 else:
                     self.text(value)
@@ -166,6 +173,7 @@ class Meter:
             elif key in _REASONING_PARTS:
                 self.reasoning_bytes += json_bytes(value)
             elif key in _DATA or (key == "input" and kind in ("tool_use", None) and isinstance(value, Mapping)):
+                self.calls += 1
                 self.data_bytes += json_bytes(value)
             elif key in _MEDIA_KEYS and isinstance(value, Mapping) and self._medium(value, key):
                 continue

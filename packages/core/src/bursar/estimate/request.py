@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ _NESTED_LIMITS = (
     ("textGenerationConfig", ("maxTokenCount",)),
     ("options", ("num_predict",)),
 )
+_DIGIT, _SERIES = re.compile(r"\d"), re.compile(r"o\d")
 _NO_OUTPUT = ("embed", "rerank", "moderation", "count")
 _FAMILIES = (
     ("claude", ("claude",)),
@@ -47,6 +49,28 @@ def family_of(provider: str, model: str) -> str:
     return {"openai": "gpt", "azure": "gpt", "anthropic": "claude", "mistral": "mistral", "xai": "grok"}.get(provider, "other")
 
 
+# What `Request.features` holds, in order: the terms of the learned estimate. Bytes, but for the flags and counts.
+FEATURES = ("constant", "has_tools", "has_format", "thinks", "letters", "dense", "wide", "unbroken", "data", "schema", "format", "reasoning",
+            "stale", "messages", "calls", "tools", "hidden")
+_VERSIONED = frozenset(("claude", "gpt", "gemini", "llama", "nova", "grok", "deepseek"))
+
+
+@lru_cache(maxsize=4096)
+def line_of(family: str, provider: str, model: str, embeds: bool) -> str:
+    """The product line inside a family that shares a prompt format: `claude-4`, `gpt-5`, `gpt-o`, `gpt-embed`, `mistral`, ..."""
+    if embeds:
+        return f"{family}-embed"
+    if family not in _VERSIONED:
+        return family
+    name = model.lower().rsplit("/", 1)[-1]
+    if family == "gpt" and _SERIES.match(name):
+        return "gpt-o"
+    version = _DIGIT.search(name.split(family, 1)[-1])
+    line = f"{family}-{version[0]}" if version else family
+    # Vertex does not bill the thought signatures that the Gemini API bills.
+    return f"{line}-vertex" if family == "gemini" and "vertex" in provider else line
+
+
 class Request:
     """What is known of one call before dispatch.
 
@@ -57,8 +81,8 @@ class Request:
     `retries` the client's own retries. Raises InvalidInput for a count that is none. The text itself is not kept.
     """
 
-    __slots__ = ("additions", "embeds", "endpoint", "family", "features", "input_tokens", "marks", "max_output_tokens", "media",
-                 "measured", "messages", "model", "n", "prediction_bytes", "provider", "retries", "size", "stored", "thinks", "token_ids")
+    __slots__ = ("additions", "embeds", "endpoint", "family", "features", "input_tokens", "line", "marks", "max_output_tokens", "media",
+                 "measured", "messages", "model", "n", "prediction_bytes", "provider", "retries", "size", "stored", "token_ids")
 
     def __init__(
         self,
@@ -96,6 +120,7 @@ class Request:
             self.additions.server.append("its search in attached files")
             self.additions.rounds = None
         self.embeds = any(part in name or part in self.endpoint for part in _NO_OUTPUT)
+        self.line = line_of(self.family, provider, model, self.embeds)
         self.input_tokens = _count("input_tokens", input_tokens)
         self.max_output_tokens = _count("max_output_tokens", max_output_tokens, _output_limit(fields))
         self.n = max(_count("n", n, 1), _answers(fields)) or 1
@@ -104,13 +129,16 @@ class Request:
         self.media = tuple(meter.media)
         self.marks = tuple(meter.marks)
         self.messages = meter.messages
-        self.thinks = bool(fields.get("thinking") or fields.get("additionalModelRequestFields"))
+        tools = self.additions.tools
+        letters = meter.text_bytes - meter.wide_bytes - meter.dense_bytes
         self.features = (
-            meter.text_bytes - meter.wide_bytes - meter.dense_bytes, meter.dense_bytes, meter.wide_bytes, meter.data_bytes,
-            meter.schema_bytes, meter.format_bytes, meter.reasoning_bytes, meter.stale_bytes, meter.messages, self.additions.tools,
+            1, tools > 0, meter.format_bytes > 20, bool(fields.get("thinking") or fields.get("additionalModelRequestFields")), letters, meter.dense_bytes,
+            meter.wide_bytes, meter.unbroken_bytes, meter.data_bytes, meter.schema_bytes, meter.format_bytes, meter.reasoning_bytes,
+            meter.stale_bytes, meter.messages, meter.calls, tools, self.additions.hidden,
         )
         self.token_ids = meter.token_ids
-        self.size = meter.text_bytes + meter.syntax_bytes + meter.token_ids + sum(self.features[3:8])
+        self.size = (meter.text_bytes + meter.data_bytes + meter.schema_bytes + meter.format_bytes + meter.reasoning_bytes
+                     + meter.stale_bytes + meter.syntax_bytes + meter.token_ids)
 
     @property
     def kind(self) -> str:

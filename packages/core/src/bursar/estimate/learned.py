@@ -1,0 +1,182 @@
+"""The learned estimate: what a call will probably use, from the packaged priors and from the calls that were settled before."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from bursar.errors import UnboundedEstimate
+from bursar.estimate.priors import Priors, packaged
+from bursar.estimate.request import Request
+from bursar.estimate.strict import Estimate, output_bound, text_bound
+from bursar.usage import Usage
+
+WINDOW = 64  # observations kept per model and size class
+MAX_MODELS = 1024  # the least recently used are forgotten
+MAX_RUNS = 4096
+MAX_BRANCHES = 8  # conversations kept per run
+# A continued conversation: what was added is taken at the cold estimate's factor, the rest as it was billed.
+_RUN_FACTOR = 1.02
+_RUN_MARGIN = 44
+
+
+@dataclass(slots=True)
+class _Model:
+    """What was observed of one model: per size class the ratios of actual to expected input, and the outputs."""
+
+    ratios: dict[int, deque[float]] = field(default_factory=dict)
+    outputs: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    unmeasured: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A settled call of a run: how much it had said, what that was expected to be, and what it was."""
+
+    key: tuple[str, str, str]
+    messages: int
+    mark: int
+    expected: float
+    input_tokens: int
+    output_tokens: int
+
+
+class Learner:
+    """Estimates calls, and learns from each settled one. Safe for threads; memory is bounded whatever comes.
+
+    Input, in this order: the caller's count; in a run, the last call's actual input plus what was added since; the dearest ratio of
+    actual to expected among the last 64 calls of this model and size class, times (1 + 1/n); the packaged prior. Output: the dearest
+    of the last 64, times (1 + 1/n), at most the request's or the model's maximum; before the first, that maximum. Never above the
+    strict bound where the input is wholly in the request.
+    """
+
+    def __init__(self, priors: Priors | None = None) -> None:
+        self._priors = priors
+        self._lock = threading.Lock()
+        self._models: OrderedDict[tuple[str, str, str], _Model] = OrderedDict()
+        self._runs: OrderedDict[str, deque[_Call]] = OrderedDict()
+
+    def estimate(
+        self, request: Request, *, run: str | None = None, context_window: int | None = None, max_output_tokens: int | None = None
+    ) -> Estimate:
+        """What `request` will probably use. Raises UnboundedEstimate where nothing at all is known of its input or output."""
+        key = _key(request)
+        cold, expected = self._cold(request)
+        with self._lock:
+            model = self._models.get(key)
+            calls = tuple(self._runs.get(run, ())) if run is not None else ()
+            ratios = tuple(model.ratios.get(_size_class(expected), ())) if model else ()
+            outputs = tuple(model.outputs) if model else ()
+            unmeasured = max(model.unmeasured) * (1 + 1 / len(model.unmeasured)) if model and model.unmeasured else None
+        output = self._output(request, outputs, max_output_tokens)
+        if request.input_tokens is not None:
+            tokens, basis = float(request.input_tokens), "the caller's count"
+        elif not request.measured:
+            tokens, basis = _unmeasured(request, unmeasured, context_window)
+        else:
+            tokens, basis = _continued(request, key, calls, expected, cold) or _learned(expected, cold, ratios)
+            if request.kind == "text":
+                tokens = min(tokens, text_bound(request))
+            if context_window is not None and not request.embeds and request.kind not in ("text", "session", "server_tools"):
+                tokens = min(tokens, context_window)
+        return Estimate(math.ceil(tokens), output * request.n, output, request.n, False, basis)
+
+    def observe(self, request: Request, usage: Usage, *, run: str | None = None) -> None:
+        """Learn from a settled call. Calls whose input nobody reported (0 tokens) teach nothing."""
+        actual = usage.input_tokens
+        if actual <= 0:
+            return
+        key = _key(request)
+        expected = self._cold(request)[1]
+        output = math.ceil(usage.output_tokens / request.n)
+        limit = request.max_output_tokens
+        # An answer cut off at its limit says only that it would have been longer.
+        learned_output = math.inf if limit is not None and output >= limit else float(output)
+        last_mark = request.marks[-1] if request.marks else 0
+        call = _Call(key, len(request.marks), last_mark, expected, actual, usage.output_tokens)
+        with self._lock:
+            model = self._models.get(key)
+            if model is None:
+                model = self._models[key] = _Model()
+                if len(self._models) > MAX_MODELS:
+                    self._models.popitem(last=False)
+            self._models.move_to_end(key)
+            model.outputs.append(learned_output)
+            if request.measured:
+                model.ratios.setdefault(_size_class(expected), deque(maxlen=WINDOW)).append(actual / expected)
+            else:
+                model.unmeasured.append(actual)
+            if run is not None:
+                calls = self._runs.setdefault(run, deque(maxlen=MAX_BRANCHES))
+                calls.append(call)
+                self._runs.move_to_end(run)
+                if len(self._runs) > MAX_RUNS:
+                    self._runs.popitem(last=False)
+
+    def _cold(self, request: Request) -> tuple[float, float]:
+        """The estimate from the priors alone, and the tokens that are usual for such a request."""
+        priors = self._priors
+        if priors is None:
+            priors = self._priors = packaged()
+        line = priors.line(request)
+        expected = line.expected(request)
+        added = priors.additions.get(request.kind, 0)
+        return line.factor * expected + line.margin + added, expected
+
+    @staticmethod
+    def _output(request: Request, outputs: tuple[float, ...], max_output_tokens: int | None) -> int:
+        limit = request.max_output_tokens if request.max_output_tokens is not None else max_output_tokens
+        learned = max(outputs) * (1 + 1 / len(outputs)) if outputs else math.inf
+        if request.embeds:
+            return 0
+        if learned is math.inf or learned == math.inf:
+            return output_bound(request, max_output_tokens) if limit is None else limit + request.prediction_bytes
+        return math.ceil(learned) if limit is None else min(limit, math.ceil(learned))
+
+
+def _key(request: Request) -> tuple[str, str, str]:
+    return request.provider, request.model, request.kind
+
+
+def _size_class(expected: float) -> int:
+    return int(expected).bit_length()
+
+
+def _continued(
+    request: Request, key: tuple[str, str, str], calls: tuple[_Call, ...], expected: float, cold: float
+) -> tuple[float, str] | None:
+    """The last call of the run whose conversation this one continues, as it was billed, plus what was added since."""
+    for call in reversed(calls):
+        if call.key != key:
+            continue
+        stored = request.stored and request.kind == "stored"
+        if stored:  # the provider adds the conversation so far, the last answer included
+            return call.input_tokens + call.output_tokens + cold, "the run's last call plus this request"
+        if 0 < call.messages <= len(request.marks) and request.marks[call.messages - 1] == call.mark:
+            added = max(0.0, expected - call.expected)
+            ratio = max(1.0, cold / expected if expected > 500 else 1.5, call.input_tokens / call.expected if call.expected > 200 else 1.0)
+            tokens = call.input_tokens * _RUN_FACTOR + added * min(ratio, 3.0) + (_RUN_MARGIN if added else 0)
+            return tokens, "the run's last call plus what was added"
+    return None
+
+
+def _learned(expected: float, cold: float, ratios: tuple[float, ...]) -> tuple[float, str]:
+    if not ratios:
+        return cold, "the packaged prior"
+    seen = expected * max(ratios)
+    spread = seen * (1 + 1 / len(ratios))
+    # Few observations widen what was seen, but not beyond the prior, which many answers stand behind.
+    return max(seen * (1 + 1 / WINDOW), min(spread, cold)), f"the dearest of the last {len(ratios)} calls"
+
+
+def _unmeasured(request: Request, learned: float | None, context_window: int | None) -> tuple[float, str]:
+    if learned is not None:
+        return (learned if context_window is None else min(learned, context_window)), "the dearest of the last calls"
+    if context_window is not None:
+        return float(context_window), "the model's context window"
+    raise UnboundedEstimate(
+        f"Nothing is known of the input of this call of {request.provider} {request.model!r}. Give its messages or input_tokens.",
+        reason="neither the messages nor their count are known", provider=request.provider, model=request.model,
+    )
