@@ -10,7 +10,7 @@ from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from bursar.accounts import Rule
+from bursar.accounts import Account, Rule
 from bursar.errors import PolicyError
 from bursar.money import nanos
 from bursar.scope import Scope
@@ -167,6 +167,10 @@ class _Compiled:
                 return None
         if not leaf and not all(tag in tags for tag in self.per):
             return None
+        return self.account_rule(tags, now_us)
+
+    def account_rule(self, tags: Mapping[str, str], now_us: int) -> Rule:
+        """The account for these tags, matched or not."""
         scope = {tag: tags.get(tag, NONE) for tag in self.per}
         start_us, end_us = self.window.bounds(now_us)
         limit = self.limit
@@ -243,6 +247,16 @@ class Policy:
                 if rule is not None:
                     found.setdefault(rule.key, Matched(one.budget, rule))
         return tuple(found.values())
+
+    def check_limit(self, limit: str) -> None:
+        """Raise PolicyError for a limit that a scope cannot be opened with."""
+        parse_limit(Budget("scope", limit), self.rates)
+
+    def fresh_accounts(self, budget: Budget, now_us: int) -> list[Account]:
+        """The accounts of a budget that nobody has used yet, where their scope does not depend on the call."""
+        compiled = [one for one in self._compiled if one.budget is budget and not one.per]
+        rules = [one.account_rule({}, now_us) for one in compiled]
+        return [Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us) for rule in rules]
 
     def _scoped(self, scope: Scope) -> list[_Compiled]:
         """The budgets that scopes were opened with, innermost first; each holds for its own tags' values."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Ticket:
@@ -43,6 +46,8 @@ class Ticket:
 
     async def await_wake(self, timeout_s: float) -> None:
         """The same for a task; cancelling it leaves the ticket to its owner's `finally`."""
+        import asyncio  # callers without an event loop need not load it
+
         self._loop = asyncio.get_running_loop()
         self._future = self._loop.create_future()
         if not self._woken:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from bursar.commands import Answer, Command
 from bursar.errors import StoreError
+
+if TYPE_CHECKING:
+    import asyncio
 
 MAX_BATCH = 512
 
@@ -91,6 +94,8 @@ class GroupCommit:
 
     async def arun(self, command: Command) -> Answer:
         """Apply one command on the worker thread; the event loop goes on."""
+        import asyncio  # callers without an event loop need not load it
+
         item = _Item(command)
         item.loop = asyncio.get_running_loop()
         item.future = item.loop.create_future()

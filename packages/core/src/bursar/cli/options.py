@@ -1,0 +1,93 @@
+"""What several commands ask for: the store, tags, and the form of the output."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+# A spreadsheet takes a cell that starts with one of these for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def store_option(function: F) -> F:
+    """`--store URL`, else the environment's BURSAR_STORE, else ./bursar.db."""
+    return click.option(
+        "--store",
+        default=lambda: os.environ.get("BURSAR_STORE", "sqlite:///bursar.db"),
+        show_default="BURSAR_STORE, else sqlite:///bursar.db",
+        help="The store's URL.",
+    )(function)
+
+
+def form_option(function: F) -> F:
+    """`--format table|json|csv`."""
+    return click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table")(function)
+
+
+def tags_argument(function: F) -> F:
+    """Any number of TAG=VALUE."""
+    return click.argument("tags", nargs=-1, metavar="[TAG=VALUE]...", callback=_tags)(function)
+
+
+def _tags(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    tags = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name or not text:
+            raise click.BadParameter(f"{value!r} is no TAG=VALUE, such as run=r-17.", ctx=ctx, param=parameter)
+        tags[name] = text
+    return tags
+
+
+def show(rows: Iterable[Mapping[str, Any]], columns: list[str], form: str, title: str) -> None:
+    """Print rows as a table for people, or as JSON lines or CSV for programs."""
+    if form == "json":
+        for row in rows:
+            click.echo(json.dumps(row, default=str))
+    elif form == "csv":
+        _show_csv(rows, columns)
+    else:
+        _show_table(rows, columns, title)
+
+
+def _show_csv(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> None:
+    for row in ({name: name for name in columns}, *rows):
+        out = io.StringIO()
+        csv.writer(out).writerow([_cell(row.get(name)) for name in columns])
+        click.echo(out.getvalue(), nl=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        value = json.dumps(value, default=str)
+    text = "" if value is None else str(value)
+    is_number = isinstance(value, (int, float)) or text.lstrip("-").replace(".", "", 1).isdigit()
+    return f"'{text}" if text.startswith(_FORMULA) and not is_number else text
+
+
+def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_plain(row.get(name))) for name in columns))
+    Console().print(table)
+
+
+def _plain(value: Any) -> str:
+    """Text for a terminal: no control characters from tags or models."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{key}={item}" for key, item in value.items())
+    text = "" if value is None else str(value)
+    return "".join(char if char.isprintable() else "?" for char in text)

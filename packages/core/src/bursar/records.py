@@ -1,0 +1,154 @@
+"""What the books say, as read by users: usage records and the state of budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from bursar.accounts import Account, age
+from bursar.commands import Entry
+from bursar.money import dollar_text, dollars
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def instant(at_us: int) -> datetime:
+    """Microseconds since the epoch as a time in UTC."""
+    return _EPOCH + timedelta(microseconds=at_us)
+
+
+def amount(count: int, unit: str) -> Decimal:
+    """An account's integer amount in its unit: US dollars for USD, the count itself for all others."""
+    return dollars(count) if unit == "USD" else Decimal(count)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetStatus:
+    """One account of a budget. Amounts are Decimal in the unit; `window` is its start and end (None: no end)."""
+
+    name: str
+    scope: dict[str, str]
+    unit: str
+    limit: Decimal
+    spent: Decimal
+    reserved: Decimal
+    available: Decimal
+    window: tuple[datetime | None, datetime | None]
+    overrun: Decimal
+    refused: int
+
+    @classmethod
+    def of(cls, account: Account, now_us: int) -> BudgetStatus:
+        """The state of an account as it stands now. A rate's `spent` is what is missing from its full level."""
+        account = age(account, now_us)
+        rule = account.rule
+        spent = account.spent if rule.kind != "refill" else max(0, rule.limit - account.level - account.reserved)
+        return cls(
+            rule.budget,
+            json.loads(rule.scope),
+            rule.unit,
+            *(
+                amount(count, rule.unit)
+                for count in (rule.limit, spent, account.reserved, account.available)
+            ),
+            window=(
+                instant(rule.start_us) if rule.start_us else None,
+                instant(rule.end_us) if rule.end_us is not None else None,
+            ),
+            overrun=amount(account.overrun, rule.unit),
+            refused=account.refused,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One immutable fact of the books (DESIGN: usage record). Sums over all records are the truth: corrections hold differences.
+
+    `kind`: settlement, release, expiry, correction, reversal, charge or refusal. `outcome`: completed, failed, blocked,
+    cancelled. `path`: the runs from the outermost to the one the call belongs to. `amounts`: one dict per account with
+    `budget`, `scope`, `unit`, `window_start` and the integer `amount` (USD in nano-dollars). `estimated`: the real cost is not
+    known, what was reserved stands for it. `attempts`: 1 plus the client's own retries that were allowed for.
+    """
+
+    id: str
+    kind: str
+    corrects: str | None
+    outcome: str
+    estimated: bool
+    reason: str
+    path: tuple[str, ...]
+    tags: dict[str, str]
+    model: str | None
+    model_answered: str | None
+    usage: dict[str, Any]
+    cost_nanos: int
+    price_version: str | None
+    amounts: tuple[dict[str, Any], ...]
+    attempts: int
+    reserved_at: datetime
+    settled_at: datetime
+    latency_ms: int | None
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, entry: Entry) -> UsageRecord:
+        draft, facts = entry.draft, entry.facts
+        return cls(
+            id=entry.id,
+            kind=entry.kind,
+            corrects=entry.corrects,
+            outcome=entry.outcome,
+            estimated=entry.estimated,
+            reason=entry.reason,
+            path=tuple(draft.get("path", ())),
+            tags=dict(draft["tags"]),
+            model=draft["tags"].get("model"),
+            model_answered=facts.get("model_answered"),
+            usage=entry.usage,
+            cost_nanos=entry.cost_nanos,
+            price_version=draft.get("price_version"),
+            amounts=tuple(_amount(key, count) for key, count in entry.amounts.items()),
+            attempts=draft.get("attempts", 1),
+            reserved_at=instant(entry.reserved_us),
+            settled_at=instant(entry.settled_us),
+            latency_ms=facts.get("latency_ms"),
+            headers=facts.get("headers", {}),
+        )
+
+    @property
+    def cost_usd(self) -> Decimal:
+        """The cost in US dollars, exact."""
+        return dollars(self.cost_nanos)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain JSON data; money both as integer nano-dollars and as a decimal text of dollars."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        plain["reserved_at"] = self.reserved_at.isoformat()
+        plain["settled_at"] = self.settled_at.isoformat()
+        plain["cost_usd"] = dollar_text(self.cost_nanos)
+        plain["path"] = list(self.path)
+        plain["amounts"] = list(self.amounts)
+        return plain
+
+
+def _amount(key: str, count: int) -> dict[str, Any]:
+    budget, unit, _, scope, start_us = json.loads(key)
+    return {"budget": budget, "scope": scope, "unit": unit, "window_start": start_us, "amount": count}
+
+
+def facts_of(
+    *, model_answered: str | None = None, latency_us: int | None = None, headers: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What is known only after a call, as an entry keeps it."""
+    facts: dict[str, Any] = {}
+    if model_answered:
+        facts["model_answered"] = model_answered
+    if latency_us is not None:
+        facts["latency_ms"] = latency_us // 1_000
+    if headers:
+        facts["headers"] = {name: value for name, value in headers.items() if "ratelimit" in name or name == "retry-after"}
+    return facts

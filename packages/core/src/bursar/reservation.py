@@ -1,0 +1,216 @@
+"""A reservation as its user holds it: settle it to the real cost, release it, or let its block decide."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from bursar.errors import BursarError, InvalidInput, StoreError, UnknownPrice, UnreadableAnswer
+from bursar.guard import Call, Steps, log
+from bursar.money import nanos
+from bursar.outcome import surely_not_billed
+from bursar.records import UsageRecord
+from bursar.usage import Usage
+
+if TYPE_CHECKING:
+    from bursar.facade import Bursar
+
+
+class Reservation:
+    """Amounts held for one call. End it once: `settle`, `release`, or `settle_unknown` when nobody knows what was billed.
+
+    `model` is the one to call, `max_output_tokens` the maximum output to enforce (None: the provider's own), `capped` says
+    that it is smaller than what was asked for.
+    """
+
+    def __init__(self, bursar: Bursar, call: Call) -> None:
+        self._bursar = bursar
+        self._call = call
+
+    @property
+    def id(self) -> str:
+        return self._call.id
+
+    @property
+    def model(self) -> str:
+        return self._call.model
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        request, price = self._call.request, self._call.price
+        limit = None if request is None else request.max_output_tokens
+        return limit or (None if price is None else price.max_output_tokens)
+
+    @property
+    def capped(self) -> bool:
+        return self._call.capped
+
+    @property
+    def state(self) -> str:
+        """`open`, `settled` or `released`; `unguarded` when the store was away and the policy is "open"."""
+        return self._call.state
+
+    @property
+    def is_open(self) -> bool:
+        return self._call.state in ("open", "unguarded")
+
+    def settle(
+        self, answer: Any, *, outcome: str = "completed", reason: str = "", headers: Mapping[str, str] | None = None
+    ) -> UsageRecord | None:
+        """Book the real cost of `answer`: a Usage, or the provider's answer as it is (dict, SDK object, list of stream events).
+
+        An answer whose usage or price cannot be read is booked at the reserved amount, as estimated. Returns the usage record.
+        Raises IdempotencyConflict, ReservationEnded or StoreError; after a StoreError Bursar goes on trying by itself.
+        """
+        return self._bursar._run(self._settling(answer, outcome, reason, headers))
+
+    async def asettle(
+        self, answer: Any, *, outcome: str = "completed", reason: str = "", headers: Mapping[str, str] | None = None
+    ) -> UsageRecord | None:
+        """As `settle`, for async callers."""
+        return await self._bursar._arun(self._settling(answer, outcome, reason, headers))
+
+    def release(self, reason: str = "") -> UsageRecord | None:
+        """Give everything back: the call was not sent, or clearly refused before generation."""
+        return self._bursar._run(self._releasing(reason))
+
+    async def arelease(self, reason: str = "") -> UsageRecord | None:
+        """As `release`, for async callers."""
+        return await self._bursar._arun(self._releasing(reason))
+
+    def settle_unknown(self, reason: str, *, known: Usage | None = None) -> UsageRecord | None:
+        """Book the reserved amount, as estimated: the call may have been billed (a time-out, a cut stream, a lost answer)."""
+        return self._bursar._run(self._unknown(reason, known))
+
+    async def asettle_unknown(self, reason: str, *, known: Usage | None = None) -> UsageRecord | None:
+        """As `settle_unknown`, for async callers."""
+        return await self._bursar._arun(self._unknown(reason, known))
+
+    def settle_error(self, error: BaseException, *, known: Usage | None = None) -> UsageRecord | None:
+        """End by an error of the call: released when it was surely not billed (4xx, never connected), else booked as estimated."""
+        return self._bursar._run(self._failing(error, known))
+
+    async def asettle_error(self, error: BaseException, *, known: Usage | None = None) -> UsageRecord | None:
+        """As `settle_error`, for async callers."""
+        return await self._bursar._arun(self._failing(error, known))
+
+    def _settling(self, answer: Any, outcome: str, reason: str, headers: Mapping[str, str] | None) -> Steps:
+        call, bursar = self._call, self._bursar
+        if call.request is None:
+            cost = None if answer is None else nanos(str(answer).removesuffix("USD").strip())
+            return (yield from self._ending(bursar.guard.settle_tool(call, cost, outcome, bursar.store.now_us())))
+        try:
+            usage = answer if isinstance(answer, Usage) else Usage.from_response(call.provider, answer)
+            steps = bursar.guard.settle(
+                call, usage, bursar.store.now_us(), outcome=outcome, reason=reason, headers=headers
+            )
+            return (yield from self._ending(steps))
+        except (UnreadableAnswer, UnknownPrice) as error:
+            log.warning("%s: booked at the reserved amount, as estimated", error)
+            return (yield from self._unknown(str(error), None))
+
+    def _releasing(self, reason: str, outcome: str = "cancelled") -> Steps:
+        return (yield from self._ending(self._bursar.guard.release(self._call, reason, outcome=outcome)))
+
+    def _unknown(self, reason: str, known: Usage | None) -> Steps:
+        now_us = self._bursar.store.now_us()
+        return (
+            yield from self._ending(self._bursar.guard.settle_unknown(self._call, reason[:200], now_us, known=known))
+        )
+
+    def _failing(self, error: BaseException, known: Usage | None) -> Steps:
+        reason = type(error).__name__
+        if surely_not_billed(error):
+            return (yield from self._releasing(reason, "failed"))
+        return (yield from self._unknown(reason, known))
+
+    def _ending(self, steps: Steps) -> Steps:
+        """Run an end's steps; what the store cannot take now is kept, and tried again in the background."""
+        command = None
+        try:
+            step = next(steps)
+            while True:
+                command = step
+                try:
+                    answer = yield step
+                except BaseException as error:
+                    if isinstance(error, StoreError):
+                        self._bursar._keep_trying(self._call, command)
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            self._bursar._forget(self._call)
+            return None if stop.value is None else UsageRecord.of(stop.value)
+
+
+class Block:
+    """`with` and `async with` around one call. Leaving it unsettled books the reserved amount, as estimated.
+
+    An error that says that nothing was generated (4xx, never connected) releases instead.
+    """
+
+    def __init__(self, bursar: Bursar, call: Call) -> None:
+        self._bursar = bursar
+        self._call = call
+        self._reservation = Reservation(bursar, call)
+
+    def __enter__(self) -> Reservation:
+        self._bursar._run(self._bursar._reserving(self._call, live=True))
+        return self._reservation
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        steps = self._leaving(error)
+        if steps is not None:
+            with self._reported(error):
+                self._bursar._run(steps)
+        return False
+
+    async def __aenter__(self) -> Reservation:
+        await self._bursar._arun(self._bursar._reserving(self._call, live=True))
+        return self._reservation
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        steps = self._leaving(error)
+        if steps is not None:
+            with self._reported(error):
+                await self._bursar._arun(steps)
+        return False
+
+    def _leaving(self, error: BaseException | None) -> Steps | None:
+        if not self._reservation.is_open:
+            return None
+        if self._call.request is None:
+            return self._reservation._settling(None, "completed" if error is None else "failed", "", None)
+        if error is None:
+            return self._reservation._unknown("left without settling", None)
+        return self._reservation._failing(error, None)
+
+    @contextlib.contextmanager
+    def _reported(self, error: BaseException | None) -> Generator[None]:
+        try:
+            yield
+        except BursarError as failure:
+            if error is None:
+                raise
+            # The call's own error is the one to see; the settlement is kept and tried again by the guard.
+            log.error("while ending %s: %s", self._call.id, failure)
+
+
+def tool_cost(cost: str | None) -> int | None:
+    """A tool's cost such as "0.002 USD" in nano-dollars. Raises InvalidInput."""
+    if cost is None:
+        return None
+    text = cost.strip()
+    if not text.endswith("USD"):
+        raise InvalidInput(f'{cost!r} is no cost. Write it like "0.002 USD".', argument="cost", value=cost)
+    found = nanos(text.removesuffix("USD").strip())
+    if found < 0:
+        raise InvalidInput(f"{cost!r} is negative. Costs are 0 or more.", argument="cost", value=cost)
+    return found
