@@ -318,6 +318,7 @@ def test_hostile_answers_raise_one_error_and_readings_keep_their_parts(data: st.
         return
     for part in (usage, *usage.other_models):
         assert part.cache_read_tokens + part.cache_write_5m_tokens + part.cache_write_1h_tokens <= part.input_tokens
+        assert part.input_audio_tokens + part.input_image_tokens + part.input_video_tokens <= part.input_tokens
         assert part.reasoning_tokens + part.output_audio_tokens + part.output_image_tokens <= part.output_tokens
     assert Usage(**usage.as_dict()) == usage
 

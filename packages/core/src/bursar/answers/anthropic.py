@@ -96,8 +96,8 @@ def _message_counts(usage: Json) -> Keywords:
 def _with_iterations(usage: Json, top: Keywords, model: str | None) -> Keywords:
     """Add the rounds that the top level leaves out: compaction, and an advisor, another model at its own price.
 
-    The top level counts the rounds of type `message` alone. Source: docs.anthropic.com, compaction, "Understanding
-    usage".
+    The top level counts the rounds of type `message` alone.
+    Source: Claude API documentation, "Compaction at a token threshold", usage.
     """
     rounds = items(usage, "iterations")[:1000]
     own: Keywords = dict.fromkeys(top, 0)

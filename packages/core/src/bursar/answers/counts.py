@@ -142,14 +142,8 @@ def tidy(words: Keywords) -> Keywords:
     cut.
     """
     into, out = words.get("input_tokens", 0), words.get("output_tokens", 0)
-    for name in (
-        "cache_read_tokens",
-        "input_audio_tokens",
-        "input_image_tokens",
-        "input_video_tokens",
-        "tool_prompt_tokens",
-    ):
-        into = max(into, words.get(name, 0))
+    seen = sum(words.get(f"input_{medium}_tokens", 0) for medium in ("audio", "image", "video"))
+    into = max(into, words.get("cache_read_tokens", 0), words.get("tool_prompt_tokens", 0), seen)
     room = into - words.get("cache_read_tokens", 0)
     for name in ("cache_write_1h_tokens", "cache_write_5m_tokens"):
         if name in words:

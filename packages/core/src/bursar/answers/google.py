@@ -97,7 +97,9 @@ def _metadata(usage: Json) -> Keywords:
     thought = count(usage.get("thoughtsTokenCount"))
     whole = count(usage.get("totalTokenCount"))
     if "promptTokenCount" not in usage and not shown and not thought:
-        return tidy({"input_tokens": whole})  # a cache that was made: its tokens are read once
+        # A cache that was made: writing it costs the input price (Vertex AI, "Context caching overview"). Its storage,
+        # which is billed by the hour, is not in the answer.
+        return tidy({"input_tokens": whole})
     inside = 0 < thought <= shown and whole == prompt + tool + shown
     out = shown + count(usage.get("responseTokenCount")) + (0 if inside else thought)
     out += max(0, whole - prompt - tool - out)
