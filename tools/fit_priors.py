@@ -1,9 +1,10 @@
 """Fits the packaged priors of the learned estimate on recorded answers: `python tools/fit_priors.py [CORPUS] [OUT]`.
 
-Method: per product line, the tokens are a weighted sum of the request's measures with weights of 0 or more, found by iterated least
-squares on the relative error (so the middle of the answers, not their mean), drawn towards the family's weights, and those towards
-all answers', where answers are few. Near-copies of one source file share one weight. On top stand a factor and a margin in tokens, chosen so
-that hardly an answer exceeds the estimate. No randomness: the same corpus gives the same file.
+Method: per product line, the tokens are a weighted sum of the request's measures with weights of 0 or more, found by
+iterated least squares on the relative error (so the middle of the answers, not their mean), drawn towards the family's
+weights, and those towards all answers', where answers are few. Near-copies of one source file share one weight. On top
+stand a factor and a margin in tokens, chosen so that hardly an answer exceeds the estimate. No randomness: the same
+corpus gives the same file.
 """
 
 from __future__ import annotations
@@ -25,9 +26,22 @@ from bursar.estimate.request import FEATURES, Request
 OUT = Path(__file__).parents[1] / "packages/core/src/bursar/estimate/priors.json"
 CORPUS = Path(__file__).parents[2] / "shared/corpus/responses.jsonl.gz"
 # Where a weight starts when nothing is known, and by how much it may differ from what its family has.
-START = dict(zip(FEATURES, (5.0, 40.0, 20.0, 10.0, 0.2, 0.5, 0.35, 0.45, 0.35, 0.2, 0.1, 0.1, 0.02, 4.0, 5.0, 10.0, 1200.0), strict=True))
-# No weight above these: a byte makes less than a token (a digit or a sign one, with what the provider adds), a message or tool adds little.
-MOST = dict(zip(FEATURES, (200.0, 700.0, 300.0, 60.0, 0.35, 1.2, 0.7, 0.6, 0.6, 1.0, 0.5, 0.4, 0.3, 60.0, 80.0, 200.0, 1600.0), strict=True))
+START = dict(
+    zip(
+        FEATURES,
+        (5.0, 40.0, 20.0, 10.0, 0.2, 0.5, 0.35, 0.45, 0.35, 0.2, 0.1, 0.1, 0.02, 4.0, 5.0, 10.0, 1200.0),
+        strict=True,
+    )
+)
+# No weight above these: a byte makes less than a token (a digit or a sign one, with what the provider adds), a message
+# or tool adds little.
+MOST = dict(
+    zip(
+        FEATURES,
+        (200.0, 700.0, 300.0, 60.0, 0.35, 1.2, 0.7, 0.6, 0.6, 1.0, 0.5, 0.4, 0.3, 60.0, 80.0, 200.0, 1600.0),
+        strict=True,
+    )
+)
 # Tokens that every cold estimate has on top: little money, and most of what small requests are short by.
 FLOOR = 50
 _TEXT = re.compile(r"\.\.\.\[trimmed (\d+) chars\]$")
@@ -104,8 +118,16 @@ def samples(lines: Iterable[dict[str, Any]]) -> Iterator[Sample]:
             body = _nulls(body)
         model = line.get("model") or line.get("response_model") or ""
         request = Request(line["provider"], model, body=body, endpoint=line["endpoint_kind"])
-        yield Sample(line["id"], re.split("[@#]", line["source"])[0], line["provider"], model, request, usage["input_tokens"],
-                     usage.get("output_tokens") or 0, not line["request"].get("body_trimmed"))
+        yield Sample(
+            line["id"],
+            re.split("[@#]", line["source"])[0],
+            line["provider"],
+            model,
+            request,
+            usage["input_tokens"],
+            usage.get("output_tokens") or 0,
+            not line["request"].get("body_trimmed"),
+        )
 
 
 def read(path: Path) -> list[Sample]:
@@ -115,13 +137,19 @@ def read(path: Path) -> list[Sample]:
 
 
 def fit_weights(rows: Sequence[Sample], towards: Sequence[float], pull: float = 0.5) -> list[float]:
-    """Weights of 0 or more that meet the middle of `rows`; `pull` is the weight of `towards` in answers of one source file."""
+    """Weights of 0 or more that meet the middle of `rows`; `pull`: what `towards` weighs, in source files."""
     size = len(FEATURES)
     start, most = list(START.values()), list(MOST.values())
     weights = list(towards)
     copies = Counter(row.source for row in rows)
-    data = [([float(value) for value in row.request.features], float(max(1, row.input_tokens - row.request.token_ids)),
-             1 / math.sqrt(copies[row.source])) for row in rows]
+    data = [
+        (
+            [float(value) for value in row.request.features],
+            float(max(1, row.input_tokens - row.request.token_ids)),
+            1 / math.sqrt(copies[row.source]),
+        )
+        for row in rows
+    ]
     for _ in range(25):
         matrix = [[0.0] * size for _ in range(size)]
         right = [0.0] * size
@@ -147,13 +175,13 @@ def fit_weights(rows: Sequence[Sample], towards: Sequence[float], pull: float = 
 
 
 def widen(rows: Sequence[Sample], weights: Sequence[float], allowed: float) -> Line:
-    """The factor and margin that leave at most `allowed` of `rows` above the estimate, at the least cost for large requests."""
+    """The factor and margin that leave at most `allowed` of `rows` above the estimate, at the least excess."""
     base = Line(tuple(round(weight, 4) for weight in weights), 1.0, 0.0)
     pairs = [(base.expected(row.request), row.input_tokens) for row in rows]
     best: tuple[float, Line] | None = None
     sources = len({row.source for row in rows})
     least = 1.15 + 0.5 / math.sqrt(sources)  # few sources say little of the next one
-    for step in range(0, 41):
+    for step in range(41):
         factor = least + step * 0.025
         short = sorted((actual - factor * expected for expected, actual in pairs), reverse=True)
         margin = max(FLOOR + 200 / sources, short[math.floor(allowed * len(short))] + 4)
@@ -181,7 +209,11 @@ def fit(rows: Sequence[Sample]) -> Priors:
                 result[name] = widen(lines[name], fit_weights(lines[name], weights), 0.01)
     priors = Priors(result, {})
     for kind in ("server_tools", "stored", "session"):
-        added = sorted(row.input_tokens - priors.line(row.request).expected(row.request) for row in rows if row.request.kind == kind)
+        added = sorted(
+            row.input_tokens - priors.line(row.request).expected(row.request)
+            for row in rows
+            if row.request.kind == kind
+        )
         priors.additions[kind] = max(0, math.ceil(added[math.floor(0.95 * (len(added) - 1))])) if added else 0
     return priors
 
@@ -193,8 +225,11 @@ def error(rows: Sequence[Sample], priors: Priors) -> dict[str, float]:
         line = priors.line(row.request)
         ratios.append(((line.factor * line.expected(row.request) + line.margin) / row.input_tokens, row.input_tokens))
     large = sorted(ratio for ratio, tokens in ratios if tokens > 500)
-    return {"answers": len(ratios), "exceeded": round(sum(ratio < 1 for ratio, _ in ratios) / max(1, len(ratios)), 4),
-            "median_above_500": round(large[len(large) // 2], 3) if large else 0.0}
+    return {
+        "answers": len(ratios),
+        "exceeded": round(sum(ratio < 1 for ratio, _ in ratios) / max(1, len(ratios)), 4),
+        "median_above_500": round(large[len(large) // 2], 3) if large else 0.0,
+    }
 
 
 def main(corpus: Path = CORPUS, out: Path = OUT) -> None:
@@ -208,7 +243,10 @@ def main(corpus: Path = CORPUS, out: Path = OUT) -> None:
         "features": FEATURES,
         "error": error(text, priors),
         "additions": priors.additions,
-        "lines": {name: {"weights": line.weights, "factor": line.factor, "margin": line.margin} for name, line in sorted(priors.lines.items())},
+        "lines": {
+            name: {"weights": line.weights, "factor": line.factor, "margin": line.margin}
+            for name, line in sorted(priors.lines.items())
+        },
     }
     lines = json.dumps(data, separators=(",", ": ")).replace('"lines": {', '"lines": {\n').replace("},", "},\n")
     out.write_text(lines + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Estimates: what a call may use before it is sent, as an upper bound (`strict`) or as learned from settled calls (`Learner`)."""
+"""Estimates: what a call may use, as an upper bound (`strict`) or as learned from settled calls (`Learner`)."""
 
 from bursar.estimate.learned import Learner
 from bursar.estimate.request import Request

@@ -1,24 +1,33 @@
-"""What a provider adds to a request on its side: its own tools, stored conversations, routing; told from the request alone."""
+"""What a provider adds to a request on its side: its own tools, stored conversations, routing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from bursar.estimate.measure import words
 
 # Anthropic, "Handling stop reasons", pause_turn: the server's loop stops after 10 rounds.
 _ANTHROPIC_ROUNDS = 10
 # Tools that run at the caller's; everything of another type is taken for the provider's own.
-_CLIENT_TYPES = frozenset(
-    "function custom namespace computer computer_use computer_use_preview local_shell apply_patch".split()
-)
+_CLIENT_TYPES = words("function custom namespace computer computer_use computer_use_preview local_shell apply_patch")
 _ANTHROPIC_CLIENT = ("bash_", "text_editor_", "computer_", "memory_")
 _GEMINI_CLIENT = frozenset(("functionDeclarations", "function_declarations", "computerUse", "computer_use"))
 _TOOL_LISTS = ("tools", "functions", "toolConfig", "tool_config", "mcp_servers")
 # Settings that make the provider search, read or compact by itself.
 _SETTINGS = (
-    "web_search_options", "search_parameters", "search_settings", "plugins", "connectors", "data_sources",
-    "retrieveAndGenerateConfiguration", "retrievalQuery", "agent", "mcp_servers", "enable_search",
+    "web_search_options",
+    "search_parameters",
+    "search_settings",
+    "plugins",
+    "connectors",
+    "data_sources",
+    "retrieveAndGenerateConfiguration",
+    "retrievalQuery",
+    "agent",
+    "mcp_servers",
+    "enable_search",
 )
 _STORED = ("previous_response_id", "conversation", "cachedContent", "cached_content", "container", "variables")
 _SEARCHING = ("-search-preview", "-search-api", "deep-research", "sonar", "compound", ":online")
@@ -27,9 +36,11 @@ _ROUTED = ("auto", "openrouter/auto", "model-router", "switchpoint/router", "ope
 
 @dataclass(slots=True)
 class Additions:
-    """`tools`: declared by the caller; `hidden`: those of them for which the provider writes a prompt; `server`: the provider's own.
+    """`tools`: declared by the caller; `hidden`: those of them for which the provider writes a prompt; `server`: the
+    provider's own.
 
-    `rounds`: how often the model is run at most, or None where nothing limits it; `stored`, `routed`: the reason in words, or empty.
+    `rounds`: how often the model is run at most, or None where nothing limits it; `stored`, `routed`: the reason in
+    words, or empty.
     """
 
     tools: int = 0
@@ -41,7 +52,7 @@ class Additions:
 
 
 def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, Any]) -> Additions:
-    """Find everything in `body` by which the provider would put more into the prompt, or run the model more than once."""
+    """Find all by which the provider would put more into the prompt, or run the model more than once."""
     found = Additions()
     uses: list[int | None] = []
     anthropic = "anthropic" in provider or "claude" in model
@@ -61,7 +72,9 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
         found.server.append("compaction")
     reasoning = body.get("reasoning")
     if isinstance(reasoning, Mapping) and reasoning.get("mode") not in (None, "standard", "default"):
-        found.server.append(f"the reasoning mode {reasoning['mode']!r}")  # `pro` was billed 20 times the request's bytes
+        found.server.append(
+            f"the reasoning mode {reasoning['mode']!r}"
+        )  # `pro` was billed 20 times the request's bytes
     if found.server:
         found.rounds = _rounds(body, found.server, uses, anthropic)
     for name in _STORED:
@@ -87,7 +100,7 @@ def _tools(body: Mapping[str, Any]) -> Iterator[Any]:
             yield from value
 
 
-def _declarations(tool: Any) -> Iterable[Any]:
+def _declarations(tool: Any) -> tuple[Any, ...]:
     if isinstance(tool, Mapping):
         for key in ("functionDeclarations", "function_declarations", "tools"):
             if isinstance(tool.get(key), (list, tuple)):
@@ -96,7 +109,7 @@ def _declarations(tool: Any) -> Iterable[Any]:
 
 
 def _tool(tool: Any, anthropic: bool) -> tuple[str, bool]:
-    """Its name, and whether it runs at the caller's. A client tool has a name only where the provider writes its prompt."""
+    """Its name, and whether the caller runs it; a client tool has a name only where the provider writes its prompt."""
     if not isinstance(tool, Mapping):
         return "", True  # an SDK's or framework's tool object is the caller's own
     kind = tool.get("type")
@@ -120,11 +133,13 @@ def _tool(tool: Any, anthropic: bool) -> tuple[str, bool]:
 def _compacts(body: Mapping[str, Any]) -> bool:
     management = body.get("context_management")
     edits = management.get("edits") if isinstance(management, Mapping) else management
-    return isinstance(edits, (list, tuple)) and any("compact" in str(edit.get("type")) for edit in edits if isinstance(edit, Mapping))
+    return isinstance(edits, (list, tuple)) and any(
+        "compact" in str(edit.get("type")) for edit in edits if isinstance(edit, Mapping)
+    )
 
 
 def _rounds(body: Mapping[str, Any], server: list[str], uses: list[int | None], anthropic: bool) -> int | None:
-    """How often the model runs at most. The limits that count: OpenAI's `max_tool_calls`, xAI's `max_turns`, Anthropic's `max_uses`."""
+    """How often the model runs at most, by OpenAI's `max_tool_calls`, xAI's `max_turns`, Anthropic's `max_uses`."""
     for name in ("max_tool_calls", "max_turns"):
         limit = body.get(name)
         if isinstance(limit, int) and limit >= 0:

@@ -1,4 +1,4 @@
-"""The learned estimate: what a call will probably use, from the packaged priors and from the calls that were settled before."""
+"""The learned estimate: what a call will probably use, from the packaged priors and from the calls settled before."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class _Call:
 class Learner:
     """Estimates calls, and learns from each settled one. Safe for threads; memory is bounded whatever comes.
 
-    Input, in this order: the caller's count; in a run, the last call's actual input plus what was added since; the dearest ratio of
-    actual to expected among the last 64 calls of this model and size class, times (1 + 1/n); the packaged prior. Output: the dearest
-    of the last 64, times (1 + 1/n), at most the request's or the model's maximum; before the first, that maximum. Never above the
-    strict bound where the input is wholly in the request.
+    Input, in this order: the caller's count; in a run, the last call's actual input plus what was added since; the
+    dearest ratio of actual to expected among the last 64 calls of this model and size class, times (1 + 1/n); the
+    packaged prior. Output: the dearest of the last 64, times (1 + 1/n), at most the request's or the model's maximum;
+    before the first, that maximum. Never above the strict bound where the input is wholly in the request.
     """
 
     def __init__(self, priors: Priors | None = None) -> None:
@@ -59,9 +59,14 @@ class Learner:
         self._runs: OrderedDict[str, deque[_Call]] = OrderedDict()
 
     def estimate(
-        self, request: Request, *, run: str | None = None, context_window: int | None = None, max_output_tokens: int | None = None
+        self,
+        request: Request,
+        *,
+        run: str | None = None,
+        context_window: int | None = None,
+        max_output_tokens: int | None = None,
     ) -> Estimate:
-        """What `request` will probably use. Raises UnboundedEstimate where nothing at all is known of its input or output."""
+        """What `request` will probably use. Raises UnboundedEstimate where nothing is known of its input or output."""
         key = _key(request)
         cold, expected = self._cold(request)
         with self._lock:
@@ -79,7 +84,11 @@ class Learner:
             tokens, basis = _continued(request, key, calls, expected, cold) or _learned(expected, cold, ratios)
             if request.kind == "text":
                 tokens = min(tokens, text_bound(request))
-            if context_window is not None and not request.embeds and request.kind not in ("text", "session", "server_tools"):
+            if (
+                context_window is not None
+                and not request.embeds
+                and request.kind not in ("text", "session", "server_tools")
+            ):
                 tokens = min(tokens, context_window)
         return Estimate(math.ceil(tokens), output * request.n, output, request.n, False, basis)
 
@@ -156,7 +165,11 @@ def _continued(
             return call.input_tokens + call.output_tokens + cold, "the run's last call plus this request"
         if 0 < call.messages <= len(request.marks) and request.marks[call.messages - 1] == call.mark:
             added = max(0.0, expected - call.expected)
-            ratio = max(1.0, cold / expected if expected > 500 else 1.5, call.input_tokens / call.expected if call.expected > 200 else 1.0)
+            ratio = max(
+                1.0,
+                cold / expected if expected > 500 else 1.5,
+                call.input_tokens / call.expected if call.expected > 200 else 1.0,
+            )
             tokens = call.input_tokens * _RUN_FACTOR + added * min(ratio, 3.0) + (_RUN_MARGIN if added else 0)
             return tokens, "the run's last call plus what was added"
     return None
@@ -177,6 +190,9 @@ def _unmeasured(request: Request, learned: float | None, context_window: int | N
     if context_window is not None:
         return float(context_window), "the model's context window"
     raise UnboundedEstimate(
-        f"Nothing is known of the input of this call of {request.provider} {request.model!r}. Give its messages or input_tokens.",
-        reason="neither the messages nor their count are known", provider=request.provider, model=request.model,
+        f"Nothing is known of the input of this call of {request.provider} {request.model!r}. "
+        "Give its messages or input_tokens.",
+        reason="neither the messages nor their count are known",
+        provider=request.provider,
+        model=request.model,
     )

@@ -1,48 +1,69 @@
-"""Measures one request before it is sent, in one walk: bytes of text, tool declarations, media, and what the provider keeps."""
+"""Measures one request in one walk: bytes of text, tool declarations, media, and what the provider keeps."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from bursar.estimate.media import Media, read_media
+from bursar.estimate.plain import json_bytes, plain
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, for sets of field names."""
+    return frozenset(text.split())
+
 
 MAX_DEPTH = 64  # deeper than any wire format nests; what lies below is counted as plain JSON
 
 # Top-level fields that never reach the prompt. Every other field is counted, so an unknown one errs on the safe side.
-PARAMETERS = frozenset(
-    "model stream stream_options temperature top_p top_k n max_tokens max_completion_tokens max_output_tokens stop stop_sequences"
-    " service_tier serviceTier user metadata requestMetadata labels seed frequency_penalty presence_penalty logit_bias logprobs"
-    " top_logprobs parallel_tool_calls include store background truncation safety_identifier prompt_cache_key prompt_cache_options"
-    " prompt_cache_retention anthropic_version anthropic_beta schemaVersion inferenceConfig textGenerationConfig guardrailConfig"
-    " safetySettings encoding_format dimensions output_dimension output_dtype embedding_types input_type usage provider transforms"
-    " keep_alive options tool_choice reasoning reasoning_effort reasoning_format thinking safe_prompt previous_response_id"
-    " conversation cachedContent cached_content context cache_control modalities audio models plugins prediction".split()
+PARAMETERS = words(
+    """
+    model stream stream_options temperature top_p top_k n max_tokens max_completion_tokens max_output_tokens stop
+    stop_sequences service_tier serviceTier user metadata requestMetadata labels seed frequency_penalty
+    presence_penalty logit_bias logprobs top_logprobs parallel_tool_calls include store background truncation
+    safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention anthropic_version anthropic_beta
+    schemaVersion inferenceConfig textGenerationConfig guardrailConfig safetySettings encoding_format dimensions
+    output_dimension output_dtype embedding_types input_type usage provider transforms keep_alive options
+    tool_choice reasoning reasoning_effort reasoning_format thinking safe_prompt previous_response_id conversation
+    cachedContent cached_content context cache_control modalities audio models plugins prediction
+    """
 )
 TOOLS = frozenset(("tools", "functions", "toolConfig", "tool_config", "mcp_servers"))
-FORMATS = frozenset("response_format text output_format output_config outputConfig generationConfig generation_config format".split())
+FORMATS = words(
+    "response_format text output_format output_config outputConfig generationConfig generation_config format"
+)
 CONVERSATION = ("messages", "input", "contents", "chat_history", "prompt", "requests")
 # Values that are data of the user's own tools: nothing in them is a medium or a reference, whatever it looks like.
 _DATA = frozenset(("arguments", "args", "response", "parameters", "input_schema", "inputSchema", "json", "schema"))
-_LABELS = frozenset(
-    "type role id call_id tool_call_id tool_use_id toolUseId status object detail mime_type mimeType name_ response_id".split()
+_LABELS = words(
+    """
+    type role id call_id tool_call_id tool_use_id toolUseId status object detail mime_type mimeType name_
+    response_id
+    """
 )
-_REASONING = frozenset(
-    "encrypted_content signature thoughtSignature thought_signature encrypted_index redactedContent thinking reasoning"
-    " reasoning_content".split()
+_REASONING = words(
+    """
+    encrypted_content signature thoughtSignature thought_signature encrypted_index redactedContent thinking
+    reasoning reasoning_content
+    """
 )
 _REASONING_PARTS = frozenset(("reasoning_details", "reasoningContent", "summary"))
 _TOOL_RESULTS = frozenset(("functionResponse", "function_response", "toolResult", "tool_result"))
-_MEDIA_TYPES = frozenset(
-    "image image_url input_image file input_file document document_url audio input_audio video video_url container_upload media".split()
+_MEDIA_TYPES = words(
+    """
+    image image_url input_image file input_file document document_url audio input_audio video video_url
+    container_upload media
+    """
 )
-_MEDIA_KEYS = frozenset("image document video audio file inlineData inline_data fileData file_data image_url input_audio".split())
+_MEDIA_KEYS = words("image document video audio file inlineData inline_data fileData file_data image_url input_audio")
 # Items that stand for content which the provider keeps, so that their bytes say nothing of their tokens.
-_STORED = frozenset(
-    "item_reference compaction web_search_call file_search_call image_generation_call code_interpreter_call computer_call mcp_call"
-    " mcp_list_tools web_search_tool_result web_fetch_tool_result code_execution_tool_result bash_code_execution_tool_result"
-    " text_editor_code_execution_tool_result server_tool_use mcp_tool_result".split()
+_STORED = words(
+    """
+    item_reference compaction web_search_call file_search_call image_generation_call code_interpreter_call
+    computer_call mcp_call mcp_list_tools web_search_tool_result web_fetch_tool_result code_execution_tool_result
+    bash_code_execution_tool_result text_editor_code_execution_tool_result server_tool_use mcp_tool_result
+    """
 )
 
 _ESCAPED = bytes(range(32)) + b'"\\'
@@ -57,15 +78,35 @@ _HIGH = bytes(range(128, 256))
 class Meter:
     """What one request holds, added up part by part. The text is let go by `close()`; only the counts stay.
 
-    After `close()`: `text_bytes` (UTF-8), of them `wide_bytes` (outside ASCII) and `dense_bytes` (digits and signs, which make more
-    tokens a byte than letters do) and `unbroken_bytes` (base64 and the like); `data_bytes` (JSON of tool calls and their results) and `calls`, how many there are, `schema_bytes` (JSON of tool declarations),
-    `format_bytes` (JSON of output schemas), `reasoning_bytes` (reasoning given back since the last message of the user, encrypted or
-    not) and `stale_bytes` (the same before it, which most providers drop), `syntax_bytes` (keys, labels, quotes and escapes of the
-    rest), `token_ids` (input that came as token numbers), `messages`, and `marks`, the running total after each message.
+    After `close()`: `text_bytes` (UTF-8), of them `wide_bytes` (outside ASCII) and `dense_bytes` (digits and signs,
+    which make more tokens a byte than letters do) and `unbroken_bytes` (base64 and the like); `data_bytes` (JSON of
+    tool calls and their results) and `calls`, how many there are, `schema_bytes` (JSON of tool declarations),
+    `format_bytes` (JSON of output schemas), `reasoning_bytes` (reasoning given back since the last message of the
+    user, encrypted or not) and `stale_bytes` (the same before it, which most providers drop), `syntax_bytes` (keys,
+    labels, quotes and escapes of the rest), `token_ids` (input that came as token numbers), `messages`, and `marks`,
+    the running total after each message.
     """
 
-    __slots__ = ("_chars", "_texts", "calls", "data_bytes", "dense_bytes", "format_bytes", "marks", "media", "messages", "reasoning_bytes",
-                 "schema_bytes", "stale_bytes", "stored", "syntax_bytes", "text_bytes", "token_ids", "unbroken_bytes", "wide_bytes")
+    __slots__ = (
+        "_chars",
+        "_texts",
+        "calls",
+        "data_bytes",
+        "dense_bytes",
+        "format_bytes",
+        "marks",
+        "media",
+        "messages",
+        "reasoning_bytes",
+        "schema_bytes",
+        "stale_bytes",
+        "stored",
+        "syntax_bytes",
+        "text_bytes",
+        "token_ids",
+        "unbroken_bytes",
+        "wide_bytes",
+    )
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -76,6 +117,20 @@ class Meter:
         self.media: list[Media] = []
         self.stored = ""
         self.marks: list[int] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that reaches the prompt, as JSON in UTF-8; media left out, a token number counted as one."""
+        return (
+            self.text_bytes
+            + self.data_bytes
+            + self.schema_bytes
+            + self.format_bytes
+            + self.reasoning_bytes
+            + self.stale_bytes
+            + self.syntax_bytes
+            + self.token_ids
+        )
 
     def body(self, body: Mapping[str, Any]) -> None:
         """Count every field of a wire request that can reach the prompt."""
@@ -99,7 +154,7 @@ class Meter:
                     self.content(value, 0)
 
     def conversation(self, messages: Any) -> None:
-        """Count a list of messages, and remember the running total after each, by which a later call of a run is recognised."""
+        """Count a list of messages; the running total after each is how a later call of a run is recognised."""
         if messages and type(messages[0]) is int:  # one text, as token numbers
             self.token_ids += len(messages)
             self.messages += 1
@@ -162,7 +217,9 @@ class Meter:
                 if key in _LABELS:
                     self.syntax_bytes += len(value)
                 elif key in _REASONING:
-                    self.reasoning_bytes += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+                    self.reasoning_bytes += (
+                        len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+                    )
                 elif key in _DATA:
                     self.calls += 1
                     self.data_bytes += json_bytes(value)
@@ -181,7 +238,7 @@ class Meter:
                 self.content(value, depth + 1)
 
     def _medium(self, node: Mapping[str, Any], kind: str) -> bool:
-        """Take the item as a medium if it carries one; text documents and look-alikes are counted as what they are: text."""
+        """Take the item as a medium if it carries one; a look-alike is counted as what it is: text."""
         if not any(key in node for key in _MEDIUM_FIELDS) and kind not in node:
             return False
         self.media.append(read_media(node, kind))
@@ -203,9 +260,11 @@ class Meter:
         self._texts = []
 
 
-_MEDIUM_FIELDS = frozenset(
-    "source data base64 url image_url file_id file fileUri file_uri uri bytes file_data document_url video_url input_audio image"
-    " file_url audio video fileId s3Location".split()
+_MEDIUM_FIELDS = words(
+    """
+    source data base64 url image_url file_id file fileUri file_uri uri bytes file_data document_url video_url
+    input_audio image file_url audio video fileId s3Location
+    """
 )
 
 
@@ -217,35 +276,12 @@ def _is_user_turn(message: Any) -> bool:
         return False
     parts = message.get("content") or message.get("parts")
     if isinstance(parts, (list, tuple)):
-        return not any(isinstance(part, Mapping) and (part.get("type") in _TOOL_RESULTS or _TOOL_RESULTS & part.keys()) for part in parts)
+        return not any(
+            isinstance(part, Mapping) and (part.get("type") in _TOOL_RESULTS or _TOOL_RESULTS & part.keys())
+            for part in parts
+        )
     return True
 
 
 def _carries_reasoning(node: Mapping[str, Any]) -> bool:
     return bool(node.get("encrypted_content") or node.get("content") or node.get("summary"))
-
-
-def json_bytes(value: Any) -> int:
-    """Bytes of `value` as JSON in UTF-8, the way it is sent."""
-    text = json.dumps(value, ensure_ascii=False, default=plain)
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def plain(value: Any) -> Any:
-    """A message or tool object of an SDK as plain data: LangChain, LlamaIndex, pydantic models, dataclasses, protobuf-like."""
-    content = getattr(value, "content", None)
-    blocks = getattr(value, "blocks", None)
-    role = getattr(value, "type", None) or getattr(value, "role", None)
-    if content is not None or blocks is not None:
-        message = {"role": str(role), "content": content if blocks is None else [plain(block) for block in blocks]}
-        for name in ("tool_calls", "name", "tool_call_id"):
-            part = getattr(value, name, None)
-            if part:
-                message[name] = part
-        return message
-    for name in ("model_dump", "to_dict", "dict"):
-        method = getattr(value, name, None)
-        if callable(method):
-            return method()
-    schema = getattr(value, "args_schema", None) or getattr(value, "__dict__", None)
-    return schema if isinstance(schema, Mapping) else str(value)

@@ -1,4 +1,4 @@
-"""Pictures, sound, films and documents in a request: what is known of each, and the most tokens that it can be billed."""
+"""Pictures, sound, films and documents in a request: what is known of each, and the most tokens it can be billed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any
 
 _HEADER_BYTES = 262_144  # a JPEG's size stands behind its metadata, which seldom passes this
 _MIN_AUDIO_BYTES_PER_SECOND = 500  # Opus speech at 6 kbit/s is 750
-_AUDIO_TOKENS_PER_SECOND = 32  # Gemini's published rate, the highest of those that publish one (OpenAI 10, Mistral 12.5)
+_AUDIO_TOKENS_PER_SECOND = (
+    32  # Gemini's published rate, the highest of those that publish one (OpenAI 10, Mistral 12.5)
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One item. `kind`: image, audio, video or document; `size`: bytes, 0 for a link; width and height in pixels, 0 unknown."""
+    """One item. `kind`: image, audio, video or document; `size`: bytes, 0 for a link; pixels, 0 where unknown."""
 
     kind: str
     size: int = 0
@@ -41,7 +43,7 @@ def read_media(node: Mapping[str, Any], kind: str) -> Media:
 
 
 def _payload(node: Mapping[str, Any], depth: int) -> tuple[str | bytes, str, str]:
-    """The bytes (base64 or raw) that the item carries, its MIME type and its detail setting; empty where it is a link."""
+    """The bytes (base64 or raw) that the item carries, its MIME type and its detail; empty where it is a link."""
     data: str | bytes = ""
     mime = detail = ""
     for key, value in node.items():
@@ -118,12 +120,12 @@ def _jpeg_size(raw: bytes) -> tuple[int, int]:
 
 
 def bound_tokens(item: Media, family: str, model: str) -> int | None:
-    """The most tokens that one item can be billed, or None where only the context window bounds it (films, documents, links to
-    sound).
+    """The most tokens that one item can be billed, or None where only the context window bounds it (films, documents,
+    links to sound).
 
-    Sources: OpenAI, "Images and vision" (tiles of 512, patches of 32); Anthropic, "Vision" (width x height / 750, 1,568 pixels on the
-    long edge, 2,576 from Opus 4.7 on); Google, "Understand tokens" (258 a tile; Gemini 3: 2,240 at the highest resolution; 32 a
-    second of sound); xAI, "Image understanding" (tiles of 256).
+    Sources: OpenAI, "Images and vision" (tiles of 512, patches of 32); Anthropic, "Vision" (width x height / 750,
+    1,568 pixels on the long edge, 2,576 from Opus 4.7 on); Google, "Understand tokens" (258 a tile; Gemini 3: 2,240 at
+    the highest resolution; 32 a second of sound); xAI, "Image understanding" (tiles of 256).
     """
     if item.kind == "image":
         return _image_bound(item, family, model)

@@ -1,17 +1,14 @@
-"""What is expected of a request before anything was observed: one line of numbers per product line, fitted on recorded answers."""
+"""What is expected of a request before anything was observed: a few numbers per product line."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 
 from bursar.estimate.media import guess_tokens
 from bursar.estimate.request import Request
-
-# Tokens that the provider adds on its side and that no line explains: the 95th percentile of the recorded answers.
-_KINDS_WITH_ADDITIONS = ("server_tools", "stored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +29,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Priors:
-    """All lines, with families and `*` (any model) to fall back on, and what each kind of addition usually adds."""
+    """All lines, with families and `*` (any model) to fall back on; `additions`: tokens, per kind of request, that the
+    provider adds on its side and no line explains (the 95th percentile of the recorded answers)."""
 
     lines: dict[str, Line]
     additions: dict[str, int]
@@ -45,6 +43,9 @@ class Priors:
 @lru_cache(maxsize=1)
 def packaged() -> Priors:
     """The priors that come with the package (`priors.json`, written by `tools/fit_priors.py`)."""
-    data = json.loads(resources.files("bursar.estimate").joinpath("priors.json").read_text("utf-8"))
-    lines = {name: Line(tuple(map(float, row["weights"])), row["factor"], row["margin"]) for name, row in data["lines"].items()}
+    data = json.loads(Path(__file__).with_name("priors.json").read_text("utf-8"))
+    lines = {
+        name: Line(tuple(map(float, row["weights"])), row["factor"], row["margin"])
+        for name, row in data["lines"].items()
+    }
     return Priors(lines, data["additions"])

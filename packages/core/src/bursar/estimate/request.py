@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from bursar.errors import InvalidInput
 from bursar.estimate.additions import Additions, read_additions
-from bursar.estimate.measure import CONVERSATION, Meter, json_bytes
+from bursar.estimate.families import family_of, line_of
+from bursar.estimate.measure import CONVERSATION, Meter
+from bursar.estimate.plain import json_bytes
 
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_gen_len", "max_tokens_to_sample")
 _NESTED_LIMITS = (
@@ -19,70 +20,64 @@ _NESTED_LIMITS = (
     ("textGenerationConfig", ("maxTokenCount",)),
     ("options", ("num_predict",)),
 )
-_DIGIT, _SERIES = re.compile(r"\d"), re.compile(r"o\d")
-_NO_OUTPUT = ("embed", "rerank", "moderation", "count")
-_FAMILIES = (
-    ("claude", ("claude",)),
-    ("gpt", ("gpt", "o1", "o3", "o4", "davinci", "babbage", "text-embedding-3", "text-embedding-ada", "codex")),
-    ("gemini", ("gemini", "gemma", "learnlm")),
-    ("mistral", ("mistral", "mixtral", "magistral", "codestral", "ministral", "pixtral", "devstral", "voxtral")),
-    ("grok", ("grok",)),
-    ("llama", ("llama",)),
-    ("qwen", ("qwen", "qwq")),
-    ("deepseek", ("deepseek",)),
-    ("nova", ("nova", "titan")),
-    ("command", ("command", "c4ai", "embed-", "rerank")),
-    ("glm", ("glm",)),
-    ("kimi", ("kimi",)),
-)
-
-
-@lru_cache(maxsize=4096)
-def family_of(provider: str, model: str) -> str:
-    """The model family whose tokenizer and prompt format a model shares: `claude`, `gpt`, `gemini`, ..., else `other`."""
-    name = model.lower().rsplit("/", 1)[-1]
-    if "gpt-oss" in name:
-        return "gpt-oss"
-    for family, marks in _FAMILIES:
-        if any(mark in name for mark in marks if len(mark) > 2) or name.startswith(tuple(mark for mark in marks if len(mark) == 2)):
-            return family
-    return {"openai": "gpt", "azure": "gpt", "anthropic": "claude", "mistral": "mistral", "xai": "grok"}.get(provider, "other")
-
-
+_GENERATES = re.compile(r"images|audio/|speech|transcri|videos|dall-e|gpt-image|imagen|whisper|tts|sora-|veo-")
+_EMPTY_FORMAT = 24  # {"type": "json_object"} describes nothing
+_NO_OUTPUT_MODELS, _NO_OUTPUT_ENDPOINTS = ("embed", "rerank"), ("embed", "rerank", "moderation", "count")
 # What `Request.features` holds, in order: the terms of the learned estimate. Bytes, but for the flags and counts.
-FEATURES = ("constant", "has_tools", "has_format", "thinks", "letters", "dense", "wide", "unbroken", "data", "schema", "format", "reasoning",
-            "stale", "messages", "calls", "tools", "hidden")
-_VERSIONED = frozenset(("claude", "gpt", "gemini", "llama", "nova", "grok", "deepseek"))
-
-
-@lru_cache(maxsize=4096)
-def line_of(family: str, provider: str, model: str, embeds: bool) -> str:
-    """The product line inside a family that shares a prompt format: `claude-4`, `gpt-5`, `gpt-o`, `gpt-embed`, `mistral`, ..."""
-    if embeds:
-        return f"{family}-embed"
-    if family not in _VERSIONED:
-        return family
-    name = model.lower().rsplit("/", 1)[-1]
-    if family == "gpt" and _SERIES.match(name):
-        return "gpt-o"
-    version = _DIGIT.search(name.split(family, 1)[-1])
-    line = f"{family}-{version[0]}" if version else family
-    # Vertex does not bill the thought signatures that the Gemini API bills.
-    return f"{line}-vertex" if family == "gemini" and "vertex" in provider else line
+FEATURES = (
+    "constant",
+    "has_tools",
+    "has_format",
+    "thinks",
+    "letters",
+    "dense",
+    "wide",
+    "unbroken",
+    "data",
+    "schema",
+    "format",
+    "reasoning",
+    "stale",
+    "messages",
+    "calls",
+    "tools",
+    "hidden",
+)
 
 
 class Request:
     """What is known of one call before dispatch.
 
-    `body` is the whole wire request (OpenAI chat, responses, completions or embeddings, Anthropic, Gemini, Bedrock, Cohere, ...);
-    `messages` a text, a list of dicts, or SDK message objects, for callers that have no body. Both may be given: the messages
-    then count where the body has none. `input_tokens` is the caller's own count and is believed, in strict mode too.
-    `max_output_tokens` is the enforced maximum of one answer (read from the body where not given), `n` the answers asked for,
-    `retries` the client's own retries. Raises InvalidInput for a count that is none. The text itself is not kept.
+    `body` is the whole wire request (OpenAI chat, responses, completions or embeddings, Anthropic, Gemini, Bedrock,
+    Cohere, ...); `messages` a text, a list of dicts, or SDK message objects, for callers that have no body. Both may
+    be given: the messages then count where the body has none. `input_tokens` is the caller's own count and is
+    believed, in strict mode too. `max_output_tokens` is the enforced maximum of one answer (read from the body where
+    not given), `n` the answers asked for, `retries` the client's own retries. Raises InvalidInput for a count that is
+    none. The text itself is not kept.
     """
 
-    __slots__ = ("additions", "embeds", "endpoint", "family", "features", "input_tokens", "line", "marks", "max_output_tokens", "media",
-                 "measured", "messages", "model", "n", "prediction_bytes", "provider", "retries", "size", "stored", "token_ids")
+    __slots__ = (
+        "additions",
+        "embeds",
+        "endpoint",
+        "family",
+        "features",
+        "input_tokens",
+        "line",
+        "marks",
+        "max_output_tokens",
+        "measured",
+        "media",
+        "messages",
+        "model",
+        "n",
+        "prediction_bytes",
+        "provider",
+        "retries",
+        "size",
+        "stored",
+        "token_ids",
+    )
 
     def __init__(
         self,
@@ -99,7 +94,6 @@ class Request:
         self.provider = provider
         self.model = model
         self.endpoint = endpoint or ""
-        name = model.lower()
         self.family = family_of(provider, model)
         session = not isinstance(body, Mapping) and body is not None
         fields: Mapping[str, Any] = body if isinstance(body, Mapping) else {}
@@ -110,8 +104,12 @@ class Request:
         if messages is not None and not any(fields.get(key) for key in CONVERSATION):
             meter.conversation([messages] if isinstance(messages, str) else messages)
         meter.close()
+        name = model.lower()
+        self.embeds = any(part in name for part in _NO_OUTPUT_MODELS) or any(
+            part in self.endpoint for part in _NO_OUTPUT_ENDPOINTS
+        )
+        self.line = line_of(self.family, provider, model, self.embeds)
         self.additions: Additions = read_additions(provider.lower(), name, self.endpoint, fields)
-        self.measured = messages is not None or bool(fields) or session
         self.stored = meter.stored or self.additions.stored
         if session:
             self.stored = "a live session, where each answer bills the whole conversation again"
@@ -119,36 +117,30 @@ class Request:
         if self.family == "grok" and any(item.kind == "document" for item in meter.media):
             self.additions.server.append("its search in attached files")
             self.additions.rounds = None
-        self.embeds = any(part in name or part in self.endpoint for part in _NO_OUTPUT)
-        self.line = line_of(self.family, provider, model, self.embeds)
         self.input_tokens = _count("input_tokens", input_tokens)
         self.max_output_tokens = _count("max_output_tokens", max_output_tokens, _output_limit(fields))
-        self.n = max(_count("n", n, 1), _answers(fields)) or 1
+        self.n = max(1, _count("n", n) or 1, _answers(fields))
         self.retries = _count("retries", retries) or 0
         self.prediction_bytes = json_bytes(fields["prediction"]) if fields.get("prediction") else 0
         self.media = tuple(meter.media)
         self.marks = tuple(meter.marks)
         self.messages = meter.messages
-        tools = self.additions.tools
-        letters = meter.text_bytes - meter.wide_bytes - meter.dense_bytes
-        self.features = (
-            1, tools > 0, meter.format_bytes > 20, bool(fields.get("thinking") or fields.get("additionalModelRequestFields")), letters, meter.dense_bytes,
-            meter.wide_bytes, meter.unbroken_bytes, meter.data_bytes, meter.schema_bytes, meter.format_bytes, meter.reasoning_bytes,
-            meter.stale_bytes, meter.messages, meter.calls, tools, self.additions.hidden,
-        )
         self.token_ids = meter.token_ids
-        self.size = (meter.text_bytes + meter.data_bytes + meter.schema_bytes + meter.format_bytes + meter.reasoning_bytes
-                     + meter.stale_bytes + meter.syntax_bytes + meter.token_ids)
+        self.size = meter.size
+        self.measured = messages is not None or session or bool(meter.messages or meter.text_bytes or self.media)
+        self.features = _features(meter, fields, self.additions)
 
     @property
     def kind(self) -> str:
-        """The class that decides how it is bounded: declared, routed, session, server_tools, stored, unmeasured, media or text."""
+        """How it is bounded: declared, routed, server_tools, generated, session, stored, unmeasured, media, text."""
         if self.input_tokens is not None:
             return "declared"
         if self.additions.routed:
             return "routed"
         if self.additions.server:
             return "server_tools"
+        if _GENERATES.search(self.endpoint) or _GENERATES.search(self.model):
+            return "generated"
         if self.stored:
             return "session" if self.additions.rounds is None else "stored"
         if not self.measured:
@@ -157,7 +149,7 @@ class Request:
 
     @property
     def limit_covers_reasoning(self) -> bool:
-        """Whether the request's maximum output limits the reasoning too: all providers but xAI, where 100 gave 161 tokens."""
+        """Whether its maximum output limits the reasoning too: so with all but xAI, where 100 gave 161 tokens."""
         return self.family != "grok" or "non-reasoning" in self.model or self.provider not in ("xai", "grok", "x-ai")
 
     @property
@@ -166,6 +158,8 @@ class Request:
         kind = self.kind
         if kind == "routed":
             return self.additions.routed
+        if kind == "generated":
+            return "pictures, sound and films are not billed by the tokens of an answer that has a maximum"
         if kind == "session":
             return self.stored
         if kind == "server_tools" and self.additions.rounds is None:
@@ -173,12 +167,38 @@ class Request:
         return None
 
 
+def _features(meter: Meter, fields: Mapping[str, Any], additions: Additions) -> tuple[int, ...]:
+    """The terms of the learned estimate, in the order of FEATURES."""
+    return (
+        1,
+        additions.tools > 0,
+        meter.format_bytes > _EMPTY_FORMAT,
+        bool(fields.get("thinking") or fields.get("additionalModelRequestFields")),
+        meter.text_bytes - meter.wide_bytes - meter.dense_bytes,
+        meter.dense_bytes,
+        meter.wide_bytes,
+        meter.unbroken_bytes,
+        meter.data_bytes,
+        meter.schema_bytes,
+        meter.format_bytes,
+        meter.reasoning_bytes,
+        meter.stale_bytes,
+        meter.messages,
+        meter.calls,
+        additions.tools,
+        additions.hidden,
+    )
+
+
 def _count(name: str, value: Any, default: int | None = None) -> int | None:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InvalidInput(f"{name} must be a whole number of 0 or more, got {value!r}. Leave it out where it is not known.",
-                           argument=name, value=value)
+        raise InvalidInput(
+            f"{name} must be a whole number of 0 or more, got {value!r}. Leave it out where it is not known.",
+            argument=name,
+            value=value,
+        )
     return value
 
 

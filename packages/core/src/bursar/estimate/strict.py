@@ -8,10 +8,11 @@ from bursar.errors import UnboundedEstimate
 from bursar.estimate.media import bound_tokens
 from bursar.estimate.request import Request
 
-# Every token of the tokenizers in use (byte-level BPE, SentencePiece with byte fallback) stands for at least one byte of the
-# rendered prompt, and what a chat template writes per message is shorter than the JSON around it. So bytes as sent bound the
-# tokens, but for what the provider writes itself. Largest seen in 2,700 recorded answers, over the bytes: without tools 155
-# (xAI), with tools 602 (Nova; Anthropic publishes up to 530), with one of Anthropic's own client tools 1,459 (memory).
+# Every token of the tokenizers in use (byte-level BPE, SentencePiece with byte fallback) stands for at least one byte
+# of the rendered prompt, and what a chat template writes per message is shorter than the JSON around it. So bytes as
+# sent bound the tokens, but for what the provider writes itself. Largest seen in 2,700 recorded answers, over the
+# bytes: without tools 155 (xAI), with tools 602 (Nova; Anthropic publishes up to 530), with one of Anthropic's own
+# client tools 1,459 (memory).
 REQUEST_OVERHEAD = 320
 MESSAGE_OVERHEAD = 8
 TOOLS_OVERHEAD = 1_280
@@ -21,10 +22,11 @@ HIDDEN_PROMPT_OVERHEAD = 2_560
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What one call may use before it is sent: totals over all its answers and, in strict mode, over the client's own retries.
+    """What one call may use before it is sent: totals over all its answers and, in strict mode, over the client's own
+    retries.
 
-    `max_output_tokens`: the output counted for one answer; `answers`: how many are counted (n x attempts). `basis` says in words
-    where the figures come from.
+    `max_output_tokens`: the output counted for one answer; `answers`: how many are counted (n x attempts). `basis`
+    says in words where the figures come from.
     """
 
     input_tokens: int
@@ -42,8 +44,12 @@ def strict(request: Request, *, context_window: int | None = None, max_output_to
     """
     reason = request.unbounded_reason
     if reason is not None:
-        raise _unbounded(request, reason, "Set a limit on its rounds (max_uses, max_tool_calls), give input_tokens, or use the"
-                                          " learned estimate for this budget.")
+        raise _unbounded(
+            request,
+            reason,
+            "Set a limit on its rounds (max_uses, max_tool_calls), give input_tokens, or use the"
+            " learned estimate for this budget.",
+        )
     rounds = request.additions.rounds or 1
     output = output_bound(request, max_output_tokens)
     attempts = request.retries + 1
@@ -59,17 +65,23 @@ def strict(request: Request, *, context_window: int | None = None, max_output_to
 
 
 def output_bound(request: Request, max_output_tokens: int | None) -> int:
-    """The most tokens of one answer: the enforced maximum, else the model's; raises UnboundedEstimate where neither is known."""
+    """The most tokens of one answer: the enforced maximum, else the model's. UnboundedEstimate without either."""
     if request.embeds:
         return 0
     limits = [limit for limit in (request.max_output_tokens, max_output_tokens) if limit is not None]
     if not limits:
-        raise _unbounded(request, "the request sets no maximum output, and none is known for the model",
-                         "Set max_output_tokens on the call, or the model's maximum in an override.")
+        raise _unbounded(
+            request,
+            "the request sets no maximum output, and none is known for the model",
+            "Set max_output_tokens on the call, or the model's maximum in an override.",
+        )
     if request.max_output_tokens is None or not request.limit_covers_reasoning:
         if max_output_tokens is None:
-            raise _unbounded(request, "xAI's max_tokens does not limit the reasoning, and no maximum is known for the model",
-                             "Set the model's maximum output in an override, or use a model that does not reason.")
+            raise _unbounded(
+                request,
+                "xAI's max_tokens does not limit the reasoning, and no maximum is known for the model",
+                "Set the model's maximum output in an override, or use a model that does not reason.",
+            )
         return (request.max_output_tokens or 0) + max_output_tokens + request.prediction_bytes
     return request.max_output_tokens + request.prediction_bytes
 
@@ -89,8 +101,12 @@ def _input_bound(request: Request, context_window: int | None) -> tuple[int, str
     if request.kind in ("text", "media"):
         bounds = [bound_tokens(item, request.family, request.model.lower()) for item in request.media]
         known = [bound for bound in bounds if bound is not None]
-        if len(known) == len(bounds):  # never cut to the context window: embeddings take one window a text, and tables err
-            return text_bound(request) + sum(known), "bytes of the request" + (" and the published maxima of its media" if known else "")
+        if len(known) == len(
+            bounds
+        ):  # never cut to the context window: embeddings take one window a text, and tables err
+            return text_bound(request) + sum(known), "bytes of the request" + (
+                " and the published maxima of its media" if known else ""
+            )
     if context_window is not None and not request.embeds:
         return context_window, "the model's context window"
     reason = {
@@ -98,12 +114,17 @@ def _input_bound(request: Request, context_window: int | None) -> tuple[int, str
         "stored": f"the input comes from {request.stored}, which the provider keeps",
         "unmeasured": "neither the messages nor their count are known",
     }.get(request.kind, "a document, film or link has no published maximum")
-    raise _unbounded(request, f"{reason}, and the model's context window is not known",
-                     "Give input_tokens, or the model's context window in an override.")
+    raise _unbounded(
+        request,
+        f"{reason}, and the model's context window is not known",
+        "Give input_tokens, or the model's context window in an override.",
+    )
 
 
 def _unbounded(request: Request, reason: str, remedy: str) -> UnboundedEstimate:
     return UnboundedEstimate(
         f"No upper bound exists for this call of {request.provider} {request.model!r}: {reason}. {remedy}",
-        reason=reason, provider=request.provider, model=request.model,
+        reason=reason,
+        provider=request.provider,
+        model=request.model,
     )

@@ -1,0 +1,48 @@
+"""Messages and tools of SDKs as plain data, and the size of plain data as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from json.encoder import encode_basestring
+from typing import Any
+
+
+def json_bytes(value: Any) -> int:
+    """Bytes of `value` as JSON in UTF-8, the way it is sent."""
+    text = encode_basestring(value) if type(value) is str else _encode(value)
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def plain(value: Any) -> Any:
+    """A message or tool object of an SDK as plain data: LangChain, LlamaIndex, pydantic models, dataclasses."""
+    content = getattr(value, "content", None)
+    blocks = getattr(value, "blocks", None)
+    role = getattr(value, "type", None) or getattr(value, "role", None)
+    if content is not None or blocks is not None:
+        message = {"role": str(getattr(role, "value", role)), "content": content if not blocks else _blocks(blocks)}
+        for name in ("tool_calls", "name", "tool_call_id"):
+            part = getattr(value, name, None)
+            if part and not (name == "tool_calls" and _holds_calls(content)):
+                message[name] = part
+        return message
+    for name in ("model_dump", "to_dict", "dict"):
+        method = getattr(value, name, None)
+        if callable(method):
+            return method()
+    schema = getattr(value, "args_schema", None) or getattr(value, "__dict__", None)
+    return schema if isinstance(schema, Mapping) else str(value)
+
+
+def _blocks(blocks: Any) -> list[Any]:
+    """LlamaIndex's blocks, which name their type `block_type`."""
+    parts = [plain(block) for block in blocks]
+    return [{"type": part.get("block_type"), **part} if isinstance(part, Mapping) else part for part in parts]
+
+
+def _holds_calls(content: Any) -> bool:
+    """Whether the content has the tool calls in it already, as LangChain gives them for Anthropic."""
+    return isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") == "tool_use" for p in content)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=plain).encode
