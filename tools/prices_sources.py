@@ -68,8 +68,14 @@ class Model:
             mine.tiers.setdefault(tier, rates)
 
     def complete(self) -> None:
-        """Rules that a provider states once for all its models."""
+        """Rules that a provider states once for all its models, and tiers that only half a price is known of."""
+        if self.provider in ("google", "vertex") and "gemini" in self.id and (fee := self.tools.pop("web_search", None)):
+            # Google Search grounding: $35 per 1,000 prompts up to Gemini 2.5, $14 per 1,000 queries from Gemini 3 on.
+            by_prompt = Decimal(fee) > Decimal("0.02")
+            self.tools |= {"grounding": fee if by_prompt else "0", "grounding_queries": "0" if by_prompt else fee}
         for period in self.periods:
+            whole = {unit for unit in ("input_mtok", "output_mtok") if unit in period.rates}
+            period.tiers = {tier: rates for tier, rates in period.tiers.items() if whole <= rates.keys()}
             for rates in (period.rates, *period.tiers.values(), *(hour[2] for hour in period.hours)):
                 write = rates.get("cache_write_mtok")
                 if "claude" in self.id and "cache_write_1h_mtok" not in rates and write is not None and "input_mtok" in rates:
@@ -194,6 +200,8 @@ def _genai_rates(prices: Any, model: Model | None) -> Rates:
                 model.tools[_GENAI_TOOLS[key]] = _text(value / 1000)
         elif key in _GENAI_UNITS:
             unit, per = _GENAI_UNITS[key]
+            if key == "audio_hours":  # either direction
+                rates["output_audio_hour"] = _text(value)
             if hasattr(value, "tiers"):
                 rates[unit] = [_text(value.base / per), *([tier.start, _text(tier.price / per)] for tier in value.tiers)]
             else:
@@ -306,8 +314,7 @@ def _litellm_others(row: dict[str, Any], mode: str, name: str, rates: Rates, mod
         del rates["output_mtok"]
     search = row.get("search_context_cost_per_query") or {}
     if isinstance(search, dict) and (price := search.get("search_context_size_medium")):
-        once = row.get("web_search_billing_unit") in ("prompt", "request", "per_prompt")
-        model.tools["web_search"] = [_text(Decimal(price)), "request"] if once else _text(Decimal(price))
+        model.tools["web_search"] = _text(Decimal(price))
     if isinstance(maps := row.get("google_maps_grounding_cost_per_query"), (int, Decimal)):
         model.tools["maps_grounding"] = _text(Decimal(maps))
     extra = row.get("provider_specific_entry") or {}
@@ -345,9 +352,8 @@ class Corrections:
                 raise SystemExit(f"{path}: a row lacks {', '.join(sorted(missing))}: {row}")
         fees: dict[str, dict[str, Any]] = {}
         for row in data.get("tool", ()):
-            fee = [row["usd"], "request"] if row.get("once") else row["usd"]
             if "model" not in row:
-                fees.setdefault(row["provider"], {})[row["tool"]] = fee
+                fees.setdefault(row["provider"], {})[row["tool"]] = row["usd"]
         return cls(data["date"], rows, fees)
 
     def apply(self, models: dict[tuple[str, str], Model], source: int) -> None:
@@ -391,4 +397,4 @@ class Corrections:
         if not hits:
             raise SystemExit(f"No model of {row['provider']} matches {row['model']!r} in a correction.")
         for model in hits:
-            model.tools[row["tool"]] = [row["usd"], "request"] if row.get("once") else row["usd"]
+            model.tools[row["tool"]] = row["usd"]

@@ -25,7 +25,6 @@ _ENDS = ("response.completed", "response.incomplete", "response.failed", "respon
 _HEARD = "conversation.item.input_audio_transcription.completed"
 _TOOLS = {
     "file_search_call": "file_search",
-    "image_generation_call": "image_generation",
     "computer_call": "computer_use",
     "mcp_call": "mcp",
     "custom_tool_call": "",
@@ -122,15 +121,21 @@ def response_counts(usage: Json, *, images: bool = False) -> Keywords:
 def _output_tools(answer: Json) -> Counter[str]:
     """Server-side tools in a response's output.
 
-    Of web search only the action `search` is billed, and the code interpreter by the container.
+    Of web search only the action `search` is billed, and the code interpreter by the container. The name says what
+    decides the fee: the preview of web search has its own, and an image's is by model, quality and size.
     Source: platform.openai.com, "Web search" (output and citations) and the pricing page.
     """
     used: Counter[str] = Counter()
     containers: set[str] = set()
+    offered = {kind: tool for tool in items(answer, "tools") if (kind := word(tool.get("type")))}
+    search = "web_search_preview" if any(kind.startswith("web_search_preview") for kind in offered) else "web_search"
+    painter = word(part(offered, "image_generation").get("model")) or "gpt-image-1"
     for item in items(answer, "output"):
         kind = word(item.get("type")) or ""
         if kind == "web_search_call":
-            used["web_search"] += (part(item, "action").get("type") or "search") == "search"
+            used[search] += (part(item, "action").get("type") or "search") == "search"
+        elif kind == "image_generation_call":
+            used["/".join(("image_generation", painter, *(word(item.get(name)) or "auto" for name in ("quality", "size"))))] += 1
         elif kind == "code_interpreter_call":
             containers.add(word(item.get("container_id")) or "")
         elif _TOOLS.get(kind):
@@ -138,5 +143,5 @@ def _output_tools(answer: Json) -> Counter[str]:
     used["code_interpreter"] = len(containers)
     searches = part(part(answer, "tool_usage"), "web_search")
     if "num_requests" in searches:
-        used["web_search"] = max(used["web_search"], count(searches["num_requests"]))
+        used[search] = max(used[search], count(searches["num_requests"]))
     return +used

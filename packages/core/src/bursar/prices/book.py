@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from bursar.errors import InvalidInput, UnknownPrice
-from bursar.money import nanos
+from bursar.money import NANOS_PER_USD, nanos, round_half_up
 from bursar.prices.model import ModelPrice, Price
 from bursar.prices.names import places, provider_name
 from bursar.prices.override import Override, discounted
-from bursar.prices.rates import Amount, Fee, Rates
+from bursar.prices.rates import Amount, Rates
 from bursar.prices.table import Row, Table, packaged
 from bursar.usage import Usage
 
@@ -85,8 +85,17 @@ class PriceBook:
 
         Raises UnknownPrice as `find` does, and for a usage that counts what no rate covers.
         """
+        if usage.other_models and usage.stated_cost_nanos is None:
+            return self._cost_of_several(provider, model or "", usage, at_us, tags)
         found = self._find(provider, model or "", usage.model, at_us, tags)
         return Price(found.cost_nanos(usage), found.provider, found.model, found.effective_from, found.source, self.version)
+
+    def _cost_of_several(self, provider: str, model: str, usage: Usage, at_us: int, tags: Mapping[str, str]) -> Price:
+        """A call in which other models took part (an advisor, a router): each part at its own model's price, rounded once."""
+        parts = [(self._find(provider, part.model or model, part.model, at_us, tags), part) for part in usage.by_model()]
+        total = sum((Fraction(*found.cost_fraction(part)) for found, part in parts), Fraction(0))
+        first = parts[0][0]
+        return Price(round_half_up(total), first.provider, first.model, first.effective_from, first.source, self.version)
 
     def _find(self, provider: str, asked: str, answered: str | None, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
         holding = tuple(i for i, o in enumerate(self.overrides) if o.match and o.holds(at_us, tags)) if self._tagged else ()
@@ -126,7 +135,7 @@ class PriceBook:
             for override in own:
                 off = override.factor()
                 amounts = {unit: discounted(amount, off) for unit, amount in amounts.items()} | override.rates()
-                fees = {tool: Fee(fee.nanos * off, fee.once) for tool, fee in fees.items()}
+                fees = {tool: fee * off for tool, fee in fees.items()}
                 fees |= {tool: _fee(price) for tool, price in override.tools.items()}
             return Rates(amounts, fees, _uplift(row, region))
 
@@ -166,9 +175,8 @@ _LIMITS = ("context_window", "max_output_tokens")
 _packaged: PriceBook | None = None
 
 
-def _fee(raw: Any) -> Fee:
-    amount, once = (raw, False) if isinstance(raw, str) else (raw[0], True)
-    return Fee(Fraction(amount) * 10**9, once)
+def _fee(dollars: str) -> Fraction:
+    return Fraction(dollars) * NANOS_PER_USD
 
 
 def _uplift(row: Row | None, region: str | None) -> Fraction:

@@ -69,29 +69,36 @@ class ModelPrice:
         """
         if usage.stated_cost_nanos is not None:
             return usage.stated_cost_nanos
+        total, scale = self.cost_fraction(usage)
+        return (2 * total + scale) // (2 * scale)  # half up: the total is never negative
+
+    def cost_fraction(self, usage: Usage) -> tuple[int, int]:
+        """The exact cost of what is counted, as (numerator, denominator) in nano-dollars, whatever bill the provider states."""
         if usage.service_tier is None and usage.region is None and not usage.batch:
             rates = self._standard
         else:
             rates = self.rates(usage.service_tier, batch=usage.batch, region=usage.region)
         total, scale = rates.fraction(usage)
+        if rates.gaps and any(getattr(usage, count) for count in rates.gaps):
+            raise self._uncovered(rates, rates.gaps)
         if usage.server_tools:
             try:
                 cost = Fraction(total, scale) + rates.fee_nanos(usage)
             except KeyError as missing:
                 raise UnknownPrice(
-                    f"No price is known for {missing} on {self.provider}. "
+                    f"No price is known for the tool {missing} of {self.provider}. "
                     f"Add one: Override(provider={self.provider!r}, model={self.model!r}, tools={{{missing}: \"0.01\"}}).",
                     provider=self.provider, model=self.model, nearest=[],
                 ) from None  # fmt: skip
-            if cost or rates.free:
-                return round_half_up(cost)
-        elif total or rates.free:
-            return (2 * total + scale) // (2 * scale)  # half up: the total is never negative
-        if not _counts_anything(usage):
-            return 0
-        raise UnknownPrice(
-            f"The price of {self.provider}/{self.model} is by {', '.join(rates.text)}, and the usage counts none of that. "
-            "Add an Override with a rate for what it counts.",
+            total, scale = cost.numerator, cost.denominator
+        if not total and not rates.free and not usage.server_tools and _counts_anything(usage):
+            raise self._uncovered(rates, ())
+        return total, scale
+
+    def _uncovered(self, rates: Rates, counts: tuple[str, ...]) -> UnknownPrice:
+        what = f"has no rate for {' and '.join(counts)}" if counts else "covers nothing that the usage counts"
+        return UnknownPrice(
+            f"The price of {self.provider}/{self.model} is by {', '.join(rates.text)}, and {what}. Add an Override with that rate.",
             provider=self.provider, model=self.model, nearest=[],
         )  # fmt: skip
 

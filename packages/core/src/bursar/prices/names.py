@@ -33,6 +33,7 @@ _PROVIDERS = {
     "vercel": "vercel-ai-gateway",
     "novita": "novita-ai",
     "dashscope": "alibaba qwen",
+    "gateway": "portkey helicone litellm-proxy cloudflare-ai-gateway",
 }
 _CANONICAL = {spelling: name for name, spellings in _PROVIDERS.items() for spelling in (name, *spellings.split())}
 
@@ -41,6 +42,7 @@ _CANONICAL = {spelling: name for name, spellings in _PROVIDERS.items() for spell
 FALLBACKS = {
     "azure": ("openai", "anthropic", "deepseek", "xai", "mistral", "cohere", "moonshotai"),
     "vertex": ("google", "anthropic"),
+    "gateway": ("openai", "anthropic", "google", "mistral", "xai", "deepseek", "groq", "cohere"),
 }
 _VENDORS = {
     "openai": "openai", "anthropic": "anthropic", "google": "google", "x-ai": "xai", "mistralai": "mistral", "deepseek": "deepseek",
@@ -62,6 +64,7 @@ _SNAPSHOT = re.compile(
 _BEDROCK_VERSION = re.compile(r"(?:-v\d+(?::\d+)?|:\d+)(?::(?:\d+k|mm))?$")
 _STAGE = re.compile(r"-(?:preview|exp)$")
 _FINE_TUNED = re.compile(r"^(?:ft:([^:]+):.*|([^:]+?)\.ft-.*)$")
+_DEPLOYMENT = re.compile(r"-(?:global|data-?zone)(?:-standard|-batch)?$")  # how Azure names what the price of the model covers
 _ROUTES = re.compile(r":(?:online|nitro|floor|exacto)$")  # how OpenRouter picks a host; the price is the model's
 
 
@@ -114,7 +117,7 @@ def _places(host: str, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _routed(host: str, first: str) -> bool:
-    return host in {"litellm", "gateway", "proxy"} or provider_name(first) == host
+    return host == "gateway" or provider_name(first) == host
 
 
 def _forms(host: str, name: str) -> Iterator[str]:
@@ -146,6 +149,8 @@ def _stripped(host: str, name: str) -> Iterator[str]:
             shorter = _ROUTES.sub("", form) if host == "openrouter" else form
             if host == "bedrock":
                 shorter = _BEDROCK_VERSION.sub("", shorter)
+            if host == "azure":
+                shorter = _DEPLOYMENT.sub("", shorter)
             dated = _SNAPSHOT.sub("", shorter)
             if dated != shorter:
                 yield dated

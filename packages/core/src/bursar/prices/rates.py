@@ -48,16 +48,14 @@ _counts = attrgetter(
 )  # fmt: skip
 
 _BESIDE_TOKENS = tuple(UNITS)[14:]
+_COUNTED = {"input_mtok": "input_tokens", "output_mtok": "output_tokens"}
+_SIDES = {
+    "input_mtok": ("input_mtok", "input_audio_mtok", "input_image_mtok", "input_video_mtok"),
+    "output_mtok": ("output_mtok", "output_audio_mtok", "output_image_mtok", "reasoning_mtok"),
+}
+_OTHERWISE = frozenset(_BESIDE_TOKENS)  # a model priced by these may leave tokens unpriced
 
 Amount = str | list[Any]  # "1.25", or with context tiers ["1.25", [200000, "2.50"], ...]: from more than that many input tokens on
-
-
-@dataclass(frozen=True, slots=True)
-class Fee:
-    """What one use of a provider's own tool costs. `once`: per request that used it, however often it did."""
-
-    nanos: Fraction
-    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +73,19 @@ class Level:
 
 
 class Rates:
-    """One set of rates, ready to compute: a Level per context tier, and the fees of server-side tools."""
+    """One set of rates, ready to compute: a Level per context tier, and what each use of a server-side tool costs in nano-dollars."""
 
-    __slots__ = ("fees", "free", "levels", "plain", "text")
+    __slots__ = ("fees", "free", "gaps", "levels", "plain", "text")
 
-    def __init__(self, amounts: Mapping[str, Amount], fees: Mapping[str, Fee], factor: Fraction = Fraction(1)) -> None:
+    def __init__(self, amounts: Mapping[str, Amount], fees: Mapping[str, Fraction], factor: Fraction = Fraction(1)) -> None:
         self.text = dict(amounts)
         self.fees = dict(fees)
         starts = sorted({0, *(tier[0] for amount in amounts.values() if isinstance(amount, list) for tier in amount[1:])})
         self.levels = tuple(_level(start, amounts, factor) for start in starts)
         self.plain = self.levels[0] if len(self.levels) == 1 else None
+        # Priced by the token on one side only: tokens of the other side would be counted at nothing, which is never meant.
+        sides = [unit for unit in ("input_mtok", "output_mtok") if not any(name in amounts for name in _SIDES[unit])]
+        self.gaps = tuple(_COUNTED[unit] for unit in sides) if len(sides) == 1 and not _OTHERWISE & amounts.keys() else ()
         self.free = bool(amounts) and not any(any(level.coefficients) for level in self.levels)
 
     def level(self, input_tokens: int) -> Level:
@@ -111,8 +112,7 @@ class Rates:
         total = Fraction(0)
         for tool, count in usage.server_tools.items():
             if count:
-                fee = self.fees[tool]
-                total += fee.nanos * (min(count, max(usage.requests, 1)) if fee.once else count)
+                total += self.fees[tool] * count
         return total
 
 

@@ -32,7 +32,7 @@ class Row:
     context_window: int | None
     max_output_tokens: int | None
     uplift: dict[str, str]
-    tools: dict[str, Any]
+    tools: dict[str, str]
 
     def period(self, at_us: int) -> tuple[str | None, int, dict[str, int]]:
         """What holds at an instant: (since which date, rates, rates per tier). Before the first date the first period holds."""
@@ -56,7 +56,7 @@ class Table:
         self.digest: str = data["digest"]
         self.sources: list[dict[str, str]] = data["sources"]
         self.rates: list[dict[str, Any]] = data["rates"]
-        self.fees: dict[str, dict[str, Any]] = data["fees"]
+        self.fees: dict[str, dict[str, str]] = data["fees"]
         self._providers: dict[str, dict[str, dict[str, Any]]] = data["providers"]
         self._names: dict[str, dict[str, str]] = {}
 
