@@ -94,7 +94,9 @@ class Budget:
         plain = asdict(self)
         plain["per"] = list(self.per)
         if self.match is not None:
-            plain["match"] = {tag: value if isinstance(value, str) else list(value) for tag, value in self.match.items()}
+            plain["match"] = {
+                tag: value if isinstance(value, str) else list(value) for tag, value in self.match.items()
+            }
         return plain
 
 
@@ -127,7 +129,7 @@ def parse_limit(budget: Budget, rates: Mapping[str, str] | None = None) -> Limit
     if period_us and unit == "slots":
         raise _bad(budget, "limit", budget.limit, 'Slots are calls in flight: write "8 slots"')
     if amount <= 0:
-        raise _bad(budget, "limit", budget.limit, "Use an amount above 0; mode = \"off\" switches a budget off")
+        raise _bad(budget, "limit", budget.limit, 'Use an amount above 0; mode = "off" switches a budget off')
     return Limit(amount, unit, period_us)
 
 
@@ -209,13 +211,21 @@ class Policy:
             raise PolicyError(f"Two budgets are named {twice!r}. Give each a name of its own.", key="name")
         if len(names) > MAX_BUDGETS:
             raise PolicyError(f"A policy holds at most {MAX_BUDGETS} budgets. Use `per` instead of one budget each.")
-        compiled = [_Compiled(budget, parse_limit(budget, self.rates)) for budget in self.budgets if budget.mode != "off"]
+        compiled = [
+            _Compiled(budget, parse_limit(budget, self.rates)) for budget in self.budgets if budget.mode != "off"
+        ]
         # the most granular budget first: refusals name the first account that is short
         self._compiled = sorted(compiled, key=lambda one: (-len(one.per) - len(one.matches), one.budget.name))
         self._cache: dict[tuple[str, ...], tuple[int, int, tuple[Matched, ...]]] = {}
 
     def match(
-        self, scope: Scope, units: tuple[str, ...], now_us: int, provider: str = "", model: str = "", tool: str = "",
+        self,
+        scope: Scope,
+        units: tuple[str, ...],
+        now_us: int,
+        provider: str = "",
+        model: str = "",
+        tool: str = "",
         connection: str = "",
     ) -> tuple[Matched, ...]:
         """The accounts of a call in this scope that count any of `units`, ancestors' accounts included."""
@@ -234,9 +244,7 @@ class Policy:
         self._cache[key] = (since, until, matched)
         return matched
 
-    def _match(
-        self, scope: Scope, own: dict[str, str], units: tuple[str, ...], now_us: int
-    ) -> tuple[Matched, ...]:
+    def _match(self, scope: Scope, own: dict[str, str], units: tuple[str, ...], now_us: int) -> tuple[Matched, ...]:
         found: dict[str, Matched] = {}
         levels = [({**tags, **own}, tags is scope.path[-1]) for tags in reversed(scope.path)]
         for one in (*self._scoped(scope), *self._compiled):
@@ -252,10 +260,9 @@ class Policy:
         """Raise PolicyError for a limit that a scope cannot be opened with."""
         parse_limit(Budget("scope", limit), self.rates)
 
-    def fresh_accounts(self, budget: Budget, now_us: int) -> list[Account]:
-        """The accounts of a budget that nobody has used yet, where their scope does not depend on the call."""
-        compiled = [one for one in self._compiled if one.budget is budget and not one.per]
-        rules = [one.account_rule({}, now_us) for one in compiled]
+    def fresh_accounts(self, now_us: int) -> list[Account]:
+        """The accounts, as yet unused, of the budgets that have one account for all calls."""
+        rules = [one.account_rule({}, now_us) for one in self._compiled if not one.per]
         return [Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us) for rule in rules]
 
     def _scoped(self, scope: Scope) -> list[_Compiled]:

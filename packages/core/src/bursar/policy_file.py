@@ -96,7 +96,9 @@ class PolicyFile(_Strict):
     store: str = "sqlite:///bursar.db"
     budget: list[BudgetEntry] = Field(default_factory=list, max_length=1_000)
     price: list[PriceEntry] = Field(default_factory=list, max_length=10_000)
-    ceiling: PriceEntry | None = Field(default=None, description="the rates at which an unknown model is priced; else it is refused")
+    ceiling: PriceEntry | None = Field(
+        default=None, description="the rates at which an unknown model is priced; else it is refused"
+    )
     tools: dict[str, str] = Field(default_factory=dict, examples=[{"web_search": "0.002 USD"}])
     rates: dict[str, str] = Field(default_factory=dict, description="US dollars per unit of another currency")
 
@@ -104,7 +106,11 @@ class PolicyFile(_Strict):
     @classmethod
     def _are_rates(cls, rates: dict[str, str]) -> dict[str, str]:
         for currency, rate in rates.items():
-            if not re.fullmatch(r"[A-Z]{3}", currency) or not re.fullmatch(r"\d{1,9}(\.\d{1,12})?", rate) or not float(rate):
+            if (
+                not re.fullmatch(r"[A-Z]{3}", currency)
+                or not re.fullmatch(r"\d{1,9}(\.\d{1,12})?", rate)
+                or not float(rate)
+            ):
                 raise ValueError(f'{currency} = {rate!r} is no rate. Write it like EUR = "1.08", US dollars each')
         return rates
 
@@ -140,17 +146,23 @@ def read_policy(path: str | Path) -> PolicyFile:
             raise PolicyError(f"{path} is larger than {MAX_BYTES} bytes. Split the policy.", file=str(path))
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path} cannot be read: {error}. Check its path and that it is UTF-8.", file=str(path)) from error
+        raise PolicyError(
+            f"{path} cannot be read: {error}. Check its path and that it is UTF-8.", file=str(path)
+        ) from error
     try:
         data, lines = _parse_toml(text) if path.suffix == ".toml" else _parse_yaml(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"line (\d+)", str(error))
-        raise PolicyError(f"{path} is no valid TOML: {error}. Correct that line.", file=str(path),
-                          line=int(line[1]) if line else None) from error
+        raise PolicyError(
+            f"{path} is no valid TOML: {error}. Correct that line.", file=str(path), line=int(line[1]) if line else None
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise PolicyError(f"{path} is no valid YAML: {error}. Correct that line.", file=str(path),
-                          line=mark.line + 1 if mark else None) from error
+        raise PolicyError(
+            f"{path} is no valid YAML: {error}. Correct that line.",
+            file=str(path),
+            line=mark.line + 1 if mark else None,
+        ) from error
     try:
         return PolicyFile.model_validate(data)
     except ValidationError as error:

@@ -51,10 +51,7 @@ class BudgetStatus:
             rule.budget,
             json.loads(rule.scope),
             rule.unit,
-            *(
-                amount(count, rule.unit)
-                for count in (rule.limit, spent, account.reserved, account.available)
-            ),
+            *(amount(count, rule.unit) for count in (rule.limit, spent, account.reserved, account.available)),
             window=(
                 instant(rule.start_us) if rule.start_us else None,
                 instant(rule.end_us) if rule.end_us is not None else None,
@@ -150,5 +147,7 @@ def facts_of(
     if latency_us is not None:
         facts["latency_ms"] = latency_us // 1_000
     if headers:
-        facts["headers"] = {name: value for name, value in headers.items() if "ratelimit" in name or name == "retry-after"}
+        facts["headers"] = {
+            name: value for name, value in headers.items() if "ratelimit" in name or name == "retry-after"
+        }
     return facts

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from bursar.errors import BursarError, InvalidInput, StoreError, UnknownPrice, UnreadableAnswer
-from bursar.guard import Call, Steps, log
+from bursar.call import Call, Step, Steps
+from bursar.guard import log
 from bursar.money import nanos
 from bursar.outcome import surely_not_billed
 from bursar.records import UsageRecord
@@ -16,6 +17,9 @@ from bursar.usage import Usage
 
 if TYPE_CHECKING:
     from bursar.facade import Bursar
+
+
+Ending = Generator[Step, Any, UsageRecord | None]
 
 
 class Reservation:
@@ -96,7 +100,7 @@ class Reservation:
         """As `settle_error`, for async callers."""
         return await self._bursar._arun(self._failing(error, known))
 
-    def _settling(self, answer: Any, outcome: str, reason: str, headers: Mapping[str, str] | None) -> Steps:
+    def _settling(self, answer: Any, outcome: str, reason: str, headers: Mapping[str, str] | None) -> Ending:
         call, bursar = self._call, self._bursar
         if call.request is None:
             cost = None if answer is None else nanos(str(answer).removesuffix("USD").strip())
@@ -111,22 +115,22 @@ class Reservation:
             log.warning("%s: booked at the reserved amount, as estimated", error)
             return (yield from self._unknown(str(error), None))
 
-    def _releasing(self, reason: str, outcome: str = "cancelled") -> Steps:
+    def _releasing(self, reason: str, outcome: str = "cancelled") -> Ending:
         return (yield from self._ending(self._bursar.guard.release(self._call, reason, outcome=outcome)))
 
-    def _unknown(self, reason: str, known: Usage | None) -> Steps:
+    def _unknown(self, reason: str, known: Usage | None) -> Ending:
         now_us = self._bursar.store.now_us()
         return (
             yield from self._ending(self._bursar.guard.settle_unknown(self._call, reason[:200], now_us, known=known))
         )
 
-    def _failing(self, error: BaseException, known: Usage | None) -> Steps:
+    def _failing(self, error: BaseException, known: Usage | None) -> Ending:
         reason = type(error).__name__
         if surely_not_billed(error):
             return (yield from self._releasing(reason, "failed"))
         return (yield from self._unknown(reason, known))
 
-    def _ending(self, steps: Steps) -> Steps:
+    def _ending(self, steps: Steps) -> Ending:
         """Run an end's steps; what the store cannot take now is kept, and tried again in the background."""
         command = None
         try:
@@ -135,14 +139,14 @@ class Reservation:
                 command = step
                 try:
                     answer = yield step
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - goes into the steps, which decide
                     if isinstance(error, StoreError):
-                        self._bursar._keep_trying(self._call, command)
+                        self._bursar._keeper.keep(command)
                     step = steps.throw(error)
                 else:
                     step = steps.send(answer)
         except StopIteration as stop:
-            self._bursar._forget(self._call)
+            self._bursar._keeper.forget(self._call)
             return None if stop.value is None else UsageRecord.of(stop.value)
 
 
@@ -183,7 +187,7 @@ class Block:
                 await self._bursar._arun(steps)
         return False
 
-    def _leaving(self, error: BaseException | None) -> Steps | None:
+    def _leaving(self, error: BaseException | None) -> Ending | None:
         if not self._reservation.is_open:
             return None
         if self._call.request is None:

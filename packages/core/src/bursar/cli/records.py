@@ -11,8 +11,33 @@ import click
 from bursar.cli.options import form_option, show, store_option, tags_argument
 from bursar.records import UsageRecord
 
-SHORT = ["settled_at", "outcome", "kind", "estimated", "agent", "run", "tool", "model", "input_tokens", "output_tokens", "cost_usd"]
-TAGS = ["org", "team", "project", "user", "customer", "workflow", "agent", "run", "tool", "connection", "provider", "model"]
+SHORT = [
+    "settled_at",
+    "outcome",
+    "kind",
+    "estimated",
+    "agent",
+    "run",
+    "tool",
+    "model",
+    "input_tokens",
+    "output_tokens",
+    "cost_usd",
+]
+TAGS = [
+    "org",
+    "team",
+    "project",
+    "user",
+    "customer",
+    "workflow",
+    "agent",
+    "run",
+    "tool",
+    "connection",
+    "provider",
+    "model",
+]
 LONG = [
     "id", "kind", "corrects", "outcome", "estimated", "reason", "reserved_at", "settled_at", "latency_ms", "attempts", *TAGS,
     "model_answered", "usage", "cost_usd", "cost_nanos", "price_version", "amounts", "path", "headers",

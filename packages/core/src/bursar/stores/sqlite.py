@@ -24,10 +24,16 @@ SWEEP_BATCH = 500
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)
 _FAULTS = {
-    sqlite3.SQLITE_BUSY: ("locked", "Another process holds it for too long: end that process, or raise busy_timeout_s."),
+    sqlite3.SQLITE_BUSY: (
+        "locked",
+        "Another process holds it for too long: end that process, or raise busy_timeout_s.",
+    ),
     sqlite3.SQLITE_LOCKED: ("locked", "Another connection holds it: end it, then try again."),
     sqlite3.SQLITE_FULL: ("full", "Free disk space, then try again; nothing was lost."),
-    sqlite3.SQLITE_READONLY: ("readonly", "Give this user write permission for the file and its folder, then try again."),
+    sqlite3.SQLITE_READONLY: (
+        "readonly",
+        "Give this user write permission for the file and its folder, then try again.",
+    ),
     sqlite3.SQLITE_CORRUPT: ("damaged", "Stop all writers, and restore the file from a backup."),
     sqlite3.SQLITE_NOTADB: ("damaged", "The file is no Bursar database: name another, or restore it from a backup."),
     sqlite3.SQLITE_CANTOPEN: ("unreachable", "Create the folder, or correct the path in the store's URL."),
@@ -52,7 +58,7 @@ class SqliteStore:
         busy_timeout_s: float = 5.0,
     ) -> None:
         if durability not in _SYNCHRONOUS:
-            raise InvalidInput(f"{durability!r} is no durability. Use \"full\" or \"process\".", durability=durability)
+            raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
         self.path = Path(path)
         self.durability = durability
         self._source = clock or SystemClock()
@@ -155,9 +161,7 @@ class SqliteStore:
             return [error for _ in commands]
 
     def sweep(self) -> int:
-        due = self._query(
-            "SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH)
-        )
+        due = self._query("SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH))
         return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
 
     def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
@@ -228,4 +232,3 @@ def _reopen() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reopen)
-

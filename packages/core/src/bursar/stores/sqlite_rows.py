@@ -21,7 +21,9 @@ _ACCOUNT = (
 )
 ALL_ACCOUNTS = f"SELECT {_ACCOUNT} FROM accounts ORDER BY key"
 SOME_ACCOUNTS = f"SELECT {_ACCOUNT} FROM accounts WHERE key IN (SELECT value FROM json_each(?))"
-NEWEST_BUDGETS = "SELECT name, definition FROM budgets WHERE version IN (SELECT max(version) FROM budgets GROUP BY name)"
+NEWEST_BUDGETS = (
+    "SELECT name, definition FROM budgets WHERE version IN (SELECT max(version) FROM budgets GROUP BY name)"
+)
 _ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"

@@ -1,0 +1,93 @@
+"""The keeper: extends live calls, books what the store could not take, and expires what is overdue, in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+
+from bursar.call import Call
+from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle
+from bursar.errors import StoreError
+from bursar.guard import log
+from bursar.stores.base import Store
+
+TEND_S = 5.0
+MAX_LIVE_S = 6 * 3_600.0  # a block that lasts longer is no longer extended
+MAX_KEPT = 10_000
+
+
+class Keeper:
+    """Housekeeping of one Bursar: `tend` is one round; a daemon thread does one every few seconds once calls are made."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._live: dict[str, tuple[Call, int]] = {}
+        self._kept: dict[str, Command] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+
+    def start(self) -> None:
+        """Begin in the background, in this process; a fork's child begins anew."""
+        if self._thread is None or self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._stop = threading.Event()
+            self._thread = threading.Thread(
+                target=_keep, args=(weakref.ref(self), self._stop), daemon=True, name="bursar-keeper"
+            )
+            self._thread.start()
+
+    def watch(self, call: Call) -> None:
+        """Extend this call until it is forgotten."""
+        self._live[call.id] = (call, call.reserved_us)
+
+    def forget(self, call: Call) -> None:
+        self._live.pop(call.id, None)
+        self._kept.pop(call.id, None)
+
+    def keep(self, command: object) -> None:
+        """Try an end that the store could not take again, until it can."""
+        if isinstance(command, (Settle, Release, Charge)):
+            if len(self._kept) >= MAX_KEPT:
+                log.error("%d ends wait for the store already: %s is left to its expiry", MAX_KEPT, command.id)
+                return
+            self._kept[command.id] = command
+
+    def tend(self) -> None:
+        """One round. Raises StoreError when the store is out of reach; nothing is forgotten then."""
+        now_us = self._store.now_us()
+        for call, extended_us in list(self._live.values()):
+            if now_us - extended_us >= call.ttl_us // 3 and now_us - call.reserved_us < MAX_LIVE_S * 1e6:
+                answer = self._store.execute(Extend(call.id, call.ttl_us))
+                if isinstance(answer, Rejected):
+                    self._live.pop(call.id, None)
+                elif call.id in self._live:
+                    self._live[call.id] = (call, now_us)
+        for id, command in list(self._kept.items()):
+            answer = self._store.execute(command)
+            self._kept.pop(id, None)
+            if isinstance(answer, Rejected):
+                log.error("the kept end of %s was rejected (%s %s)", id, answer.why, answer.detail)
+        self._store.sweep()
+
+    def stop(self) -> None:
+        """End the thread, after a last round."""
+        self._stop.set()
+        try:
+            self.tend()
+        except StoreError as error:
+            log.error("while closing: %s", error)
+
+
+def _keep(held: weakref.ref[Keeper], stop: threading.Event) -> None:
+    while not stop.wait(TEND_S):
+        keeper = held()
+        if keeper is None:
+            return
+        try:
+            keeper.tend()
+        except StoreError as error:
+            # The store may be back at the next round; without this the thread would end, and with it every extension.
+            log.warning("housekeeping: %s", error)
+        del keeper
