@@ -46,9 +46,8 @@ class CallOptions(TypedDict, total=False):
 
 
 class ToolOptions(TypedDict, total=False):
-    """What may be said of a tool call: `cost` ("0.002 USD", else the price book's), and the rest as for CallOptions."""
+    """What may be said of a tool call or a charge, as for CallOptions."""
 
-    cost: str | None
     connection: str | None
     tags: Mapping[str, str] | None
     default_tags: Mapping[str, str] | None

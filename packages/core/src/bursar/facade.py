@@ -116,12 +116,12 @@ class Bursar:
 
     acall = call
 
-    def tool(self, name: str, **options: Unpack[ToolOptions]) -> Block:
+    def tool(self, name: str, *, cost: str | None = None, **options: Unpack[ToolOptions]) -> Block:
         """A block around one tool call. It costs `cost` ("0.002 USD"), else the tool's price in the price book, else nothing.
 
         `settle("0.003 USD")` inside books another cost. Counts one of the unit `calls`. Raises BudgetExceeded, StoreError.
         """
-        return Block(self, self._tool_call(name, **options))
+        return Block(self, self._tool_call(name, cost=cost, **options))
 
     atool = tool
 
@@ -230,7 +230,7 @@ class Bursar:
         return [one for one in found if not one.scope or wanted <= one.scope.items()]
 
     def records(self, **tags: str) -> Iterator[UsageRecord]:
-        """The usage records with these tags, in the order of their ids, which is the order of time unless callers gave ids."""
+        """The usage records with these tags, in the order of their ids: that of time, unless callers gave ids."""
         return map(UsageRecord.of, self.store.entries(check_tags(tags)))
 
     def tend(self) -> None:

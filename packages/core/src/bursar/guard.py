@@ -64,7 +64,7 @@ class Guard:
                         continue
                     if not final:  # the last attempt, on record
                         answer, now_us = yield from self._try(call, now_us, quiet=False)
-                if type(answer) is Refused:
+                if isinstance(answer, Refused):
                     rule = answer.account.rule
                     budget = next(one.budget for one in self.matched(call, now_us) if one.rule.key == rule.key)
                     raise exceeded(answer, budget, self._fit(call, answer))
@@ -126,9 +126,9 @@ class Guard:
     def _recover(self, call: Call, answer: Rejected) -> Generator[Step, Any, int]:
         """The store's time, after a newer policy was read or a window has begun. Raises what cannot be recovered."""
         if answer.why == "stale":
-            return (yield Reload())
+            return int((yield Reload()))
         if answer.why == "moved":
-            return (yield Pause(Ticket(""), 0.0))
+            return int((yield Pause(Ticket(""), 0.0)))
         raise rejection(call.id, answer)
 
     # -- amounts -------------------------------------------------------------------------------------------------

@@ -50,43 +50,35 @@ def _reject(why: str, detail: str = "") -> Decision:
 
 
 def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
-    row = read(command.id)
+    id, lines, ttl_us, draft, digest, on_expiry, version, max_accounts, _ = command
+    row = read(id)
     if row is not None:
         return _reserve_again(read, row, command)
-    if command.version < (read(POLICY_KEY) or 0):  # type: ignore[operator]
+    if version < (read(POLICY_KEY) or 0):  # type: ignore[operator]
         return _reject("stale", str(read(POLICY_KEY)))
     puts: dict[str, Row] = {}
     accounts: list[Account] = []
+    held: list[tuple[str, str, int]] = []
     short = -1
     shadowed: tuple[str, ...] = ()
-    for rule, amount in command.lines:
-        account = _current(read, rule, now_us, puts, command.max_accounts)
+    for rule, amount in lines:
+        account = _current(read, rule, now_us, puts, max_accounts)
         if type(account) is not Account:
             return _reject(*account)
-        free = account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved
-        if amount > free:
+        if amount > (account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved):
             if rule.enforce:
                 short = len(accounts) if short < 0 else short
             else:
                 shadowed = (*shadowed, rule.key)
         accounts.append(account)
+        held.append((rule.key, rule.unit, amount))
     if short >= 0:
         return _refuse(command, accounts, short, now_us, puts)
-    held = []
-    for at, (rule, amount) in enumerate(command.lines):
-        accounts[at] = puts[rule.key] = hold(accounts[at], amount)
-        held.append((rule.key, rule.unit, amount))
-    reservation = Reservation(
-        command.id,
-        tuple(held),
-        now_us,
-        now_us + command.ttl_us,
-        command.on_expiry,
-        command.digest,
-        command.draft,
-    )
-    puts[command.id] = reservation
-    return Decision(Granted(reservation, tuple(accounts), shadowed), puts)
+    after = tuple(map(hold, accounts, [amount for _, amount in lines]))
+    for account in after:
+        puts[account.rule.key] = account
+    puts[id] = reservation = Reservation(id, tuple(held), now_us, now_us + ttl_us, on_expiry, digest, draft)
+    return Decision(Granted(reservation, after, shadowed), puts)
 
 
 def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
@@ -101,7 +93,8 @@ def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
 
 def _current(read: Read, rule: Rule, now_us: int, puts: dict[str, Row], max_accounts: int) -> Account | tuple[str, str]:
     """The rule's account as it stands now, new where there is none; or why there cannot be one."""
-    if rule.end_us is not None and not rule.start_us <= now_us < rule.end_us:
+    end_us = rule.end_us
+    if end_us is not None and not rule.start_us <= now_us < end_us:
         return "moved", rule.budget
     account = read(rule.key)
     if type(account) is not Account:
@@ -115,9 +108,7 @@ def _current(read: Read, rule: Rule, now_us: int, puts: dict[str, Row], max_acco
         return Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us)
     if account.rule is not rule and account.rule != rule:
         account = account._replace(rule=rule)
-    if rule.kind == "rolling" or rule.kind == "refill":
-        return age(account, now_us)
-    return account
+    return account if rule.kind == "window" or rule.kind == "slots" else age(account, now_us)
 
 
 def _refuse(command: Reserve, accounts: list[Account], short: int, now_us: int, puts: dict[str, Row]) -> Decision:

@@ -51,13 +51,13 @@ class BudgetStatus:
             rule.budget,
             json.loads(rule.scope),
             rule.unit,
-            *(amount(count, rule.unit) for count in (rule.limit, spent, account.reserved, account.available)),
-            window=(
-                instant(rule.start_us) if rule.start_us else None,
-                instant(rule.end_us) if rule.end_us is not None else None,
-            ),
-            overrun=amount(account.overrun, rule.unit),
-            refused=account.refused,
+            amount(rule.limit, rule.unit),
+            amount(spent, rule.unit),
+            amount(account.reserved, rule.unit),
+            amount(account.available, rule.unit),
+            (instant(rule.start_us) if rule.start_us else None, instant(rule.end_us) if rule.end_us else None),
+            amount(account.overrun, rule.unit),
+            account.refused,
         )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from bursar.errors import BursarError, InvalidInput, StoreError, UnknownPrice, UnreadableAnswer
 from bursar.call import Call, Step, Steps
+from bursar.errors import BursarError, InvalidInput, StoreError, UnknownPrice, UnreadableAnswer
 from bursar.guard import log
 from bursar.money import nanos
 from bursar.outcome import surely_not_billed

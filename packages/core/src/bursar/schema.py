@@ -30,7 +30,7 @@ class AccountRow(SQLModel, table=True):
     """One limit in one window; amounts are integers in the unit (USD: nano-dollars)."""
 
     __tablename__ = "accounts"
-    __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012 - SQLAlchemy's own form
+    __table_args__ = {"sqlite_with_rowid": False}
 
     key: str = Field(primary_key=True, sa_type=Text)
     budget: str = Field(sa_type=Text)
@@ -58,7 +58,7 @@ class ReservationRow(SQLModel, table=True):
     """One open reservation; ending it deletes the row. `held` and `draft` are JSON."""
 
     __tablename__ = "reservations"
-    __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012 - SQLAlchemy's own form
+    __table_args__ = {"sqlite_with_rowid": False}
 
     id: str = Field(primary_key=True, sa_type=Text)
     held: str = Field(sa_type=Text)
@@ -73,7 +73,7 @@ class RecordRow(SQLModel, table=True):
     """One usage record: append-only (I4). `usage`, `amounts`, `draft`, `facts` are JSON; times are microseconds."""
 
     __tablename__ = "records"
-    __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012 - SQLAlchemy's own form
+    __table_args__ = {"sqlite_with_rowid": False}
 
     id: str = Field(primary_key=True, sa_type=Text)
     kind: str = Field(sa_type=Text)
@@ -119,7 +119,7 @@ class AccountCountRow(SQLModel, table=True):
     """How many accounts a budget has, against `max_accounts`."""
 
     __tablename__ = "account_counts"
-    __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012 - SQLAlchemy's own form
+    __table_args__ = {"sqlite_with_rowid": False}
 
     budget: str = Field(primary_key=True, sa_type=Text)
     accounts: int

@@ -61,7 +61,7 @@ class Scope:
     __slots__ = ("key", "limits", "path", "tags")
 
     def __init__(self, tags: dict[str, str], parent: Scope | None = None, limit: str | None = None) -> None:
-        self.tags = tags if parent is None else {**parent.tags, **tags}
+        self.tags: dict[str, str] = tags if parent is None else {**parent.tags, **tags}
         self.path: tuple[dict[str, str], ...] = (self.tags,) if parent is None else (*parent.path, self.tags)
         if len(self.path) > MAX_DEPTH:
             raise InvalidInput(f"Scopes nest at most {MAX_DEPTH} deep. Close inner scopes first.", argument="scope")

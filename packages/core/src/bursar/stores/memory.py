@@ -9,7 +9,7 @@ from typing import Any
 
 from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock, SystemClock
-from bursar.commands import Answer, Command, Ended, Entry, Expire, Granted, Reservation, Row
+from bursar.commands import Answer, Command, Ended, Entry, Expire, Granted, Refused, Reservation, Row
 from bursar.errors import StoreError
 from bursar.law import POLICY_KEY, decide
 from bursar.stores.base import BudgetVersion
@@ -35,13 +35,17 @@ class MemoryStore:
         with self._lock:
             if self._closed:
                 raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
-            answer, puts = decide(self._rows.get, command, self._clock.now_us())
+            answer, puts = decide(self._rows.get, command, self.now_us())
             if puts:
                 if type(answer) is Granted:
                     self._open[command.id] = None
                 self._rows.update(puts)  # one call: an interrupt comes before it or after it
-                if type(answer) is not Granted:
-                    self._forget(puts)
+                if type(answer) is Ended:
+                    self._forget(answer.entry.id)
+                elif type(answer) is Refused:
+                    for key, row in puts.items():
+                        if type(row) is Entry:
+                            self._forget(key)
             return answer
 
     async def aexecute(self, command: Command) -> Answer:
@@ -50,12 +54,10 @@ class MemoryStore:
     def post(self, command: Command) -> None:
         self.execute(command)
 
-    def _forget(self, puts: dict[str, Row]) -> None:
-        for key, row in puts.items():
-            if type(row) is Entry:
-                self._open.pop(key, None)
-                self._ended.append(key)
-        while len(self._ended) > self._max_entries:
+    def _forget(self, ended: str) -> None:
+        self._open.pop(ended, None)
+        self._ended.append(ended)
+        if len(self._ended) > self._max_entries:
             self._rows.pop(self._ended.popleft(), None)
 
     def sweep(self) -> int:

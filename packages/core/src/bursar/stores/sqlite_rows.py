@@ -28,8 +28,20 @@ _ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"
 )
-_TAGS = ("org", "team", "project", "user", "customer", "workflow")
-_TAGS += ("agent", "run", "tool", "connection", "provider", "model")
+_TAGS = (
+    "org",
+    "team",
+    "project",
+    "user",
+    "customer",
+    "workflow",
+    "agent",
+    "run",
+    "tool",
+    "connection",
+    "provider",
+    "model",
+)
 _TAG_COLUMNS = ", ".join(f'"{tag}"' for tag in _TAGS)
 
 _PUT_ACCOUNT = f"INSERT OR REPLACE INTO accounts({_ACCOUNT}) VALUES ({', '.join('?' * 20)})"
@@ -59,13 +71,13 @@ def account(row: tuple[Any, ...], rules: dict[str, Rule] | None = None) -> Accou
     """The account in a row of `accounts`."""
     rule = None if rules is None else rules.get(row[0])
     if rule is None or rule[5] != row[5] or rule[9] != row[9]:
-        rule = Rule(*row[:9], bool(row[9]))
+        rule = Rule._make((*row[:9], bool(row[9])))
         if rules is not None:
             if len(rules) >= MAX_RULES:
                 rules.clear()
             rules[rule.key] = rule
     buckets = tuple((index, amount) for index, amount in _loads(row[19])) if row[19] else ()
-    return Account(rule, *row[10:19], buckets)
+    return Account._make((rule, *row[10:19], buckets))
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
@@ -144,7 +156,7 @@ class Batch:
         found = self._execute(_GET_RESERVATION, (id,)).fetchone()
         if found:
             held = tuple((key, unit, amount) for key, unit, amount in _loads(found[1]))
-            return Reservation(id, held, *found[2:6], _loads(found[6]))
+            return Reservation._make((id, held, *found[2:6], _loads(found[6])))
         found = self._execute(_GET_ENTRY, (id,)).fetchone()
         return _entry(found) if found else None
 
