@@ -107,7 +107,8 @@ def chat_counts(usage: Json) -> Keywords:
         outside = thought
     read = max(
         total(heard, "cached_tokens"),
-        total(usage, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens", "cached_prompt_text_tokens"),
+        # not Mistral's `num_cached_tokens`: its engine counted them before caching was sold, and they were billed in full
+        total(usage, "cached_tokens", "prompt_cache_hit_tokens", "cached_prompt_text_tokens"),
         count(usage.get("cache_read_input_tokens")),
     )
     written = max(

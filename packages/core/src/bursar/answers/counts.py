@@ -138,17 +138,15 @@ def tidy(words: Keywords) -> Keywords:
     """Make totals hold their parts, where a provider's figures do not.
 
     A single part above its total shows that the total left it out (xAI counts cached tokens over all rounds of its
-    tools), so the total grows. Cache writes that do not fit beside the reads, and reasoning beside other media, are
-    cut.
+    tools), so the total grows; so it does where reads and writes together exceed it: the same tokens were stored and
+    read, and are billed for both (OpenRouter, for Gemini). Reasoning beside other media is cut.
     """
     into, out = words.get("input_tokens", 0), words.get("output_tokens", 0)
     seen = sum(words.get(f"input_{medium}_tokens", 0) for medium in ("audio", "image", "video"))
     into = max(into, words.get("cache_read_tokens", 0), words.get("tool_prompt_tokens", 0), seen)
-    room = into - words.get("cache_read_tokens", 0)
-    for name in ("cache_write_1h_tokens", "cache_write_5m_tokens"):
-        if name in words:
-            words[name] = min(words[name], room)
-            room -= words[name]
+    written = words.get("cache_write_5m_tokens", 0) + words.get("cache_write_1h_tokens", 0)
+    if words.get("cache_read_tokens", 0) + written > into:
+        into += written
     media = words.get("output_audio_tokens", 0) + words.get("output_image_tokens", 0)
     out = max(out, media)
     if "reasoning_tokens" in words:

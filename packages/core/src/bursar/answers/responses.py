@@ -135,7 +135,8 @@ def _output_tools(answer: Json) -> Counter[str]:
         if kind == "web_search_call":
             used[search] += (part(item, "action").get("type") or "search") == "search"
         elif kind == "image_generation_call":
-            used["/".join(("image_generation", painter, *(word(item.get(name)) or "auto" for name in ("quality", "size"))))] += 1
+            quality, size = (word(item.get(name)) or "auto" for name in ("quality", "size"))
+            used[f"image_generation/{painter}/{quality}/{size}"] += 1
         elif kind == "code_interpreter_call":
             containers.add(word(item.get("container_id")) or "")
         elif _TOOLS.get(kind):
