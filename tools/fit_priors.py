@@ -25,23 +25,27 @@ from bursar.estimate.request import FEATURES, Request
 
 OUT = Path(__file__).parents[1] / "packages/core/src/bursar/estimate/priors.json"
 CORPUS = Path(__file__).parents[2] / "shared/corpus/responses.jsonl.gz"
-# Where a weight starts when nothing is known, and by how much it may differ from what its family has.
-START = dict(
-    zip(
-        FEATURES,
-        (5.0, 40.0, 20.0, 10.0, 0.2, 0.5, 0.35, 0.45, 0.35, 0.2, 0.1, 0.1, 0.02, 4.0, 5.0, 10.0, 1200.0),
-        strict=True,
-    )
-)
-# No weight above these: a byte makes less than a token (a digit or a sign one, with what the provider adds), a message
-# or tool adds little.
-MOST = dict(
-    zip(
-        FEATURES,
-        (200.0, 700.0, 300.0, 60.0, 0.35, 1.2, 0.7, 0.6, 0.6, 1.0, 0.5, 0.4, 0.3, 60.0, 80.0, 200.0, 1600.0),
-        strict=True,
-    )
-)
+# Per measure: the least weight, where it starts when nothing is known, and the most. A byte makes less than a token (a
+# digit or a sign up to one, with what the provider adds); random text makes 0.6 a byte with every tokenizer.
+WEIGHTS = {
+    "constant": (0.0, 5.0, 200.0),
+    "has_tools": (0.0, 40.0, 700.0),
+    "has_format": (0.0, 20.0, 300.0),
+    "thinks": (0.0, 10.0, 60.0),
+    "letters": (0.0, 0.2, 0.35),
+    "dense": (0.0, 0.5, 1.2),
+    "wide": (0.0, 0.35, 0.7),
+    "unbroken": (0.4, 0.45, 0.6),
+    "data": (0.1, 0.35, 0.6),
+    "schema": (0.0, 0.2, 1.0),
+    "format": (0.0, 0.1, 0.5),
+    "reasoning": (0.0, 0.1, 0.4),
+    "stale": (0.0, 0.02, 0.3),
+    "messages": (0.0, 4.0, 60.0),
+    "calls": (0.0, 20.0, 80.0),
+    "tools": (0.0, 10.0, 200.0),
+    "hidden": (0.0, 1_200.0, 1_600.0),
+}
 # Tokens that every cold estimate has on top: little money, and most of what small requests are short by.
 FLOOR = 50
 _TEXT = re.compile(r"\.\.\.\[trimmed (\d+) chars\]$")
@@ -139,7 +143,7 @@ def read(path: Path) -> list[Sample]:
 def fit_weights(rows: Sequence[Sample], towards: Sequence[float], pull: float = 0.5) -> list[float]:
     """Weights of 0 or more that meet the middle of `rows`; `pull`: what `towards` weighs, in source files."""
     size = len(FEATURES)
-    start, most = list(START.values()), list(MOST.values())
+    bounds = [WEIGHTS[name] for name in FEATURES]
     weights = list(towards)
     copies = Counter(row.source for row in rows)
     data = [
@@ -164,13 +168,13 @@ def fit_weights(rows: Sequence[Sample], towards: Sequence[float], pull: float = 
                 for j in used:
                     matrix[i][j] += term * features[j]
         for i in range(size):
-            strength = pull / max(towards[i], start[i] / 2) ** 2
+            strength = pull / max(towards[i], bounds[i][1] / 2) ** 2
             matrix[i][i] += strength
             right[i] += strength * towards[i]
         for _ in range(100):  # coordinate descent, no weight below 0
             for i in range(size):
                 rest = right[i] - sum(matrix[i][j] * weights[j] for j in range(size))
-                weights[i] = min(most[i], max(0.0, weights[i] + rest / matrix[i][i]))
+                weights[i] = min(bounds[i][2], max(bounds[i][0], weights[i] + rest / matrix[i][i]))
     return weights
 
 
@@ -199,7 +203,7 @@ def fit(rows: Sequence[Sample]) -> Priors:
     for row in text:
         families[row.request.family].append(row)
         lines[row.request.line].append(row)
-    everything = fit_weights(text, list(START.values()))
+    everything = fit_weights(text, [start for _, start, _ in map(WEIGHTS.__getitem__, FEATURES)])
     result = {"*": widen(text, everything, 0.01)}
     for family, members in families.items():
         weights = fit_weights(members, everything)

@@ -92,10 +92,15 @@ class PriceBook:
 
     def _cost_of_several(self, provider: str, model: str, usage: Usage, at_us: int, tags: Mapping[str, str]) -> Price:
         """A call in which other models took part (an advisor, a router): each part at its own model's price, rounded once."""
-        parts = [(self._find(provider, part.model or model, part.model, at_us, tags), part) for part in usage.by_model()]
+        parts = [(self._part(provider, part.model or model, part, at_us, tags), part) for part in usage.by_model()]
         total = sum((Fraction(*found.cost_fraction(part)) for found, part in parts), Fraction(0))
-        first = parts[0][0]
+        first = next((found for found, _ in parts if found.source), parts[0][0])
         return Price(round_half_up(total), first.provider, first.model, first.effective_from, first.source, self.version)
+
+    def _part(self, provider: str, model: str, part: Usage, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
+        if part.server_tools and not (part.input_tokens or part.output_tokens):
+            return self._price(provider_name(provider), model, None, [], at_us)  # tools alone need no model's price
+        return self._find(provider, model, part.model, at_us, tags)
 
     def _find(self, provider: str, asked: str, answered: str | None, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
         holding = tuple(i for i, o in enumerate(self.overrides) if o.match and o.holds(at_us, tags)) if self._tagged else ()
