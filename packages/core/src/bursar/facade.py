@@ -31,8 +31,8 @@ class Bursar:
 
     `store`: "memory:", "sqlite:///bursar.db" (relative), "sqlite:////var/lib/bursar.db" (absolute); SQLite takes
     `?durability=process` (survives the end of processes, not of the machine) beside the default `full`. `budgets`: see
-    Budget; they are published to the store, where the newest version of a name is in force. `prices`: a PriceBook with own
-    rates. `rates`: US dollars per unit of other currencies used in limits. `on_expiry`: what becomes of a reservation whose
+    Budget; they are published to the store, where the newest version of a name is in force (None: all that are published
+    there already). `prices`: a PriceBook with own rates. `rates`: US dollars per unit of other currencies used in limits. `on_expiry`: what becomes of a reservation whose
     process died, "charge" (booked as estimated) or "release". `max_accounts`: how many accounts one budget may have.
     Raises PolicyError, InvalidInput or StoreError.
     """
@@ -40,7 +40,7 @@ class Bursar:
     def __init__(
         self,
         store: str | Store = "memory:",
-        budgets: Iterable[Budget] = (),
+        budgets: Iterable[Budget] | None = None,
         *,
         prices: PriceBook | None = None,
         rates: Mapping[str, str] | None = None,
@@ -52,8 +52,8 @@ class Bursar:
         if on_expiry not in ("charge", "release"):
             raise InvalidInput(f'{on_expiry!r} is no on_expiry. Use "charge" or "release".', argument="on_expiry")
         self._rates = dict(rates or {})
-        policy = Policy(budgets, rates=self._rates)
-        self._names = [budget.name for budget in policy.budgets]
+        policy = Policy(budgets or (), rates=self._rates)
+        self._names = None if budgets is None else [budget.name for budget in policy.budgets]
         self._new_id = ids
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
         try:
@@ -316,6 +316,6 @@ class Bursar:
     def _load_policy(self) -> int:
         """Take the newest definitions of this process's budgets from the store; the store's time."""
         version, newest = self.store.budgets()
-        budgets = [Budget(**newest[name].definition) for name in self._names]
+        budgets = [Budget(**newest[name].definition) for name in (newest if self._names is None else self._names)]
         self.guard.policy = Policy(budgets, version=version, rates=self._rates)
         return self.store.now_us()

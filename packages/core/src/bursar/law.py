@@ -57,28 +57,28 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
     if version < (read(POLICY_KEY) or 0):  # type: ignore[operator]
         return _reject("stale", str(read(POLICY_KEY)))
     puts: dict[str, Row] = {}
-    accounts: list[Account] = []
+    before: list[Account] = []
+    after: list[Account] = []
     held: list[tuple[str, str, int]] = []
     short = -1
     shadowed: tuple[str, ...] = ()
     for rule, amount in lines:
-        account = _current(read, rule, now_us, puts, max_accounts)
+        account = _standing(read, rule, now_us, puts, max_accounts)
         if type(account) is not Account:
             return _reject(*account)
-        if amount > (account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved):
-            if rule.enforce:
-                short = len(accounts) if short < 0 else short
-            else:
-                shadowed = (*shadowed, rule.key)
-        accounts.append(account)
+        before.append(account)
+        account = puts[rule.key] = hold(account, amount, now_us)
+        after.append(account)
         held.append((rule.key, rule.unit, amount))
+        if (account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved) < 0:
+            if not rule.enforce:
+                shadowed = (*shadowed, rule.key)
+            elif short < 0:
+                short = len(before) - 1
     if short >= 0:
-        return _refuse(command, accounts, short, now_us, puts)
-    after = tuple(map(hold, accounts, [amount for _, amount in lines]))
-    for account in after:
-        puts[account.rule.key] = account
+        return _refuse(command, before, short, now_us, puts)
     puts[id] = reservation = Reservation(id, tuple(held), now_us, now_us + ttl_us, on_expiry, digest, draft)
-    return Decision(Granted(reservation, after, shadowed), puts)
+    return Decision(Granted(reservation, tuple(after), shadowed), puts)
 
 
 def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
@@ -91,8 +91,10 @@ def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
     return _reject("conflict", command.id)
 
 
-def _current(read: Read, rule: Rule, now_us: int, puts: dict[str, Row], max_accounts: int) -> Account | tuple[str, str]:
-    """The rule's account as it stands now, new where there is none; or why there cannot be one."""
+def _standing(
+    read: Read, rule: Rule, now_us: int, puts: dict[str, Row], max_accounts: int
+) -> Account | tuple[str, str]:
+    """The rule's account as it was left, new where there is none; or why there cannot be one."""
     end_us = rule.end_us
     if end_us is not None and not rule.start_us <= now_us < end_us:
         return "moved", rule.budget
@@ -108,10 +110,11 @@ def _current(read: Read, rule: Rule, now_us: int, puts: dict[str, Row], max_acco
         return Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us)
     if account.rule is not rule and account.rule != rule:
         account = account._replace(rule=rule)
-    return account if rule.kind == "window" or rule.kind == "slots" else age(account, now_us)
+    return account
 
 
-def _refuse(command: Reserve, accounts: list[Account], short: int, now_us: int, puts: dict[str, Row]) -> Decision:
+def _refuse(command: Reserve, before: list[Account], short: int, now_us: int, puts: dict[str, Row]) -> Decision:
+    accounts = [age(account, now_us) for account in before]
     account, asked = accounts[short], command.lines[short][1]
     lines = tuple(zip(accounts, (amount for _, amount in command.lines), strict=True))
     answer = Refused(account, asked, until(account, asked, now_us), may_free(account, asked), lines)
@@ -127,9 +130,22 @@ def _refuse(command: Reserve, accounts: list[Account], short: int, now_us: int, 
         kept |= {a.rule.key: a for a in accounts if a.rule.budget == account.rule.budget and a is not account}
     if recorded < REFUSALS_PER_MINUTE:
         key = f"{command.id}!{now_us}.{refused.refused}"
-        reason = f"{account.rule.budget}: asked {asked}, available {account.available}"
+        facts = {"account": account.rule.key, "asked": asked, "available": account.available}
         kept[key] = Entry(
-            key, "refusal", None, "blocked", False, reason, 0, {}, {}, now_us, now_us, "", command.draft, {}
+            key,
+            "refusal",
+            None,
+            "blocked",
+            False,
+            account.rule.budget,
+            0,
+            {},
+            {},
+            now_us,
+            now_us,
+            "",
+            command.draft,
+            facts,
         )
     return Decision(answer, kept)
 
@@ -141,7 +157,8 @@ def _accounts(read: Read, held: tuple[tuple[str, str, int], ...]) -> tuple[Accou
 def _settle(read: Read, command: Settle, now_us: int) -> Decision:
     row = read(command.id)
     if type(row) is Reservation:
-        amounts = {key: 0 if unit == "slots" else command.actuals.get(unit, held) for key, unit, held in row.held}
+        actual = command.actuals.get
+        amounts = {key: 0 if unit == "slots" else actual(unit, held) for key, unit, held in row.held}
         return _end(read, row, "settlement", amounts, command, now_us)
     if type(row) is not Entry:
         return _reject("unknown", command.id)
@@ -165,18 +182,19 @@ def _end(
     """Replace an open reservation by its entry, and move every account of it."""
     puts: dict[str, Row] = {}
     accounts = []
+    reserved_us = row.reserved_us
     for key, _, held in row.held:
         account = read(key)
         assert type(account) is Account, f"I2 broken: {key} is missing"
         assert account.reserved >= held, f"I2 broken: {key} holds less than its reservations"
         actual = amounts[key]
-        account = book(account, held, actual, row.reserved_us, now_us, actual - held if actual > held else 0)
-        puts[key] = account
+        overrun = actual - held if actual > held else 0
+        account = puts[key] = book(account, held, actual, reserved_us, now_us, overrun)
         accounts.append(account)
     cost_nanos, usage, estimated = (
         (told.cost_nanos, told.usage, told.estimated) if type(told) is Settle else (0, {}, False)
     )
-    puts[row.id] = entry = Entry(
+    entry = Entry(
         row.id,
         kind,
         None,
@@ -186,12 +204,13 @@ def _end(
         cost_nanos,
         usage,
         amounts,
-        row.reserved_us,
+        reserved_us,
         now_us,
         row.digest,
         row.draft,
         told.facts,
     )
+    puts[row.id] = entry
     return Decision(Ended(entry, tuple(accounts)), puts)
 
 
@@ -325,10 +344,10 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
     puts: dict[str, Row] = {}
     accounts = []
     for rule, amount in command.lines:
-        account = _current(read, rule, now_us, puts, command.max_accounts)
+        account = _standing(read, rule, now_us, puts, command.max_accounts)
         if type(account) is not Account:
             return _reject(*account)
-        uncovered = max(0, amount - max(0, account.available))
+        uncovered = max(0, amount - max(0, age(account, now_us).available))
         account = puts[rule.key] = book(account, 0, amount, now_us, now_us, uncovered)
         accounts.append(account)
     puts[command.id] = entry = Entry(

@@ -100,7 +100,7 @@ class UsageRecord:
             corrects=entry.corrects,
             outcome=entry.outcome,
             estimated=entry.estimated,
-            reason=entry.reason,
+            reason=_refusal(facts) if entry.kind == "refusal" else entry.reason,
             path=tuple(draft.get("path", ())),
             tags=dict(draft["tags"]),
             model=draft["tags"].get("model"),
@@ -130,6 +130,16 @@ class UsageRecord:
         plain["path"] = list(self.path)
         plain["amounts"] = list(self.amounts)
         return plain
+
+
+def _refusal(facts: Mapping[str, Any]) -> str:
+    budget, unit, _, scope, _ = json.loads(facts["account"])
+    where = ", ".join(f"{tag}={value}" for tag, value in scope.items())
+    asked, available = (
+        f"${dollar_text(count)}" if unit == "USD" else f"{count} {unit}"
+        for count in (facts["asked"], facts["available"])
+    )
+    return f"the budget {budget!r}{f' ({where})' if where else ''} had {available} available, the call needed {asked}"
 
 
 def _amount(key: str, count: int) -> dict[str, Any]:

@@ -111,8 +111,13 @@ class Reservation:
                 call, usage, bursar.store.now_us(), outcome=outcome, reason=reason, headers=headers
             )
             return (yield from self._ending(steps))
-        except (UnreadableAnswer, UnknownPrice) as error:
-            log.warning("%s: booked at the reserved amount, as estimated", error)
+        except UnreadableAnswer as error:
+            if error.fields.get("reason") == "not_billable":
+                return (yield from self._releasing(str(error)[:200], "failed"))
+            log.warning("%s It is booked at the reserved amount, as estimated.", error)
+            return (yield from self._unknown(str(error), error.fields.get("partial")))
+        except UnknownPrice as error:
+            log.warning("%s It is booked at the reserved amount, as estimated.", error)
             return (yield from self._unknown(str(error), None))
 
     def _releasing(self, reason: str, outcome: str = "cancelled") -> Ending:

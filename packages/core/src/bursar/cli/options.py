@@ -7,9 +7,14 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import click
+
+if TYPE_CHECKING:
+    from bursar.facade import Bursar
 
 F = TypeVar("F", bound=Callable[..., Any])
 # A spreadsheet takes a cell that starts with one of these for a formula.
@@ -24,6 +29,17 @@ def store_option(function: F) -> F:
         show_default="BURSAR_STORE, else sqlite:///bursar.db",
         help="The store's URL.",
     )(function)
+
+
+def open_books(url: str) -> Bursar:
+    """The Bursar of a store that exists already, with the budgets published there. Raises UsageError for one that does not."""
+    from bursar.facade import Bursar
+
+    if url.startswith("sqlite:///"):
+        file = Path(unquote(urlsplit(url).path[1:]))
+        if not file.exists():
+            raise click.UsageError(f"There is no store {file}. Name it with --store or BURSAR_STORE.")
+    return Bursar(url)
 
 
 def form_option(function: F) -> F:

@@ -22,7 +22,12 @@ _PARTNERS = ("huggingface",)  # gateways whose path names who serves the model: 
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--at", default="now", show_default=True, help="Which day's prices: now, recorded, or an instant like 2026-11-22T12:00Z.")
+@click.option(
+    "--at",
+    default="now",
+    show_default=True,
+    help="Which day's prices: now, recorded, or an instant like 2026-11-22T12:00Z.",
+)
 @click.option("--ignore-stated", is_flag=True, help="Compute the price even where the provider states its bill.")
 def command(file: str, at: str, ignore_stated: bool) -> None:
     """Price the recorded answers in FILE (JSON lines, plain or .gz), one JSON line each.
@@ -37,7 +42,9 @@ def command(file: str, at: str, ignore_stated: bool) -> None:
         out.write(json.dumps(priced(line, number, book, when, ignore_stated=ignore_stated), ensure_ascii=False) + "\n")
 
 
-def priced(line: bytes, number: int, book: PriceBook, when: Callable[[dict[str, Any]], int], *, ignore_stated: bool) -> dict[str, Any]:
+def priced(
+    line: bytes, number: int, book: PriceBook, when: Callable[[dict[str, Any]], int], *, ignore_stated: bool
+) -> dict[str, Any]:
     """One recorded exchange priced, as the JSON object to print. Never raises: what is wrong stands in `status` and `reason`."""
     result: dict[str, Any] = dict.fromkeys(("id", "status", "usage", "cost_usd", "cost_nanos", "price", "reason"))
     try:
@@ -46,7 +53,11 @@ def priced(line: bytes, number: int, book: PriceBook, when: Callable[[dict[str, 
         if not isinstance(record, dict):
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
-        return result | {"id": f"line {number}", "status": "unreadable", "reason": f"The line is not a JSON object: {error}."}
+        return result | {
+            "id": f"line {number}",
+            "status": "unreadable",
+            "reason": f"The line is not a JSON object: {error}.",
+        }
     result["id"] = record.get("id", f"line {number}")
     provider = _provider(record)
     try:
@@ -101,7 +112,9 @@ def _clock(at: str) -> Callable[[dict[str, Any]], int]:
     try:
         moment = datetime.fromisoformat(at)
     except ValueError:
-        raise click.BadParameter(f"{at!r} is not an instant; write it like 2026-11-22T12:00Z.", param_hint="--at") from None
+        raise click.BadParameter(
+            f"{at!r} is not an instant; write it like 2026-11-22T12:00Z.", param_hint="--at"
+        ) from None
     fixed = _microseconds(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
     return lambda record: fixed
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from bursar.cli.options import form_option, show, store_option, tags_argument
+from bursar.cli.options import form_option, open_books, show, store_option, tags_argument
 from bursar.records import UsageRecord
 
 SHORT = [
@@ -51,9 +51,7 @@ LONG = [
 @click.option("--limit", type=click.IntRange(1), help="At most so many records.")
 def command(tags: dict[str, str], store: str, form: str, limit: int | None) -> None:
     """Show the usage records with these tags (agent=planner), oldest first."""
-    from bursar.facade import Bursar
-
-    with Bursar(store) as bursar:
+    with open_books(store) as bursar:
         rows = _rows(islice(bursar.records(**tags), limit), flat=form != "json")
         show(rows, SHORT if form == "table" else LONG, form, f"Usage records in {store}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bursar.cli.options import form_option, show, store_option, tags_argument
+from bursar.cli.options import form_option, open_books, show, store_option, tags_argument
 
 COLUMNS = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "overrun", "refused", "from", "until"]
 
@@ -15,9 +15,7 @@ COLUMNS = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "
 @form_option
 def command(tags: dict[str, str], store: str, form: str) -> None:
     """Show the accounts of all budgets in the store, or of those with these tags (run=r-17)."""
-    from bursar.facade import Bursar
-
-    with Bursar(store) as bursar:
+    with open_books(store) as bursar:
         rows = []
         for one in bursar.status(**tags):
             since, until = one.window

@@ -73,13 +73,14 @@ class SqliteStore:
             self._connection = self._connect()
             try:
                 self._migrate()
-                high = self._connection.execute("SELECT max(settled_us) FROM records").fetchone()[0]
+                # ids rise with time, so the last record tells what time the store has seen
+                last = self._connection.execute("SELECT settled_us FROM records ORDER BY id DESC LIMIT 1").fetchone()
             except BaseException:
                 self._connection.close()
                 raise
         except sqlite3.Error as error:
             raise self._fault(error) from error
-        self._clock = StoreClock(self._source, high or 0)
+        self._clock = StoreClock(self._source, last[0] if last else 0)
         self.now_us = self._clock.now_us
         self._commits = GroupCommit(self._apply)
 
