@@ -59,27 +59,37 @@ def age(account: Account, now_us: int) -> Account:
             return account
         buckets = tuple(bucket for bucket in account.buckets if bucket[0] >= oldest)
         return account._replace(buckets=buckets, spent=sum(amount for _, amount in buckets))
-    if rule.kind == "refill" and now_us > account.at_us:
-        gained, remainder = divmod((now_us - account.at_us) * rule.limit + account.remainder, rule.period_us)
-        level = account.level + gained
-        if level >= rule.limit:
-            level, remainder = rule.limit, 0
-        return _new(Account, (*account[:7], level, remainder, now_us, ()))
+    if rule.kind == "refill":
+        level, remainder, at_us = _refilled(rule, account.level, account.remainder, account.at_us, now_us)
+        return account._replace(level=level, remainder=remainder, at_us=at_us)
     return account
 
 
-def hold(account: Account, amount: int) -> Account:
+def _refilled(rule: Rule, level: int, remainder: int, at_us: int, now_us: int) -> tuple[int, int, int]:
+    """Level, remainder (what was gained of a further unit) and their time, `now_us` at the earliest."""
+    if now_us <= at_us:
+        return level, remainder, at_us
+    gained, remainder = divmod((now_us - at_us) * rule.limit + remainder, rule.period_us)
+    level += gained
+    return (level, remainder, now_us) if level < rule.limit else (rule.limit, 0, now_us)
+
+
+def hold(account: Account, amount: int, now_us: int) -> Account:
+    """The account as it stands now with `amount` held on it, whether or not it fits."""
+    if account.rule.kind == "rolling":
+        account = age(account, now_us)
     rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets = account
     if rule.kind == "refill":
+        level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
         level -= amount
-    fields = (rule, spent, reserved + amount, overrun, refused, minute, in_minute, level, remainder, at_us, buckets)
-    return _new(Account, fields)
+    reserved += amount
+    return _new(Account, (rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets))
 
 
 def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int, overrun: int) -> Account:
     """Give back what was held and book what was spent, in the window that holds the reserve time."""
     kind = account.rule.kind
-    if kind == "rolling" or kind == "refill":
+    if kind == "rolling":
         account = age(account, now_us)
     rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets = account
     if kind == "slots":
@@ -88,6 +98,7 @@ def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int
         buckets = _bucketed(buckets, rule.period_us // 60, reserved_us, actual, now_us - rule.period_us)
         spent = sum(amount for _, amount in buckets) - actual
     elif kind == "refill":
+        level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
         level += held - actual
         if level >= rule.limit:
             level, remainder = rule.limit, 0
