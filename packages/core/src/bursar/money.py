@@ -21,22 +21,24 @@ def round_half_up(value: Fraction) -> int:
 def nanos(amount: Decimal | int | str) -> int:
     """US dollars as nano-dollars, rounded half up once. Raises InvalidInput for what is not a finite amount."""
     if isinstance(amount, float):
-        raise InvalidInput(f"Money is never a float: got {amount!r}. Write it as a string, \"{amount}\".", value=amount)
+        raise InvalidInput(f'Money is never a float: got {amount!r}. Write it as a string, "{amount}".', value=amount)
     try:
         value = Decimal(amount)
     except (InvalidOperation, TypeError, ValueError):
-        raise InvalidInput(f"{amount!r} is not an amount of money. Write it like \"0.50\".", value=amount) from None
+        raise InvalidInput(f'{amount!r} is not an amount of money. Write it like "0.50".', value=amount) from None
     if not value.is_finite() or abs(value.adjusted()) > 30:
-        raise InvalidInput(f"{amount!r} is not a finite amount of money. Write it like \"0.50\".", value=amount)
+        raise InvalidInput(f'{amount!r} is not a finite amount of money. Write it like "0.50".', value=amount)
     result = round_half_up(Fraction(value) * NANOS_PER_USD)
     if abs(result) > MAX_NANOS:
-        raise InvalidInput(f"{amount!r} USD is beyond what an account holds ({MAX_NANOS // NANOS_PER_USD} USD).", value=amount)
+        raise InvalidInput(
+            f"{amount!r} USD is beyond what an account holds ({MAX_NANOS // NANOS_PER_USD} USD).", value=amount
+        )
     return result
 
 
 def dollars(amount_nanos: int) -> Decimal:
-    """Nano-dollars as exact US dollars."""
-    return Decimal(amount_nanos).scaleb(-9)
+    """Nano-dollars as exact US dollars, with the decimals that `dollar_text` shows."""
+    return Decimal(dollar_text(amount_nanos))
 
 
 def dollar_text(amount_nanos: int) -> str:

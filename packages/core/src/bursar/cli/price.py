@@ -162,7 +162,7 @@ def _lines(file: str) -> Iterator[bytes]:
     if file == "-":
         yield from click.get_binary_stream("stdin")
         return
-    with cast(BinaryIO, gzip.open(file) if file.endswith(".gz") else open(file, "rb")) as stream:  # noqa: SIM115 - closed by the with
+    with cast(BinaryIO, gzip.open(file) if file.endswith(".gz") else open(file, "rb")) as stream:
         for line in stream:
             if line.strip():
                 yield line

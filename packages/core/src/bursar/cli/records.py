@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,37 +10,24 @@ import click
 from bursar.cli.options import form_option, open_books, show, store_option, tags_argument
 from bursar.records import UsageRecord
 
-SHORT = [
-    "settled_at",
-    "outcome",
-    "kind",
-    "estimated",
-    "agent",
-    "run",
-    "tool",
-    "model",
-    "input_tokens",
-    "output_tokens",
-    "cost_usd",
-]
-TAGS = [
-    "org",
-    "team",
-    "project",
-    "user",
-    "customer",
-    "workflow",
-    "agent",
-    "run",
-    "tool",
-    "connection",
-    "provider",
-    "model",
-]
+SHORT = ["time (UTC)", "outcome", "agent", "run", "call", "in", "out", "cost"]
+TAGS = "org team project user customer workflow agent run tool connection provider model".split()  # noqa: SIM905 - a row of words
 LONG = [
-    "id", "kind", "corrects", "outcome", "estimated", "reason", "reserved_at", "settled_at", "latency_ms", "attempts", *TAGS,
-    "model_answered", "usage", "cost_usd", "cost_nanos", "price_version", "amounts", "path", "headers",
-]  # fmt: skip
+    *(
+        "id",
+        "kind",
+        "corrects",
+        "outcome",
+        "estimated",
+        "reason",
+        "reserved_at",
+        "settled_at",
+        "latency_ms",
+        "attempts",
+    ),
+    *TAGS,
+    *("model_answered", "usage", "cost_usd", "cost_nanos", "price_version", "amounts", "path", "headers"),
+]
 
 
 @click.command()
@@ -52,11 +38,26 @@ LONG = [
 def command(tags: dict[str, str], store: str, form: str, limit: int | None) -> None:
     """Show the usage records with these tags (agent=planner), oldest first."""
     with open_books(store) as bursar:
-        rows = _rows(islice(bursar.records(**tags), limit), flat=form != "json")
-        show(rows, SHORT if form == "table" else LONG, form, f"Usage records in {store}")
+        found = islice(bursar.records(**tags), limit)
+        if form == "table":
+            show(map(_short, found), SHORT, form, f"Usage records in {store}")
+        elif form == "csv":
+            show(({**record.tags, **record.as_dict()} for record in found), LONG, form, "")
+        else:
+            show((record.as_dict() for record in found), [], form, "")
 
 
-def _rows(records: Iterator[UsageRecord], *, flat: bool) -> Iterator[dict[str, Any]]:
-    for record in records:
-        row = record.as_dict()
-        yield {**record.tags, **record.usage, **row} if flat else row
+def _short(record: UsageRecord) -> dict[str, Any]:
+    outcome = (
+        record.outcome if record.kind in ("settlement", "charge", "refusal") else f"{record.kind} {record.outcome}"
+    )
+    return {
+        "time (UTC)": record.settled_at.strftime("%m-%d %H:%M:%S"),
+        "outcome": f"{outcome} (estimated)" if record.estimated else outcome,
+        "agent": record.tags.get("agent"),
+        "run": record.tags.get("run"),
+        "call": record.tags.get("tool") or record.tags.get("model"),
+        "in": record.usage.get("input_tokens"),
+        "out": record.usage.get("output_tokens"),
+        "cost": record.cost_usd,
+    }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from bursar.cli.options import form_option, open_books, show, store_option, tags_argument
+from bursar.records import BudgetStatus
 
-COLUMNS = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "overrun", "refused", "from", "until"]
+SHORT = ["budget", "limit", "spent", "reserved", "available", "refused", "until"]
+LONG = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "overrun", "refused", "from", "until"]
 
 
 @click.command()
@@ -16,22 +20,28 @@ COLUMNS = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "
 def command(tags: dict[str, str], store: str, form: str) -> None:
     """Show the accounts of all budgets in the store, or of those with these tags (run=r-17)."""
     with open_books(store) as bursar:
-        rows = []
-        for one in bursar.status(**tags):
-            since, until = one.window
-            rows.append(
-                {
-                    "name": one.name,
-                    "scope": one.scope,
-                    "unit": one.unit,
-                    "limit": one.limit,
-                    "spent": one.spent,
-                    "reserved": one.reserved,
-                    "available": one.available,
-                    "overrun": one.overrun,
-                    "refused": one.refused,
-                    "from": None if since is None else since.isoformat(),
-                    "until": None if until is None else until.isoformat(),
-                }
-            )
-    show(rows, COLUMNS, form, f"Budgets in {store}")
+        found = bursar.status(**tags)
+    if form == "table":
+        show(map(_short, found), SHORT, form, f"Budgets in {store}")
+    else:
+        show(map(_long, found), LONG, form, "")
+
+
+def _short(status: BudgetStatus) -> dict[str, Any]:
+    scope = " ".join(f"{tag}={value}" for tag, value in status.scope.items())
+    until = status.window[1]
+    return {
+        "budget": f"{status.name} {scope}".rstrip(),
+        "limit": f"{status.limit} {status.unit}",
+        "spent": status.spent,
+        "reserved": status.reserved,
+        "available": status.available,
+        "refused": status.refused,
+        "until": "" if until is None else until.strftime("%m-%d %H:%M"),
+    }
+
+
+def _long(status: BudgetStatus) -> dict[str, Any]:
+    since, until = status.window
+    plain = {name: getattr(status, name) for name in LONG if name not in ("from", "until")}
+    return plain | {"from": since and since.isoformat(), "until": until and until.isoformat()}
