@@ -1,4 +1,4 @@
-"""Compiles the packaged price table from genai-prices, LiteLLM's cost map and tools/corrections.toml, and reports where they disagree.
+"""Compiles the packaged price table from genai-prices, LiteLLM's cost map and corrections, and reports their disagreements.
 
 Run: `python tools/compile_prices.py` with genai-prices 0.2.3 and litellm 1.109.1 (installed without its dependencies) at hand.
 Only figures, dates and names are taken. The output is the same for the same input, byte for byte.
@@ -13,18 +13,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+from price_sources.corrections import Corrections
+from price_sources.cost_map import litellm_models
+from price_sources.genai import genai_models
+from price_sources.model import Model
 
-from prices_sources import Corrections, Model, genai_models, litellm_models  # noqa: E402
-
-from bursar.prices.names import places  # noqa: E402
+from bursar.prices.names import places
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "packages/core/src/bursar/prices/table.json"
 REPORT = ROOT / "docs/price-disagreements.md"
 LIMIT_BYTES = 1_500_000
 Disagreement = tuple[str, str, str, dict[str, Any], dict[str, Any]]  # provider, row, name, one's figures, the other's
-COMPARED = ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok", "cache_write_1h_mtok", "input_audio_mtok", "output_audio_mtok")
+COMPARED = (
+    "input_mtok",
+    "output_mtok",
+    "cache_read_mtok",
+    "cache_write_mtok",
+    "cache_write_1h_mtok",
+    "input_audio_mtok",
+    "output_audio_mtok",
+)
 
 
 def merge(first: dict[tuple[str, str], Model], second: list[Model]) -> list[Disagreement]:
@@ -33,7 +42,9 @@ def merge(first: dict[tuple[str, str], Model], second: list[Model]) -> list[Disa
     The first source keeps price histories, so it holds where both have a row; the second adds a row of its own for a snapshot whose
     figures differ from those of the model that the first would take it for.
     """
-    names = {(provider, name): model for (provider, _), model in first.items() for name in (*model.names, model.id.lower())}
+    names = {
+        (provider, name): model for (provider, _), model in first.items() for name in (*model.names, model.id.lower())
+    }
     names.update({(provider, model.id.lower()): model for (provider, _), model in first.items()})
     disagreements = []
     for model in second:
@@ -46,7 +57,10 @@ def merge(first: dict[tuple[str, str], Model], second: list[Model]) -> list[Disa
                 disagreements.append((exact.provider, exact.id, model.id, dict(exact.latest()), dict(model.latest())))
                 exact.fill_limits(model)
             continue
-        near = next((names[place] for place in places(model.provider, name) if place in names and place[0] == model.provider), None)
+        near = next(
+            (names[place] for place in places(model.provider, name) if place in names and place[0] == model.provider),
+            None,
+        )
         if near is not None and near.source != model.source and agrees(near, model):
             near.fill(model)
             near.names.add(name)
@@ -61,10 +75,16 @@ def agrees(one: Model, other: Model) -> bool:
     """Whether the figures of the newest period that both state are the same."""
     a, b = one.latest(), other.latest()
     shared = [unit for unit in COMPARED if unit in a and unit in b]
-    return bool(shared) and all(a[unit] == b[unit] for unit in shared) and ("input_mtok" in shared or "output_mtok" in shared)
+    return (
+        bool(shared)
+        and all(a[unit] == b[unit] for unit in shared)
+        and ("input_mtok" in shared or "output_mtok" in shared)
+    )
 
 
-def compiled(models: dict[tuple[str, str], Model], corrections: Corrections, sources: list[dict[str, str]]) -> dict[str, Any]:
+def compiled(
+    models: dict[tuple[str, str], Model], corrections: Corrections, sources: list[dict[str, str]]
+) -> dict[str, Any]:
     """The table as JSON data; equal sets of rates are stored once."""
     rates: list[dict[str, Any]] = []
     index: dict[str, int] = {}
@@ -104,7 +124,11 @@ def report(disagreements: list[Disagreement], sources: list[dict[str, str]], cor
 
 
 def _short(amount: Any) -> str:
-    return amount if isinstance(amount, str) else amount[0] + "".join(f"; over {start}: {price}" for start, price in amount[1:])
+    return (
+        amount
+        if isinstance(amount, str)
+        else amount[0] + "".join(f"; over {start}: {price}" for start, price in amount[1:])
+    )
 
 
 def main() -> None:
@@ -129,7 +153,10 @@ def main() -> None:
     written = REPORT.read_text().partition(mark)[0] if REPORT.exists() else "# Where the sources disagree\n\n"
     REPORT.write_text(written + mark + "\n" + report(disagreements, sources, corrections))
     rows = sum(map(len, table["providers"].values()))
-    print(f"{rows} models of {len(table['providers'])} providers, {len(table['rates'])} sets of rates, {len(text)} bytes, {table['digest'][:12]}")
+    print(
+        f"{rows} models of {len(table['providers'])} providers, {len(table['rates'])} sets of rates, "
+        f"{len(text)} bytes, {table['digest'][:12]}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -37,9 +38,10 @@ def command(file: str, at: str, ignore_stated: bool) -> None:
     """
     when = _clock(at)
     book = PriceBook.packaged()
-    out = click.get_text_stream("stdout")
     for number, line in enumerate(_lines(file), start=1):
-        out.write(json.dumps(priced(line, number, book, when, ignore_stated=ignore_stated), ensure_ascii=False) + "\n")
+        sys.stdout.write(
+            json.dumps(priced(line, number, book, when, ignore_stated=ignore_stated), ensure_ascii=False) + "\n"
+        )
 
 
 def priced(
@@ -160,9 +162,7 @@ def _microseconds(moment: datetime) -> int:
 
 def _lines(file: str) -> Iterator[bytes]:
     if file == "-":
-        yield from click.get_binary_stream("stdin")
+        yield from sys.stdin.buffer
         return
     with cast(BinaryIO, gzip.open(file) if file.endswith(".gz") else open(file, "rb")) as stream:
-        for line in stream:
-            if line.strip():
-                yield line
+        yield from (line for line in stream if line.strip())

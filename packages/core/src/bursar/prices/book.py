@@ -26,7 +26,7 @@ _ASKED_FIRST = frozenset({"bedrock"})
 
 
 class PriceBook:
-    """Prices of models, dated, with the user's overrides. Immutable and shared between threads; start with `PriceBook.packaged()`."""
+    """Prices of models, dated, with the user's overrides: immutable, shared between threads, begun by `PriceBook.packaged()`."""
 
     def __init__(
         self,
@@ -39,11 +39,14 @@ class PriceBook:
         self._tools = dict(tools or {})
         self._tagged = any(override.match for override in overrides)
         self._slots = _SLOT_US if not any(map(_fine, overrides)) else 1
+        self._nearest: dict[tuple[str, str], list[str]] = {}
         self._found: dict[tuple[Any, ...], ModelPrice] = {}
         self._built: dict[tuple[Any, ...], ModelPrice] = {}
         self.version = f"{table.date}-{table.digest[:12]}"
         if overrides or ceiling or tools:
-            own = "\n".join([*(o.text() for o in overrides), ceiling.text() if ceiling else "", repr(sorted(self._tools.items()))])
+            own = "\n".join(
+                [*(o.text() for o in overrides), ceiling.text() if ceiling else "", repr(sorted(self._tools.items()))]
+            )
             self.version += f"+{sha256(own.encode()).hexdigest()[:12]}"
 
     @classmethod
@@ -55,16 +58,24 @@ class PriceBook:
         return _packaged
 
     def with_overrides(
-        self, overrides: Iterable[Override] = (), ceiling: Override | None = None, tools: Mapping[str, str] | None = None
+        self,
+        overrides: Iterable[Override] = (),
+        ceiling: Override | None = None,
+        tools: Mapping[str, str] | None = None,
     ) -> PriceBook:
         """A new book with more overrides. `ceiling`: the rates at which a call to an unknown model is priced instead of refused.
 
         `tools`: what one call of each of the user's own tools costs, like `{"web_search": "0.002 USD"}`.
         """
-        prices = {**self._tools, **{name: nanos(text.removesuffix("USD").strip()) for name, text in (tools or {}).items()}}
+        prices = {
+            **self._tools,
+            **{name: nanos(text.removesuffix("USD").strip()) for name, text in (tools or {}).items()},
+        }
         negative = [name for name, price in prices.items() if price < 0]
         if negative:
-            raise InvalidInput(f"The price of the tool {negative[0]!r} is negative. Write what a call of it costs.", argument="tools")
+            raise InvalidInput(
+                f"The price of the tool {negative[0]!r} is negative. Write what a call of it costs.", argument="tools"
+            )
         return PriceBook(self.table, (*self.overrides, *overrides), ceiling or self.ceiling, prices)
 
     def tool_price(self, tool: str) -> int | None:
@@ -88,14 +99,18 @@ class PriceBook:
         if usage.other_models and usage.stated_cost_nanos is None:
             return self._cost_of_several(provider, model or "", usage, at_us, tags)
         found = self._find(provider, model or "", usage.model, at_us, tags)
-        return Price(found.cost_nanos(usage), found.provider, found.model, found.effective_from, found.source, self.version)
+        return Price(
+            found.cost_nanos(usage), found.provider, found.model, found.effective_from, found.source, self.version
+        )
 
     def _cost_of_several(self, provider: str, model: str, usage: Usage, at_us: int, tags: Mapping[str, str]) -> Price:
         """A call in which other models took part (an advisor, a router): each part at its own model's price, rounded once."""
         parts = [(self._part(provider, part.model or model, part, at_us, tags), part) for part in usage.by_model()]
         total = sum((Fraction(*found.cost_fraction(part)) for found, part in parts), Fraction(0))
         first = next((found for found, _ in parts if found.source), parts[0][0])
-        return Price(round_half_up(total), first.provider, first.model, first.effective_from, first.source, self.version)
+        return Price(
+            round_half_up(total), first.provider, first.model, first.effective_from, first.source, self.version
+        )
 
     def _part(self, provider: str, model: str, part: Usage, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
         if part.server_tools and not (part.input_tokens or part.output_tokens):
@@ -103,7 +118,9 @@ class PriceBook:
         return self._find(provider, model, part.model, at_us, tags)
 
     def _find(self, provider: str, asked: str, answered: str | None, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
-        holding = tuple(i for i, o in enumerate(self.overrides) if o.match and o.holds(at_us, tags)) if self._tagged else ()
+        holding = (
+            tuple(i for i, o in enumerate(self.overrides) if o.match and o.holds(at_us, tags)) if self._tagged else ()
+        )
         key = (provider, asked, answered, at_us // self._slots, holding)
         found = self._found.get(key)
         if found is None:
@@ -113,7 +130,9 @@ class PriceBook:
             self._found[key] = found
         return found
 
-    def _resolve(self, provider: str, asked: str, answered: str | None, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
+    def _resolve(
+        self, provider: str, asked: str, answered: str | None, at_us: int, tags: Mapping[str, str]
+    ) -> ModelPrice:
         host = provider_name(provider)
         names = [name for name in ((asked, answered) if host in _ASKED_FIRST else (answered, asked)) if name]
         active = [override for override in self.overrides if override.holds(at_us, tags)]
@@ -128,18 +147,23 @@ class PriceBook:
 
     def _price(self, host: str, name: str, row: Row | None, own: list[Override], at_us: int) -> ModelPrice:
         since, standard, tiers = row.period(at_us) if row else (None, None, {})
-        key = (row.provider, row.model, since, standard, *tiers.items(), *map(id, own)) if row else (host, name, *map(id, own))
+        key = (
+            (row.provider, row.model, since, standard, *tiers.items(), *map(id, own))
+            if row
+            else (host, name, *map(id, own))
+        )
         built = self._built.get(key)
         if built is not None:
             return built
 
         def build(tier: str, region: str | None) -> Rates:
-            index = tiers.get(tier, standard)
-            amounts: dict[str, Amount] = {} if standard is None else {**self.table.rates[standard], **self.table.rates[index]}
+            amounts: dict[str, Amount] = {}
+            if standard is not None:  # a tier names only what differs
+                amounts = {**self.table.rates[standard], **self.table.rates[tiers.get(tier, standard)]}
             fees = {tool: _fee(raw) for tool, raw in (row.tools if row else self.table.fees.get(host, {})).items()}
             for override in own:
                 off = override.factor()
-                amounts = {unit: discounted(amount, off) for unit, amount in amounts.items()} | override.rates()
+                amounts = {**{unit: discounted(amount, off) for unit, amount in amounts.items()}, **override.rates()}
                 fees = {tool: fee * off for tool, fee in fees.items()}
                 fees |= {tool: _fee(price) for tool, price in override.tools.items()}
             return Rates(amounts, fees, _uplift(row, region))
@@ -162,22 +186,35 @@ class PriceBook:
         return built
 
     def _unknown(self, host: str, name: str) -> UnknownPrice:
-        known = self.table.models(host)
-        nearest = get_close_matches(name.lower().rpartition("/")[2], known, n=3, cutoff=0.5)
-        if not known:
-            why = f"No prices are known of the provider {host!r}."
-            nearest = get_close_matches(host, self.table.providers, n=3, cutoff=0.5)
-        else:
-            why = f"No price is known of {host}/{name}."
+        key = (host, name)
+        if key not in self._nearest:
+            if len(self._nearest) >= _MAX_CACHED:
+                self._nearest.clear()
+            self._nearest[key] = _nearest(name, self.table.models(host)) or _nearest(host, self.table.providers)
+        nearest = self._nearest[key]
         near = f" The nearest known: {', '.join(nearest)}." if nearest else ""
         return UnknownPrice(
-            f"{why}{near} Add one: Override(provider={host!r}, model={name!r}, input_mtok=\"...\", output_mtok=\"...\"), or set a ceiling.",
-            provider=host, model=name, nearest=nearest,
-        )  # fmt: skip
+            f"No price is known of {host}/{name}.{near} Add one: "
+            f'Override(provider={host!r}, model={name!r}, input_mtok="...", output_mtok="..."), or set a ceiling.',
+            provider=host,
+            model=name,
+            nearest=nearest,
+        )
 
 
 _LIMITS = ("context_window", "max_output_tokens")
 _packaged: PriceBook | None = None
+
+
+def _nearest(name: str, known: list[str]) -> list[str]:
+    """Up to three known names, those with the longest common beginning first."""
+    plain = name.lower()
+    close = get_close_matches(plain, known, n=12, cutoff=0.4)
+    return sorted(close, key=lambda model: -_shared_beginning(plain, model.lower()))[:3]
+
+
+def _shared_beginning(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _fee(dollars: str) -> Fraction:

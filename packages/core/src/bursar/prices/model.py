@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from bursar.errors import UnknownPrice
-from bursar.money import round_half_up
 from bursar.prices.rates import Level, Rates
 from bursar.usage import Usage
 
@@ -52,7 +51,13 @@ class ModelPrice:
         tiers: tuple[str, ...],
         build: Callable[[str, str | None], Rates],
     ) -> None:
-        self.provider, self.model, self.effective_from, self.source, self.mode = provider, model, effective_from, source, mode
+        self.provider, self.model, self.effective_from, self.source, self.mode = (
+            provider,
+            model,
+            effective_from,
+            source,
+            mode,
+        )
         self.context_window, self.max_output_tokens = context_window, max_output_tokens
         self.tiers = tiers
         self._build = build
@@ -119,8 +124,13 @@ class ModelPrice:
         rates = self._tier(service_tier, region)
         most = Fraction(0)
         for level in _reached(rates, input_tokens):
-            token = max(level.dearest_write if cache_writes else level.dearest_input, level.dearest_media if media else 0)
-            most = max(most, Fraction(input_tokens * token + output_tokens * level.dearest_output + level.per_call, level.scale))
+            token = max(
+                level.dearest_write if cache_writes else level.dearest_input, level.dearest_media if media else 0
+            )
+            most = max(
+                most,
+                Fraction(input_tokens * token + output_tokens * level.dearest_output + level.per_call, level.scale),
+            )
         return -(-most.numerator // most.denominator)
 
     def fit_output_tokens(
@@ -145,6 +155,11 @@ class ModelPrice:
             if level.dearest_output:
                 most = min(most, left * level.scale // level.dearest_output)
         return most
+
+    def tool_fee_nanos(self, tool: str) -> int | None:
+        """What one use of a server-side tool costs beside its tokens, rounded up, or None when no price is known."""
+        fee = self._standard.fees.get(tool)
+        return None if fee is None else -(-fee.numerator // fee.denominator)
 
     def rates(self, service_tier: str | None = None, *, batch: bool = False, region: str | None = None) -> Rates:
         """The rates of a service tier and region. A tier that the provider has no price for is served at its standard rates."""

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 # How frameworks, gateways and SDKs spell a provider -> the name in the price book. Underscores and blanks are read as hyphens.
 _PROVIDERS = {
     "openai": "openai text-completion-openai openai-chat openai-responses openai-codex chatopenai",
-    "azure": "azure-openai azure-ai azure-ai-inference azure-ai-foundry azure-text azureopenai az.ai.inference az.ai.openai azurechatopenai",
+    "azure": "azure-openai azure-ai azure-ai-inference azure-ai-foundry azure-text azureopenai azurechatopenai "
+    "az.ai.inference az.ai.openai",
     "anthropic": "chatanthropic claude",
     "google": "google-gla google-genai gemini google-ai-studio google-ai google-generativeai google-generative-ai gcp.gemini "
     "gcp.gen-ai chatgooglegenerativeai googleai",
-    "vertex": "google-vertex vertex-ai vertexai google-vertexai gcp.vertex-ai google-anthropic-vertex anthropic-vertex chatvertexai "
-    "vertex-ai-language-models vertex-ai-beta",
+    "vertex": "google-vertex vertex-ai vertexai google-vertexai gcp.vertex-ai google-anthropic-vertex anthropic-vertex "
+    "chatvertexai vertex-ai-language-models vertex-ai-beta",
     "bedrock": "aws aws-bedrock amazon-bedrock amazon bedrock-converse bedrock-mantle aws.bedrock bedrock-agent anthropic-bedrock "
     "chatbedrock chatbedrockconverse amazon-nova",
     "mistral": "mistralai mistral-ai codestral text-completion-codestral chatmistralai",
@@ -55,7 +56,9 @@ _HUGGING_FACE_PARTNERS = {
 
 _REGIONS = r"(?:us|eu|apac|au|jp|in|ca|sa|uk|me|af|us-gov)"
 _DATE = r"20\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])|20\d{2}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])"
-_SHORT = r"(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])|2[3-9](?:0[1-9]|1[0-2])"  # 0613: month and day; 2411: year and month
+_SHORT = (
+    r"(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])|2[3-9](?:0[1-9]|1[0-2])"  # 0613: month and day; 2411: year and month
+)
 _SNAPSHOT = re.compile(
     rf"(?:[-@](?:{_DATE}|{_SHORT}|latest|default|00[1-9])"
     r"|-(?:preview|exp)-(?:(?:0[1-9]|1[0-2])-(?:20)?\d{2})"
@@ -64,7 +67,9 @@ _SNAPSHOT = re.compile(
 _BEDROCK_VERSION = re.compile(r"(?:-v\d+(?::\d+)?|:\d+)(?::(?:\d+k|mm))?$")
 _STAGE = re.compile(r"-(?:preview|exp)$")
 _FINE_TUNED = re.compile(r"^(?:ft:([^:]+):.*|([^:]+?)\.ft-.*)$")
-_DEPLOYMENT = re.compile(r"-(?:global|data-?zone)(?:-standard|-batch)?$")  # how Azure names what the price of the model covers
+_DEPLOYMENT = re.compile(
+    r"-(?:global|data-?zone)(?:-standard|-batch)?$"
+)  # how Azure names what the price of the model covers
 _ROUTES = re.compile(r":(?:online|nitro|floor|exacto)$")  # how OpenRouter picks a host; the price is the model's
 
 
@@ -131,7 +136,9 @@ def _forms(host: str, name: str) -> Iterator[str]:
     if "/models/" in name:  # projects/p/locations/l/publishers/google/models/m
         whole.append(name.rpartition("/models/")[2])
     first, _, rest = whole[-1].partition("/")
-    if rest and (provider_name(first) == host or (host in {"azure", "vertex", "bedrock", "google"} and first in _VENDORS)):
+    if rest and (
+        provider_name(first) == host or (host in {"azure", "vertex", "bedrock", "google"} and first in _VENDORS)
+    ):
         whole.append(rest)
     tuned = _FINE_TUNED.match(whole[-1])
     if tuned:

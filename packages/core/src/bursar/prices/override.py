@@ -21,10 +21,11 @@ class Override:
     """A price that replaces or changes what the price book says. Prices are US dollars, written as text.
 
     `model`: the name as it is asked for, or `*` for every model; `provider`: any spelling, None for every provider.
-    The rates (`input_mtok`, ...: per million tokens; `input_mchars`: per million characters; `*_hour`: per hour of audio; `per_*`: each)
-    replace the book's; `discount="15%"` takes that much off everything that the override does not name itself. `tools`: fees of the
-    provider's own tools, each. `effective_from` (inclusive) and `effective_to` (exclusive) are dates, or instants with a time
-    zone; `match`: tags that a call must carry. Of two overrides that name the same rate, the later one in the list holds.
+    The rates (`*_mtok`: per million tokens; `input_mchars`: per million characters; `*_hour`: per hour of audio;
+    `per_*`: each) replace the book's, in every service tier; `discount="15%"` takes that much off everything that the
+    override does not name itself. `tools`: fees of the provider's own tools, each. `effective_from` (inclusive) and
+    `effective_to` (exclusive) are dates, or instants with a time zone; `match`: tags that a call must carry. Of two
+    overrides that name the same rate, the later one in the list holds.
     Raises InvalidInput for what is no price, no date or no percentage.
     """
 
@@ -65,16 +66,21 @@ class Override:
         for tool, amount in self.tools.items():
             nanos_per_unit("per_call", amount)
             if not tool:
-                raise InvalidInput("A tool of an Override needs a name, like tools={\"web_search\": \"0.01\"}.", argument="tools")
+                raise InvalidInput(
+                    'A tool of an Override needs a name, like tools={"web_search": "0.01"}.', argument="tools"
+                )
         self.factor()
         start, end = self.span_us()
         if start is not None and end is not None and start >= end:
             raise InvalidInput(
-                f"The override of {self.model!r} ends ({self.effective_to}) before it begins ({self.effective_from}). Swap the dates.",
+                f"The override of {self.model!r} ends on {self.effective_to}, before it begins on {self.effective_from}. "
+                "Swap the dates.",
                 argument="effective_to", value=self.effective_to,
             )  # fmt: skip
         if not self.model:
-            raise InvalidInput("An Override needs a model's name, or \"*\" for every model.", argument="model", value=self.model)
+            raise InvalidInput(
+                'An Override needs a model\'s name, or "*" for every model.', argument="model", value=self.model
+            )
 
     def rates(self) -> dict[str, str]:
         """The rates that this override names."""
@@ -114,7 +120,9 @@ class Override:
     def text(self) -> str:
         """The override as one line, the same for equal overrides: what the price book's version is made of."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return repr({name: dict(value) if isinstance(value, Mapping) else str(value) for name, value in parts.items() if value})
+        return repr(
+            {name: dict(value) if isinstance(value, Mapping) else str(value) for name, value in parts.items() if value}
+        )
 
 
 def discounted(amount: Amount, factor: Fraction) -> Amount:
@@ -134,4 +142,6 @@ def _instant_us(moment: str | date | datetime | None) -> int | None:
         aware = value if value.tzinfo else value.replace(tzinfo=UTC)
         return (aware - _EPOCH) // timedelta(microseconds=1)
     except (ValueError, AttributeError, TypeError):
-        raise InvalidInput(f"{moment!r} is not a date. Write it like \"2026-07-01\".", argument="effective", value=moment) from None
+        raise InvalidInput(
+            f'{moment!r} is not a date. Write it like "2026-07-01".', argument="effective", value=moment
+        ) from None

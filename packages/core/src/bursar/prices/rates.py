@@ -55,7 +55,9 @@ _SIDES = {
 }
 _OTHERWISE = frozenset(_BESIDE_TOKENS)  # a model priced by these may leave tokens unpriced
 
-Amount = str | list[Any]  # "1.25", or with context tiers ["1.25", [200000, "2.50"], ...]: from more than that many input tokens on
+Amount = (
+    str | list[Any]
+)  # "1.25", or with context tiers ["1.25", [200000, "2.50"], ...]: from more than that many input tokens on
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +75,25 @@ class Level:
 
 
 class Rates:
-    """One set of rates, ready to compute: a Level per context tier, and what each use of a server-side tool costs in nano-dollars."""
+    """One set of rates, ready to compute: a Level per context tier, and the fees of server-side tools in nano-dollars."""
 
     __slots__ = ("fees", "free", "gaps", "levels", "plain", "text")
 
-    def __init__(self, amounts: Mapping[str, Amount], fees: Mapping[str, Fraction], factor: Fraction = Fraction(1)) -> None:
+    def __init__(
+        self, amounts: Mapping[str, Amount], fees: Mapping[str, Fraction], factor: Fraction = Fraction(1)
+    ) -> None:
         self.text = dict(amounts)
         self.fees = dict(fees)
-        starts = sorted({0, *(tier[0] for amount in amounts.values() if isinstance(amount, list) for tier in amount[1:])})
+        starts = sorted(
+            {0, *(tier[0] for amount in amounts.values() if isinstance(amount, list) for tier in amount[1:])}
+        )
         self.levels = tuple(_level(start, amounts, factor) for start in starts)
         self.plain = self.levels[0] if len(self.levels) == 1 else None
         # Priced by the token on one side only: tokens of the other side would be counted at nothing, which is never meant.
         sides = [unit for unit in ("input_mtok", "output_mtok") if not any(name in amounts for name in _SIDES[unit])]
-        self.gaps = tuple(_COUNTED[unit] for unit in sides) if len(sides) == 1 and not _OTHERWISE & amounts.keys() else ()
+        self.gaps = (
+            tuple(_COUNTED[unit] for unit in sides) if len(sides) == 1 and not _OTHERWISE & amounts.keys() else ()
+        )
         self.free = bool(amounts) and not any(any(level.coefficients) for level in self.levels)
 
     def level(self, input_tokens: int) -> Level:
@@ -178,14 +186,16 @@ def _at(amount: Amount, start: int) -> str:
     return price
 
 
-def nanos_per_unit(unit: str, amount: str) -> Fraction:
+def nanos_per_unit(unit: str, amount: object) -> Fraction:
     """A price in US dollars as exact nano-dollars per counted unit. Raises InvalidInput for what is not a price."""
     try:
-        value = Fraction(amount)
-    except (ValueError, TypeError, ZeroDivisionError):
+        value = Fraction(amount) if isinstance(amount, str) else Fraction(-1)
+    except (ValueError, ZeroDivisionError):
         value = Fraction(-1)
-    if isinstance(amount, float) or value < 0 or value > 10**9:
+    if not 0 <= value <= 10**9:
         raise InvalidInput(
-            f"{unit}={amount!r} is not a price in US dollars. Write it as a text, like \"1.25\".", argument=unit, value=amount
+            f'{unit}={amount!r} is not a price in US dollars. Write it as a text, like "1.25".',
+            argument=unit,
+            value=amount,
         )
     return value * NANOS_PER_USD / UNITS[unit]

@@ -20,8 +20,11 @@ def day_number(day: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model of one provider, as the table holds it. `prices`: periods in the order of their dates, each
-    `[from, rates, {tier: rates}, [[from minute, to minute, rates, {tier: rates}], ...]]`, where rates are indices into `Table.rates`."""
+    """One model of one provider, as the table holds it.
+
+    `prices`: periods in the order of their dates, each `[from, rates, {tier: rates}, [[from minute, to minute, rates, {tier:
+    rates}], ...]]`, where rates are indices into `Table.rates` and the minutes are those of the day, in UTC.
+    """
 
     provider: str
     model: str

@@ -1,0 +1,1 @@
+"""The sources of the price table, each read into the same form."""
