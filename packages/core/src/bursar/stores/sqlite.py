@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,28 +63,25 @@ class SqliteStore:
             raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
         self.path = Path(path)
         self.durability = durability
-        self._source = clock or SystemClock()
         self._busy_timeout_s = busy_timeout_s
-        self._forsaken: list[sqlite3.Connection] = []
-        self._open()
-        _forked.add(self)
-
-    def _open(self) -> None:
         self._rules: dict[str, Rule] = {}
-        try:
-            self._connection = self._connect()
+        self._using = threading.RLock()  # held while the connection is in use
+        self._reading = threading.RLock()  # held while a report's connection is open
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+        with self._faults():
+            connection = self._connect()
             try:
-                self._migrate()
-                # ids rise with time, so the last record tells what time the store has seen
-                last = self._connection.execute("SELECT settled_us FROM records ORDER BY id DESC LIMIT 1").fetchone()
+                self._migrate(connection)
+                last = connection.execute(rows.LAST_TIME).fetchone()[0]
             except BaseException:
-                self._connection.close()
+                connection.close()
                 raise
-        except sqlite3.Error as error:
-            raise self._fault(error) from error
-        self._clock = StoreClock(self._source, last[0] if last else 0)
+        self._connection = connection
+        self._clock = StoreClock(clock or SystemClock(), last or 0)
         self.now_us = self._clock.now_us
         self._commits = GroupCommit(self._apply)
+        _opened.add(self)
 
     def _connect(self) -> sqlite3.Connection:
         if not self.path.exists() and self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK):
@@ -102,8 +101,8 @@ class SqliteStore:
             raise
         return connection
 
-    def _migrate(self) -> None:
-        revision = self._revision()
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        revision = _revision(connection)
         if revision is not None and revision not in REVISIONS:
             raise StoreError(
                 f"{self.path} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
@@ -113,14 +112,13 @@ class SqliteStore:
         if revision != HEAD:
             rows.upgrade(self.path, self._busy_timeout_s)
 
-    def _revision(self) -> str | None:
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """What SQLite raises inside, as the StoreError that says what to do."""
         try:
-            found = self._connection.execute("SELECT version_num FROM alembic_version").fetchone()
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # that one says: no such table
-                raise
-            return None
-        return found[0] if found else None
+            yield
+        except sqlite3.Error as error:
+            raise self._fault(error) from error
 
     def _fault(self, error: sqlite3.Error) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -137,29 +135,59 @@ class SqliteStore:
         self._commits.post(command)
 
     def _apply(self, commands: Sequence[Command]) -> list[Answer | BaseException]:
-        """One transaction: read the touched rows once, apply the law in memory, write each row once, commit."""
         try:
-            now_us = self._clock.now_us()
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                batch = rows.Batch(self._connection, self._rules)
-                answers: list[Answer | BaseException] = []
-                for command in commands:
-                    batch.expect(command)
-                    answer, puts = decide(batch.read, command, now_us)
-                    batch.put(puts)
-                    answers.append(answer)
-                batch.write()
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-            return answers
-        except sqlite3.Error as error:
-            return [self._fault(error) for _ in commands]
-        except BursarError as error:
-            return [error for _ in commands]
+            with self._using:
+                return self._commit(commands, trusting=True)
+        except Exception as error:  # noqa: BLE001 - no caller may be left without an answer, nor take the blame of another
+            if len(commands) > 1 and not _concerns_all(error):
+                return [answer for command in commands for answer in self._apply([command])]
+            if not _is_constraint(error):
+                return [self._failure(error, commands[0]) for _ in commands]
+        try:
+            with self._using:  # an id that was to be fresh is not
+                return self._commit(commands, trusting=False)
+        except Exception as error:  # noqa: BLE001 - as above
+            return [self._failure(error, commands[0])]
+
+    def _failure(self, error: Exception, command: Command) -> Exception:
+        if isinstance(error, sqlite3.Error):
+            failure = self._fault(error)
+        elif isinstance(error, OverflowError):
+            failure = StoreError(
+                f"The store {self.path} cannot hold the amounts of {command.id!r}: a sum would pass 2^63. "
+                "Correct the amount, or give the budget a window.",
+                fault="overflow",
+                path=str(self.path),
+            )
+        else:
+            return error
+        failure.__cause__ = error
+        return failure
+
+    def _commit(self, commands: Sequence[Command], *, trusting: bool) -> list[Answer | BaseException]:
+        """One transaction: read the touched rows once, apply the law in memory, write each row once, commit."""
+        connection = self._connection
+        if connection is None:
+            if self._closed:
+                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+            connection = self._connection = self._connect()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            now_us = self._clock.now_us()  # with the lock held: no other process can be ahead of this
+            batch = rows.Batch(connection, self._rules, trusting=trusting)
+            answers: list[Answer | BaseException] = []
+            for command in commands:
+                batch.expect(command)
+                answer, puts = decide(batch.read, command, now_us)
+                batch.put(puts)
+                answers.append(answer)
+            batch.write()
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return answers
 
     def sweep(self) -> int:
         due = self._query("SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH))
@@ -171,18 +199,13 @@ class SqliteStore:
         version, held = self.budgets()
         if all(name in held and rows.dumps(held[name].definition) == text for name, text in texts.items()):
             return version
-        connection = self._connect()
-        try:
+        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
             newest = dict(connection.execute(rows.NEWEST_BUDGETS).fetchall())
             changed = [(name, text, self.now_us()) for name, text in texts.items() if newest.get(name) != text]
             connection.executemany("INSERT INTO budgets(name, definition, published_us) VALUES (?, ?, ?)", changed)
             version = connection.execute("SELECT max(version) FROM budgets").fetchone()[0] or 0
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._fault(error) from error
-        finally:
-            connection.close()
         return int(version)
 
     def budgets(self) -> tuple[int, dict[str, BudgetVersion]]:
@@ -200,36 +223,89 @@ class SqliteStore:
         return (rows.account(row) for row in found)
 
     def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
-        return rows.entries(self.path, tags or {})
+        last = ""
+        while True:
+            sql, values = rows.entries_after(last, tags or {})
+            page = [rows.entry(row) for row in self._query(sql, values)]
+            yield from page
+            if len(page) < rows.PAGE:
+                return
+            last = page[-1].id
 
-    def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """Read on a connection of its own, so that reports never stand in the way of commands."""
-        try:
-            connection = sqlite3.connect(self.path, timeout=self._busy_timeout_s)
-            try:
-                return connection.execute(sql, values).fetchall()
-            finally:
-                connection.close()
-        except sqlite3.Error as error:
-            raise self._fault(error) from error
+        with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def _reader(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=self._busy_timeout_s)
 
     def close(self) -> None:
         self._commits.close()
-        self._connection.close()
+        with self._using:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    # A connection must not cross a fork: SQLite's bookkeeping of locks is per process, and a child that inherits it
+    # holds none of them, so that the parent's last close would take the write-ahead log away from under the child.
+
+    def _before_fork(self) -> None:
+        self._reading.acquire()
+        self._using.acquire()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None  # each side opens its own when it needs one
 
     def _after_fork(self) -> None:
-        # SQLite forbids a connection in a child, its closing too: it is kept, unused, and a new one opened.
-        self._forsaken.append(self._connection)
-        self._open()
+        self._using.release()
+        self._reading.release()
+
+    def _in_child(self) -> None:
+        self._after_fork()
+        self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
 
 
-_forked: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
+def _is_constraint(error: Exception) -> bool:
+    return isinstance(error, sqlite3.IntegrityError)
 
 
-def _reopen() -> None:
-    for store in list(_forked):
-        store._after_fork()
+def _concerns_all(error: Exception) -> bool:
+    """Whether a batch failed for the state of the store, rather than for what one of its commands is."""
+    return isinstance(error, BursarError) or (isinstance(error, sqlite3.Error) and not _is_constraint(error))
+
+
+def _revision(connection: sqlite3.Connection) -> str | None:
+    try:
+        found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # that one says: no such table
+            raise
+        return None
+    return found[0] if found else None
+
+
+_opened: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
+_forking: list[SqliteStore] = []
+
+
+def _before_fork() -> None:
+    _forking[:] = sorted(_opened, key=id)
+    for store in _forking:
+        store._before_fork()
+
+
+def _after_fork(in_child: bool) -> None:
+    for store in reversed(_forking):
+        if in_child:
+            store._in_child()
+        else:
+            store._after_fork()
+    _forking.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reopen)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
+    )

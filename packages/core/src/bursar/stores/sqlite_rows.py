@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from bursar.accounts import Account, Rule
 from bursar.commands import Charge, Command, Entry, Reservation, Reserve, Row
 from bursar.law import POLICY_KEY
 
+PAGE = 1_000  # entries read at a time
 MAX_RULES = 10_000  # rules of accounts seen, kept so that reading one again is cheap
 
 _ACCOUNT = (
@@ -49,7 +50,8 @@ _MOVE_ACCOUNT = (
     "UPDATE accounts SET spent=?, reserved=?, overrun=?, refused=?, refused_minute=?, refused_in_minute=?, "
     "level=?, remainder=?, at_us=?, buckets=? WHERE key=?"
 )
-_PUT_RESERVATION = "INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?)"
+_NEW_RESERVATION = "INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?)"
+_EXTEND_RESERVATION = "UPDATE reservations SET expires_us=? WHERE id=?"
 _GET_RESERVATION = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations WHERE id=?"
 _END_RESERVATION = "DELETE FROM reservations WHERE id=?"
 _PUT_ENTRY = f"INSERT INTO records({_ENTRY}, {_TAG_COLUMNS}, model_answered) VALUES ({', '.join('?' * 27)})"
@@ -57,6 +59,11 @@ _GET_ENTRY = f"SELECT {_ENTRY} FROM records WHERE id=?"
 _PUT_COUNT = "INSERT OR REPLACE INTO account_counts VALUES (?, ?)"
 _GET_COUNT = "SELECT accounts FROM account_counts WHERE budget=?"
 _GET_POLICY = "SELECT max(version) FROM budgets"
+# Ids rise with time unless callers give their own, so the newest of many records are found without reading them all.
+LAST_TIME = (
+    "SELECT max(at_us) FROM (SELECT max(reserved_us) AS at_us FROM reservations "
+    "UNION ALL SELECT max(settled_us) FROM (SELECT settled_us FROM records ORDER BY id DESC LIMIT 100))"
+)
 
 dumps = json.JSONEncoder(separators=(",", ":"), sort_keys=False, ensure_ascii=False).encode
 _loads = json.loads
@@ -80,7 +87,7 @@ def account(row: tuple[Any, ...], rules: dict[str, Rule] | None = None) -> Accou
     return Account._make((rule, *row[10:19], buckets))
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
+def entry(row: tuple[Any, ...]) -> Entry:
     id, kind, corrects, outcome, estimated, reason, cost, usage, amounts, reserved, settled, digest, draft, facts = row
     return Entry(
         id,
@@ -101,22 +108,28 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 class Batch:
-    """The rows that one transaction reads, each once, and the rows that it will write, each once."""
+    """The rows that one transaction reads, each once, and the rows that it will write, each once.
 
-    def __init__(self, connection: sqlite3.Connection, rules: dict[str, Rule]) -> None:
+    `trusting`: an id without a digest was made to be unique, so it is not looked up. Where that proves wrong at the insert
+    the transaction fails with a constraint, and has to be made again without trust.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, rules: dict[str, Rule], *, trusting: bool) -> None:
+        self._trusting = trusting
         self._execute = connection.execute
         self._many = connection.executemany
         self._rules = rules
         self._rows: dict[str, Row | None] = {}
         self._stored: dict[str, Rule] = {}  # rules as the table has them
         self._puts: dict[str, Row] = {}
+        self._found: set[str] = set()  # reservations that the table has
 
     def expect(self, command: Command) -> None:
         """Read the accounts that the command will touch in one statement."""
         if type(command) is Reserve or type(command) is Charge:
             self._read_accounts([rule.key for rule, _ in command.lines])
-            if not command.digest:
-                self._rows.setdefault(command.id, None)  # the id is fresh: the tables' keys prove it at the insert
+            if self._trusting and not command.digest:
+                self._rows.setdefault(command.id, None)
         else:
             row = self.read(command.id)
             if type(row) is Reservation:
@@ -155,10 +168,11 @@ class Batch:
     def _read_id(self, id: str) -> Row | None:
         found = self._execute(_GET_RESERVATION, (id,)).fetchone()
         if found:
+            self._found.add(id)
             held = tuple((key, unit, amount) for key, unit, amount in _loads(found[1]))
             return Reservation._make((id, held, *found[2:6], _loads(found[6])))
         found = self._execute(_GET_ENTRY, (id,)).fetchone()
-        return _entry(found) if found else None
+        return entry(found) if found else None
 
     def put(self, puts: dict[str, Row]) -> None:
         """Take the rows of one decision."""
@@ -177,7 +191,10 @@ class Batch:
                 else:
                     new.append((*rule, *sums, text))
             elif type(row) is Reservation:
-                self._execute(_PUT_RESERVATION, (key, dumps(row[1]), *row[2:6], dumps(row[6])))
+                if key in self._found:
+                    self._execute(_EXTEND_RESERVATION, (row.expires_us, key))
+                else:
+                    self._execute(_NEW_RESERVATION, (key, dumps(row[1]), *row[2:6], dumps(row[6])))
             elif type(row) is Entry:
                 if row.kind in ("settlement", "release", "expiry"):
                     ended.append((key,))
@@ -208,36 +225,27 @@ def _values(entry: Entry) -> tuple[Any, ...]:
     )
 
 
-def entries(path: Path, tags: Mapping[str, str]) -> Iterator[Entry]:
-    """The entries with these tags, oldest id first, read in pages through the report schema."""
-    from sqlalchemy import create_engine, func
-    from sqlmodel import Session, select
+def entries_after(last: str, tags: Mapping[str, str]) -> tuple[str, list[Any]]:
+    """The query of one page of entries with these tags, by id, as text and values; made from the report schema."""
+    from sqlalchemy import func
+    from sqlalchemy.dialects.sqlite import dialect
+    from sqlmodel import select
 
     from bursar.schema import RecordRow
 
-    engine = create_engine(f"sqlite:///{path}")
     columns = [getattr(RecordRow, name.strip()) for name in _ENTRY.split(",")]
-    query = select(*columns).order_by(RecordRow.id).limit(1_000)
+    query = select(*columns).where(RecordRow.id > last).order_by(RecordRow.id).limit(PAGE)
     for name, value in tags.items():
         column = getattr(RecordRow, name) if name in _TAGS else func.json_extract(RecordRow.draft, f'$.tags."{name}"')
         query = query.where(column == value)
-    last = ""
-    try:
-        while True:
-            with Session(engine) as session:
-                page = session.exec(query.where(RecordRow.id > last)).all()
-            for row in page:
-                yield _entry(tuple(row))
-            if len(page) < 1_000:
-                return
-            last = page[-1][0]
-    finally:
-        engine.dispose()
+    compiled = query.compile(dialect=dialect(paramstyle="qmark"))
+    return compiled.string, [compiled.params[name] for name in compiled.positiontup or ()]
 
 
 def upgrade(path: Path, timeout_s: float) -> None:
     """Run the migrations under the write lock; processes that open at once wait for each other, one does the work."""
     from sqlalchemy import create_engine, event
+    from sqlalchemy.exc import DBAPIError
 
     from bursar.migrations import upgrade as migrate
 
@@ -247,6 +255,8 @@ def upgrade(path: Path, timeout_s: float) -> None:
     try:
         with engine.begin() as bound:
             migrate(bound)
+    except DBAPIError as error:
+        raise error.orig or error from error  # the driver's own, which says what the fault is
     finally:
         engine.dispose()
         connection.close()
