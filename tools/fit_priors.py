@@ -42,12 +42,13 @@ WEIGHTS = {
     "reasoning": (0.0, 0.1, 0.4),
     "stale": (0.0, 0.02, 0.3),
     "messages": (0.0, 4.0, 60.0),
-    "calls": (0.0, 20.0, 80.0),
+    "calls": (15.0, 20.0, 80.0),
     "tools": (0.0, 10.0, 200.0),
     "hidden": (0.0, 1_200.0, 1_600.0),
 }
 # Tokens that every cold estimate has on top: little money, and most of what small requests are short by.
-FLOOR = 50
+FLOOR = 60
+ALLOWED = 0.01  # share of answers that may lie above the estimate of their line
 _TEXT = re.compile(r"\.\.\.\[trimmed (\d+) chars\]$")
 _ITEMS = re.compile(r"^\.\.\.\[trimmed \d+ items\]$")
 # Recordings whose request or counts were edited by hand: they report more tokens than their text can make.
@@ -178,17 +179,20 @@ def fit_weights(rows: Sequence[Sample], towards: Sequence[float], pull: float = 
     return weights
 
 
-def widen(rows: Sequence[Sample], weights: Sequence[float], allowed: float) -> Line:
-    """The factor and margin that leave at most `allowed` of `rows` above the estimate, at the least excess."""
+def widen(rows: Sequence[Sample], weights: Sequence[float], unseen: float = 0.0) -> Line:
+    """The factor and margin that leave at most ALLOWED of `rows` above the estimate, at the least excess.
+
+    `unseen` widens the factor of a family, which stands in for its product lines of which too little was seen.
+    """
     base = Line(tuple(round(weight, 4) for weight in weights), 1.0, 0.0)
     pairs = [(base.expected(row.request), row.input_tokens) for row in rows]
     best: tuple[float, Line] | None = None
     sources = len({row.source for row in rows})
-    least = 1.15 + 0.5 / math.sqrt(sources)  # few sources say little of the next one
+    least = 1.2 + 0.5 / math.sqrt(sources) + unseen  # few sources say little of the next one
     for step in range(41):
         factor = least + step * 0.025
         short = sorted((actual - factor * expected for expected, actual in pairs), reverse=True)
-        margin = max(FLOOR + 200 / sources, short[math.floor(allowed * len(short))] + 4)
+        margin = max(FLOOR + 200 / sources, short[math.floor(ALLOWED * len(short))] + 4)
         cost = sum(math.log((factor * expected + margin) / actual) for expected, actual in pairs if actual > 100)
         if best is None or cost < best[0]:
             best = (cost, Line(base.weights, round(factor, 3), math.ceil(margin)))
@@ -204,13 +208,14 @@ def fit(rows: Sequence[Sample]) -> Priors:
         families[row.request.family].append(row)
         lines[row.request.line].append(row)
     everything = fit_weights(text, [start for _, start, _ in map(WEIGHTS.__getitem__, FEATURES)])
-    result = {"*": widen(text, everything, 0.01)}
+    result = {"*": widen(text, everything)}
     for family, members in families.items():
         weights = fit_weights(members, everything)
-        result[family] = widen(members, weights, 0.01)
-        for name in sorted({row.request.line for row in members} - {family}):
+        named = sorted({row.request.line for row in members} - {family})
+        result[family] = widen(members, weights, 0.5 / len(named) if named else 0.0)
+        for name in named:
             if len(lines[name]) >= 8 and len({row.source for row in lines[name]}) >= 3:
-                result[name] = widen(lines[name], fit_weights(lines[name], weights), 0.01)
+                result[name] = widen(lines[name], fit_weights(lines[name], weights))
     priors = Priors(result, {})
     for kind in ("server_tools", "stored", "session"):
         added = sorted(
@@ -223,15 +228,24 @@ def fit(rows: Sequence[Sample]) -> Priors:
 
 
 def error(rows: Sequence[Sample], priors: Priors) -> dict[str, float]:
-    """Share of text answers above the cold estimate, and the median of estimate over actual above 500 tokens."""
+    """Share of text answers above the cold estimate, and the median of estimate over actual above 500 tokens.
+
+    `exceeded_by_source` gives each source file one vote, because near-copies share one.
+    """
     ratios = []
+    by_source: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         line = priors.line(row.request)
-        ratios.append(((line.factor * line.expected(row.request) + line.margin) / row.input_tokens, row.input_tokens))
+        estimate = line.factor * line.expected(row.request) + line.margin
+        ratios.append((estimate / row.input_tokens, row.input_tokens))
+        by_source[row.source].append(estimate < row.input_tokens)
     large = sorted(ratio for ratio, tokens in ratios if tokens > 500)
     return {
         "answers": len(ratios),
         "exceeded": round(sum(ratio < 1 for ratio, _ in ratios) / max(1, len(ratios)), 4),
+        "exceeded_by_source": round(
+            sum(sum(votes) / len(votes) for votes in by_source.values()) / max(1, len(by_source)), 4
+        ),
         "median_above_500": round(large[len(large) // 2], 3) if large else 0.0,
     }
 

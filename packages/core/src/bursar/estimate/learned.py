@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from bursar.errors import UnboundedEstimate
 from bursar.estimate.priors import Priors, packaged
-from bursar.estimate.request import Request
+from bursar.estimate.request import FEATURES, Request
 from bursar.estimate.strict import Estimate, output_bound, text_bound
 from bursar.usage import Usage
 
@@ -20,6 +20,9 @@ MAX_BRANCHES = 8  # conversations kept per run
 # A continued conversation: what was added is taken at the cold estimate's factor, the rest as it was billed.
 _RUN_FACTOR = 1.02
 _RUN_MARGIN = 44
+_TOOLS_MARGIN = 64
+_LEAST_RATIO, _MOST_RATIO = 1.5, 2.5
+_TOOLS = FEATURES.index("schema")
 
 
 @dataclass(slots=True)
@@ -38,6 +41,7 @@ class _Call:
     key: tuple[str, str, str]
     messages: int
     mark: int
+    tools: int
     expected: float
     input_tokens: int
     output_tokens: int
@@ -104,7 +108,9 @@ class Learner:
         # An answer cut off at its limit says only that it would have been longer.
         learned_output = math.inf if limit is not None and output >= limit else float(output)
         last_mark = request.marks[-1] if request.marks else 0
-        call = _Call(key, len(request.marks), last_mark, expected, actual, usage.output_tokens)
+        call = _Call(
+            key, len(request.marks), last_mark, request.features[_TOOLS], expected, actual, usage.output_tokens
+        )
         with self._lock:
             model = self._models.get(key)
             if model is None:
@@ -165,13 +171,11 @@ def _continued(
             return call.input_tokens + call.output_tokens + cold, "the run's last call plus this request"
         if 0 < call.messages <= len(request.marks) and request.marks[call.messages - 1] == call.mark:
             added = max(0.0, expected - call.expected)
-            ratio = max(
-                1.0,
-                cold / expected if expected > 500 else 1.5,
-                call.input_tokens / call.expected if call.expected > 200 else 1.0,
-            )
-            tokens = call.input_tokens * _RUN_FACTOR + added * min(ratio, 3.0) + (_RUN_MARGIN if added else 0)
-            return tokens, "the run's last call plus what was added"
+            ratio = min(_MOST_RATIO, max(_LEAST_RATIO, cold / expected, call.input_tokens / call.expected))
+            margin = _RUN_MARGIN if added else 0
+            if request.features[_TOOLS] != call.tools:
+                margin += _TOOLS_MARGIN
+            return call.input_tokens * _RUN_FACTOR + added * ratio + margin, "the run's last call plus what was added"
     return None
 
 

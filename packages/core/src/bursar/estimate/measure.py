@@ -227,6 +227,8 @@ class Meter:
                     self.text(value)
             elif value is None or value is True or value is False:
                 self.syntax_bytes += 5
+            elif key == "tools":  # declared in the middle of the conversation
+                self.schema_bytes += json_bytes(value)
             elif key in _REASONING_PARTS:
                 self.reasoning_bytes += json_bytes(value)
             elif key in _DATA or (key == "input" and kind in ("tool_use", None) and isinstance(value, Mapping)):
