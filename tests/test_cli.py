@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def bursar(*words: str) -> Result:
-    return CliRunner().invoke(main, words, catch_exceptions=False, prog_name="bursar")
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, words, catch_exceptions=False, prog_name="bursar")
 
 
 @pytest.fixture
