@@ -7,14 +7,14 @@ import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
-from bursar.call import CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Pause, Post, Reload, Step, ToolOptions
+from bursar.call import CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Step, ToolOptions
 from bursar.clock import Clock
+from bursar.driver import Driver
 from bursar.errors import InvalidInput, StoreError
 from bursar.estimate import Request
-from bursar.guard import Guard, log
-from bursar.keeper import Keeper
+from bursar.guard import Guard
 from bursar.policy import Budget, Policy
 from bursar.prices import PriceBook
 from bursar.records import BudgetStatus, UsageRecord
@@ -23,8 +23,6 @@ from bursar.scope import Scope, check_tags, current, process_run
 from bursar.stores import open_store
 from bursar.stores.base import Store
 
-T = TypeVar("T")
-
 
 class Bursar:
     """Budgets for the agents of this process, over a store that may be shared.
@@ -32,8 +30,9 @@ class Bursar:
     `store`: "memory:", "sqlite:///bursar.db" (relative), "sqlite:////var/lib/bursar.db" (absolute); SQLite takes
     `?durability=process` (survives the end of processes, not of the machine) beside the default `full`. `budgets`: see
     Budget; they are published to the store, where the newest version of a name is in force (None: all that are published
-    there already). `prices`: a PriceBook with own rates. `rates`: US dollars per unit of other currencies used in limits. `on_expiry`: what becomes of a reservation whose
-    process died, "charge" (booked as estimated) or "release". `max_accounts`: how many accounts one budget may have.
+    there already). `prices`: a PriceBook with own rates. `rates`: US dollars per unit of other currencies used in limits.
+    `on_expiry`: what becomes of a reservation whose process died, "charge" (booked as estimated) or "release".
+    `max_accounts`: how many accounts one budget may have. `clock` and `ids` are for tests and simulations.
     Raises PolicyError, InvalidInput or StoreError.
     """
 
@@ -55,15 +54,15 @@ class Bursar:
         policy = Policy(budgets or (), rates=self._rates)
         self._names = None if budgets is None else [budget.name for budget in policy.budgets]
         self._new_id = ids
+        self.guard = Guard(policy, prices or PriceBook.packaged(), on_expiry=on_expiry, max_accounts=max_accounts)
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
+        self._driver = Driver(self.guard, self.store, self._load_policy)
         try:
-            self.guard = Guard(policy, prices or PriceBook.packaged(), on_expiry=on_expiry, max_accounts=max_accounts)
             self.store.publish({budget.name: budget.definition() for budget in policy.budgets})
             self._load_policy()
         except BaseException:
             self.store.close()
             raise
-        self._keeper = Keeper(self.store)
 
     @classmethod
     def from_policy(cls, path: str | Path, **options: Any) -> Bursar:
@@ -97,14 +96,14 @@ class Bursar:
         Raises BudgetExceeded, UnknownPrice, UnboundedEstimate, IdempotencyConflict, StoreError or InvalidInput.
         """
         call = self._model_call(provider, model, **options)
-        self._run(self._reserving(call))
-        return Reservation(self, call)
+        self._driver.run(self._driver.reserving(call))
+        return Reservation(self._driver, call)
 
     async def areserve(self, provider: str, model: str, **options: Unpack[CallOptions]) -> Reservation:
         """As `reserve`, for async callers."""
         call = self._model_call(provider, model, **options)
-        await self._arun(self._reserving(call))
-        return Reservation(self, call)
+        await self._driver.arun(self._driver.reserving(call))
+        return Reservation(self._driver, call)
 
     def call(self, provider: str, model: str, **options: Unpack[CallOptions]) -> Block:
         """A block around one call (`with`, or `async with`): reserved on entering, extended while it lasts.
@@ -112,7 +111,7 @@ class Bursar:
         Settle inside with the provider's answer. Left unsettled, it books the reserved amount as estimated, unless the
         error says that nothing was generated. Options and errors as for `reserve`.
         """
-        return Block(self, self._model_call(provider, model, **options))
+        return Block(self._driver, self._model_call(provider, model, **options))
 
     acall = call
 
@@ -121,21 +120,21 @@ class Bursar:
 
         `settle("0.003 USD")` inside books another cost. Counts one of the unit `calls`. Raises BudgetExceeded, StoreError.
         """
-        return Block(self, self._tool_call(name, cost=cost, **options))
+        return Block(self._driver, self._tool_call(name, cost=cost, **options))
 
     atool = tool
 
     def charge(self, cost: str, *, tool: str | None = None, **options: Unpack[ToolOptions]) -> UsageRecord:
         """Book a cost that has been incurred outside of calls, such as "0.002 USD". It is never refused."""
-        return self._run(self._charging(cost, tool, **options))
+        return self._driver.run(self._charging(cost, tool, **options))
 
     async def acharge(self, cost: str, *, tool: str | None = None, **options: Unpack[ToolOptions]) -> UsageRecord:
         """As `charge`, for async callers."""
-        return await self._arun(self._charging(cost, tool, **options))
+        return await self._driver.arun(self._charging(cost, tool, **options))
 
     def release(self, id: str, reason: str = "released by an operator") -> UsageRecord | None:
         """Take an expired reservation off the books, when it is known that the provider did not bill it."""
-        return Reservation(self, Call(id, Scope({}), MODEL_UNITS, given_id=True)).release(reason)
+        return Reservation(self._driver, Call(id, Scope({}), MODEL_UNITS, given_id=True)).release(reason)
 
     def _model_call(
         self,
@@ -212,7 +211,7 @@ class Bursar:
         try:
             entry = yield from self.guard.charge(call, {"USD": cost_nanos}, self.store.now_us())
         except StoreError:
-            self._keeper.start()
+            self._driver.keeper.start()
             raise
         return UsageRecord.of(entry)
 
@@ -238,11 +237,11 @@ class Bursar:
 
         A background thread does this every few seconds while calls are made.
         """
-        self._keeper.tend()
+        self._driver.keeper.tend()
 
     def close(self) -> None:
         """Book kept settlements a last time and close the store. Open reservations stay, and expire."""
-        self._keeper.stop()
+        self._driver.keeper.stop()
         self.store.close()
 
     def __enter__(self) -> Bursar:
@@ -250,68 +249,6 @@ class Bursar:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    # -- driving the guard's steps -------------------------------------------------------------------------------
-
-    def _reserving(self, call: Call, *, live: bool = False) -> Generator[Step, Any, Call]:
-        self._keeper.start()
-        now_us = self.store.now_us()
-        try:
-            yield from self.guard.reserve(call, now_us)
-        except StoreError as error:
-            if error.fault == "accounts" or not self.guard.goes_unguarded(call, now_us):
-                raise
-            log.error('%s Every budget of this call has on_unreachable="open": it goes out unguarded.', error)
-            call.state, call.reserved_us = "unguarded", now_us
-        if live:
-            self._keeper.watch(call)
-        return call
-
-    def _run(self, steps: Generator[Step, Any, T]) -> T:
-        """Carry out steps in this thread."""
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    answer = self._do(step)
-                except BaseException as error:  # noqa: BLE001 - every failure goes into the steps, which decide
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(answer)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-
-    def _do(self, step: Step) -> Any:
-        if isinstance(step, Pause):
-            if step.seconds:
-                step.ticket.wait(step.seconds)
-            return self.store.now_us()
-        if isinstance(step, Reload):
-            return self._load_policy()
-        if isinstance(step, Post):
-            return self.store.post(step.command)
-        return self.store.execute(step)
-
-    async def _arun(self, steps: Generator[Step, Any, T]) -> T:
-        """Carry out steps without blocking the event loop."""
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    if isinstance(step, (Reload, Post)):
-                        answer = self._do(step)
-                    elif not isinstance(step, Pause):
-                        answer = await self.store.aexecute(step)
-                    else:
-                        if step.seconds:
-                            await step.ticket.await_wake(step.seconds)
-                        answer = self.store.now_us()
-                except BaseException as error:  # noqa: BLE001 - every failure goes into the steps, which decide
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(answer)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
 
     def _load_policy(self) -> int:
         """Take the newest definitions of this process's budgets from the store; the store's time."""

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from bursar.call import Call, Step, Steps
+from bursar.driver import Driver
 from bursar.errors import BursarError, InvalidInput, StoreError, UnknownPrice, UnreadableAnswer
 from bursar.guard import log
 from bursar.money import nanos
 from bursar.outcome import surely_not_billed
 from bursar.records import UsageRecord
 from bursar.usage import Usage
-
-if TYPE_CHECKING:
-    from bursar.facade import Bursar
-
 
 Ending = Generator[Step, Any, UsageRecord | None]
 
@@ -29,8 +26,8 @@ class Reservation:
     that it is smaller than what was asked for.
     """
 
-    def __init__(self, bursar: Bursar, call: Call) -> None:
-        self._bursar = bursar
+    def __init__(self, driver: Driver, call: Call) -> None:
+        self._driver = driver
         self._call = call
 
     @property
@@ -68,47 +65,47 @@ class Reservation:
         An answer whose usage or price cannot be read is booked at the reserved amount, as estimated. Returns the usage record.
         Raises IdempotencyConflict, ReservationEnded or StoreError; after a StoreError Bursar goes on trying by itself.
         """
-        return self._bursar._run(self._settling(answer, outcome, reason, headers))
+        return self._driver.run(self._settling(answer, outcome, reason, headers))
 
     async def asettle(
         self, answer: Any, *, outcome: str = "completed", reason: str = "", headers: Mapping[str, str] | None = None
     ) -> UsageRecord | None:
         """As `settle`, for async callers."""
-        return await self._bursar._arun(self._settling(answer, outcome, reason, headers))
+        return await self._driver.arun(self._settling(answer, outcome, reason, headers))
 
     def release(self, reason: str = "") -> UsageRecord | None:
         """Give everything back: the call was not sent, or clearly refused before generation."""
-        return self._bursar._run(self._releasing(reason))
+        return self._driver.run(self._releasing(reason))
 
     async def arelease(self, reason: str = "") -> UsageRecord | None:
         """As `release`, for async callers."""
-        return await self._bursar._arun(self._releasing(reason))
+        return await self._driver.arun(self._releasing(reason))
 
     def settle_unknown(self, reason: str, *, known: Usage | None = None) -> UsageRecord | None:
         """Book the reserved amount, as estimated: the call may have been billed (a time-out, a cut stream, a lost answer)."""
-        return self._bursar._run(self._unknown(reason, known))
+        return self._driver.run(self._unknown(reason, known))
 
     async def asettle_unknown(self, reason: str, *, known: Usage | None = None) -> UsageRecord | None:
         """As `settle_unknown`, for async callers."""
-        return await self._bursar._arun(self._unknown(reason, known))
+        return await self._driver.arun(self._unknown(reason, known))
 
     def settle_error(self, error: BaseException, *, known: Usage | None = None) -> UsageRecord | None:
         """End by an error of the call: released when it was surely not billed (4xx, never connected), else booked as estimated."""
-        return self._bursar._run(self._failing(error, known))
+        return self._driver.run(self._failing(error, known))
 
     async def asettle_error(self, error: BaseException, *, known: Usage | None = None) -> UsageRecord | None:
         """As `settle_error`, for async callers."""
-        return await self._bursar._arun(self._failing(error, known))
+        return await self._driver.arun(self._failing(error, known))
 
     def _settling(self, answer: Any, outcome: str, reason: str, headers: Mapping[str, str] | None) -> Ending:
-        call, bursar = self._call, self._bursar
+        call, driver = self._call, self._driver
         if call.request is None:
             cost = None if answer is None else nanos(str(answer).removesuffix("USD").strip())
-            return (yield from self._ending(bursar.guard.settle_tool(call, cost, outcome, bursar.store.now_us())))
+            return (yield from self._ending(driver.guard.settle_tool(call, cost, outcome, driver.store.now_us())))
         try:
             usage = answer if isinstance(answer, Usage) else Usage.from_response(call.provider, answer)
-            steps = bursar.guard.settle(
-                call, usage, bursar.store.now_us(), outcome=outcome, reason=reason, headers=headers
+            steps = driver.guard.settle(
+                call, usage, driver.store.now_us(), outcome=outcome, reason=reason, headers=headers
             )
             return (yield from self._ending(steps))
         except UnreadableAnswer as error:
@@ -121,12 +118,12 @@ class Reservation:
             return (yield from self._unknown(str(error), None))
 
     def _releasing(self, reason: str, outcome: str = "cancelled") -> Ending:
-        return (yield from self._ending(self._bursar.guard.release(self._call, reason, outcome=outcome)))
+        return (yield from self._ending(self._driver.guard.release(self._call, reason, outcome=outcome)))
 
     def _unknown(self, reason: str, known: Usage | None) -> Ending:
-        now_us = self._bursar.store.now_us()
+        now_us = self._driver.store.now_us()
         return (
-            yield from self._ending(self._bursar.guard.settle_unknown(self._call, reason[:200], now_us, known=known))
+            yield from self._ending(self._driver.guard.settle_unknown(self._call, reason[:200], now_us, known=known))
         )
 
     def _failing(self, error: BaseException, known: Usage | None) -> Ending:
@@ -146,12 +143,12 @@ class Reservation:
                     answer = yield step
                 except BaseException as error:  # noqa: BLE001 - goes into the steps, which decide
                     if isinstance(error, StoreError):
-                        self._bursar._keeper.keep(command)
+                        self._driver.keeper.keep(command)
                     step = steps.throw(error)
                 else:
                     step = steps.send(answer)
         except StopIteration as stop:
-            self._bursar._keeper.forget(self._call)
+            self._driver.keeper.forget(self._call)
             return None if stop.value is None else UsageRecord.of(stop.value)
 
 
@@ -161,13 +158,13 @@ class Block:
     An error that says that nothing was generated (4xx, never connected) releases instead.
     """
 
-    def __init__(self, bursar: Bursar, call: Call) -> None:
-        self._bursar = bursar
+    def __init__(self, driver: Driver, call: Call) -> None:
+        self._driver = driver
         self._call = call
-        self._reservation = Reservation(bursar, call)
+        self._reservation = Reservation(driver, call)
 
     def __enter__(self) -> Reservation:
-        self._bursar._run(self._bursar._reserving(self._call, live=True))
+        self._driver.run(self._driver.reserving(self._call, live=True))
         return self._reservation
 
     def __exit__(
@@ -176,11 +173,11 @@ class Block:
         steps = self._leaving(error)
         if steps is not None:
             with self._reported(error):
-                self._bursar._run(steps)
+                self._driver.run(steps)
         return False
 
     async def __aenter__(self) -> Reservation:
-        await self._bursar._arun(self._bursar._reserving(self._call, live=True))
+        await self._driver.arun(self._driver.reserving(self._call, live=True))
         return self._reservation
 
     async def __aexit__(
@@ -189,7 +186,7 @@ class Block:
         steps = self._leaving(error)
         if steps is not None:
             with self._reported(error):
-                await self._bursar._arun(steps)
+                await self._driver.arun(steps)
         return False
 
     def _leaving(self, error: BaseException | None) -> Ending | None:

@@ -1,0 +1,88 @@
+"""The driver: carries out the guard's steps on the store, in the caller's thread or without blocking its event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+from bursar.call import Call, Pause, Post, Reload, Step
+from bursar.errors import StoreError
+from bursar.guard import Guard, log
+from bursar.keeper import Keeper
+from bursar.stores.base import Store
+
+T = TypeVar("T")
+
+
+class Driver:
+    """One guard over one store. `reload` brings the newest policy into the guard and returns the store's time."""
+
+    def __init__(self, guard: Guard, store: Store, reload: Callable[[], int]) -> None:
+        self.guard = guard
+        self.store = store
+        self.keeper = Keeper(store)
+        self._reload = reload
+
+    def run(self, steps: Generator[Step, Any, T]) -> T:
+        """Carry out steps in this thread."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = self._do(step)
+                except BaseException as error:  # noqa: BLE001 - every failure goes into the steps, which decide
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+    async def arun(self, steps: Generator[Step, Any, T]) -> T:
+        """Carry out steps without blocking the event loop."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    if isinstance(step, (Reload, Post)):
+                        answer = self._do(step)
+                    elif not isinstance(step, Pause):
+                        answer = await self.store.aexecute(step)
+                    else:
+                        if step.seconds:
+                            await step.ticket.await_wake(step.seconds)
+                        answer = self.store.now_us()
+                except BaseException as error:  # noqa: BLE001 - every failure goes into the steps, which decide
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+    def _do(self, step: Step) -> Any:
+        if isinstance(step, Pause):
+            if step.seconds:
+                step.ticket.wait(step.seconds)
+            return self.store.now_us()
+        if isinstance(step, Reload):
+            return self._reload()
+        if isinstance(step, Post):
+            return self.store.post(step.command)
+        return self.store.execute(step)
+
+    def reserving(self, call: Call, *, live: bool = False) -> Generator[Step, Any, Call]:
+        """The guard's steps until the call may be sent; with `live`, it is extended from then on until it ends.
+
+        While the store is out of reach the call goes out unguarded where every budget of it says so (I12).
+        """
+        self.keeper.start()
+        now_us = self.store.now_us()
+        try:
+            yield from self.guard.reserve(call, now_us)
+        except StoreError as error:
+            if error.fault == "accounts" or not self.guard.goes_unguarded(call, now_us):
+                raise
+            log.error('%s Every budget of this call has on_unreachable="open": it goes out unguarded.', error)
+            call.state, call.reserved_us = "unguarded", now_us
+        if live:
+            self.keeper.watch(call)
+        return call
