@@ -51,21 +51,13 @@ ARROWS: dict[str, set[str]] = {
     "migrations": _BASE | {"schema"},
     "stores": _BASE | _LAW | {"clock", "records", "schema", "migrations"},
     "policy": _BASE | _LAW | {"prices", "scope"},
-    "guard": _BASE
-    | _LAW
-    | {
-        "answers",
-        "estimate",
-        "prices",
-        "clock",
-        "scope",
-        "waiting",
-        "outcome",
-        "records",
-        "schema",
-        "stores",
-        "policy",
-    },
+    "call": _BASE | _LAW | {"estimate", "prices", "scope", "waiting"},
+    "refusal": _BASE | _LAW | {"policy", "records"},
+    "guard": _BASE | _LAW | {"call", "refusal", "estimate", "prices", "scope", "waiting", "records", "policy"},
+    "keeper": _BASE | _LAW | {"call", "guard", "stores"},
+    "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores"},
+    "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},
+    "policy_file": _BASE | _LAW | {"prices", "policy"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
 PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices"}
@@ -189,7 +181,8 @@ def test_a_package_imports_only_what_it_asks_for(name: str) -> None:
     allowed = {
         module for module, owners in metadata.packages_distributions().items() if asked & {o.lower() for o in owners}
     }
-    allowed |= {SOURCES[name].name} | MET.get(name, set())
+    ours = {folder.name for other, folder in SOURCES.items() if PROJECTS[other]["project"]["name"] in asked}
+    allowed |= ours | {SOURCES[name].name} | MET.get(name, set())
     allowed |= {extra for one in asked for extra in BROUGHT_ALONG.get(one, ())}
     folder = SOURCES[name]
     wrong = {
