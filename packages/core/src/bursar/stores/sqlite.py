@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bursar.accounts import Account, Rule
+from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock, SystemClock
-from bursar.commands import Answer, Command, Ended, Entry, Expire
+from bursar.commands import Answer, Charge, Command, Ended, Entry, Expire, Reserve
 from bursar.errors import BursarError, InvalidInput, StoreError
 from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
@@ -64,10 +64,10 @@ class SqliteStore:
         self.path = Path(path)
         self.durability = durability
         self._busy_timeout_s = busy_timeout_s
-        self._rules: dict[str, Rule] = {}
         self._using = threading.RLock()  # held while the connection is in use
         self._reading = threading.RLock()  # held while a report's connection is open
         self._connection: sqlite3.Connection | None = None
+        self._rows: rows.Rows | None = None  # what the connection knows
         self._closed = False
         with self._faults():
             connection = self._connect()
@@ -77,7 +77,7 @@ class SqliteStore:
             except BaseException:
                 connection.close()
                 raise
-        self._connection = connection
+        self._connection, self._rows = connection, rows.Rows(connection)
         self._clock = StoreClock(clock or SystemClock(), last or 0)
         self.now_us = self._clock.now_us
         self._commits = GroupCommit(self._apply)
@@ -165,29 +165,38 @@ class SqliteStore:
         return failure
 
     def _commit(self, commands: Sequence[Command], *, trusting: bool) -> list[Answer | BaseException]:
-        """One transaction: read the touched rows once, apply the law in memory, write each row once, commit."""
-        connection = self._connection
-        if connection is None:
-            if self._closed:
-                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
-            connection = self._connection = self._connect()
-        connection.execute("BEGIN IMMEDIATE")
+        """One transaction: read the touched rows once, apply the law in memory, write each row once, commit.
+
+        `trusting`: an id without a digest was made to be unique, so it is not looked up. Where that proves wrong at the
+        insert the transaction fails with a constraint, and has to be made again without trust.
+        """
+        connection, known = self._writer()
         try:
+            known.begin()
             now_us = self._clock.now_us()  # with the lock held: no other process can be ahead of this
-            batch = rows.Batch(connection, self._rules, trusting=trusting)
             answers: list[Answer | BaseException] = []
             for command in commands:
-                batch.expect(command)
-                answer, puts = decide(batch.read, command, now_us)
-                batch.put(puts)
+                if trusting and (type(command) is Reserve or type(command) is Charge) and not command.digest:
+                    known.setdefault(command.id, None)
+                answer, puts = decide(known.__getitem__, command, now_us)
+                if puts:
+                    known.put(puts)
                 answers.append(answer)
-            batch.write()
-            connection.execute("COMMIT")
+            known.commit()
         except BaseException:
+            known.forget()
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
         return answers
+
+    def _writer(self) -> tuple[sqlite3.Connection, rows.Rows]:
+        if self._connection is None or self._rows is None:
+            if self._closed:
+                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+            self._connection = self._connect()
+            self._rows = rows.Rows(self._connection)
+        return self._connection, self._rows
 
     def sweep(self) -> int:
         due = self._query("SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH))
@@ -246,7 +255,7 @@ class SqliteStore:
             self._closed = True
             if self._connection is not None:
                 self._connection.close()
-                self._connection = None
+                self._connection = self._rows = None
 
     # A connection must not cross a fork: SQLite's bookkeeping of locks is per process, and a child that inherits it
     # holds none of them, so that the parent's last close would take the write-ahead log away from under the child.
@@ -256,7 +265,7 @@ class SqliteStore:
         self._using.acquire()
         if self._connection is not None:
             self._connection.close()
-            self._connection = None  # each side opens its own when it needs one
+            self._connection = self._rows = None  # each side opens its own when it needs one
 
     def _after_fork(self) -> None:
         self._using.release()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bursar.accounts import Account, Rule
-from bursar.commands import Charge, Command, Entry, Reservation, Reserve, Row
+from bursar.commands import Entry, Reservation, Row
 from bursar.law import POLICY_KEY
 
 PAGE = 1_000  # entries read at a time
-MAX_RULES = 10_000  # rules of accounts seen, kept so that reading one again is cheap
+MAX_ROWS = 50_000  # rows that a connection remembers
 
 _ACCOUNT = (
     'key, budget, scope, unit, kind, "limit", start_us, end_us, period_us, enforce, '
@@ -52,6 +51,7 @@ _MOVE_ACCOUNT = (
 )
 _NEW_RESERVATION = "INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?)"
 _EXTEND_RESERVATION = "UPDATE reservations SET expires_us=? WHERE id=?"
+_GET_ACCOUNT = f"SELECT {_ACCOUNT} FROM accounts WHERE key=?"
 _GET_RESERVATION = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations WHERE id=?"
 _END_RESERVATION = "DELETE FROM reservations WHERE id=?"
 _PUT_ENTRY = f"INSERT INTO records({_ENTRY}, {_TAG_COLUMNS}, model_answered) VALUES ({', '.join('?' * 27)})"
@@ -69,22 +69,10 @@ dumps = json.JSONEncoder(separators=(",", ":"), sort_keys=False, ensure_ascii=Fa
 _loads = json.loads
 
 
-@cache
-def _accounts_of(count: int) -> str:
-    return f"SELECT {_ACCOUNT} FROM accounts WHERE key IN ({', '.join('?' * count)})"
-
-
-def account(row: tuple[Any, ...], rules: dict[str, Rule] | None = None) -> Account:
+def account(row: tuple[Any, ...]) -> Account:
     """The account in a row of `accounts`."""
-    rule = None if rules is None else rules.get(row[0])
-    if rule is None or rule[5] != row[5] or rule[9] != row[9]:
-        rule = Rule._make((*row[:9], bool(row[9])))
-        if rules is not None:
-            if len(rules) >= MAX_RULES:
-                rules.clear()
-            rules[rule.key] = rule
     buckets = tuple((index, amount) for index, amount in _loads(row[19])) if row[19] else ()
-    return Account._make((rule, *row[10:19], buckets))
+    return Account._make((Rule._make((*row[:9], bool(row[9]))), *row[10:19], buckets))
 
 
 def entry(row: tuple[Any, ...]) -> Entry:
@@ -107,68 +95,59 @@ def entry(row: tuple[Any, ...]) -> Entry:
     )
 
 
-class Batch:
-    """The rows that one transaction reads, each once, and the rows that it will write, each once.
+class Rows(dict[str, Row | None]):
+    """What a connection knows of the file: rows that it read or wrote, by key; one that it lacks is read when asked for.
 
-    `trusting`: an id without a digest was made to be unique, so it is not looked up. Where that proves wrong at the insert
-    the transaction fails with a constraint, and has to be made again without trust.
+    They stay true until another connection writes, which SQLite tells at the begin of each transaction (`PRAGMA
+    data_version`), so a process alone with its file hardly ever reads.
     """
 
-    def __init__(self, connection: sqlite3.Connection, rules: dict[str, Rule], *, trusting: bool) -> None:
-        self._trusting = trusting
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        super().__init__()
         self._execute = connection.execute
         self._many = connection.executemany
-        self._rules = rules
-        self._rows: dict[str, Row | None] = {}
-        self._stored: dict[str, Rule] = {}  # rules as the table has them
+        self._data_version = -1
+        self._stored: dict[str, Rule] = {}  # the rules of accounts as the table has them
+        self._drafts: dict[str, str] = {}  # of reservations in the table: the JSON of their drafts
         self._puts: dict[str, Row] = {}
-        self._found: set[str] = set()  # reservations that the table has
 
-    def expect(self, command: Command) -> None:
-        """Read the accounts that the command will touch in one statement."""
-        if type(command) is Reserve or type(command) is Charge:
-            self._read_accounts([rule.key for rule, _ in command.lines])
-            if self._trusting and not command.digest:
-                self._rows.setdefault(command.id, None)
-        else:
-            row = self.read(command.id)
-            if type(row) is Reservation:
-                self._read_accounts([key for key, _, _ in row.held])
+    def begin(self) -> None:
+        """Begin a transaction, and forget what another connection may have changed."""
+        self._execute("BEGIN IMMEDIATE")
+        data_version = self._execute("PRAGMA data_version").fetchone()[0]
+        if data_version != self._data_version or len(self) > MAX_ROWS:
+            self.forget()
+            self._data_version = data_version
 
-    def _read_accounts(self, keys: list[str]) -> None:
-        known = self._rows
-        wanted = [key for key in keys if key not in known]
-        for at in range(0, len(wanted), 100):
-            some = wanted[at : at + 100]
-            for row in self._execute(_accounts_of(len(some)), some):
-                held = account(row, self._rules)
-                known[row[0]] = held
-                self._stored[row[0]] = held.rule
-        for key in wanted:
-            known.setdefault(key, None)
+    def forget(self) -> None:
+        """Know nothing: what comes next reads the file."""
+        self._data_version = -1
+        self.clear()
+        self._stored.clear()
+        self._drafts.clear()
+        self._puts.clear()
 
-    def read(self, key: str) -> Row | None:
-        """The row under a key, as this transaction has left it so far."""
-        if key in self._rows:
-            return self._rows[key]
+    def __missing__(self, key: str) -> Row | None:
         row: Row | None
-        if key == POLICY_KEY:
-            row = self._execute(_GET_POLICY).fetchone()[0]
+        if key[0] == "[":
+            found = self._execute(_GET_ACCOUNT, (key,)).fetchone()
+            row = account(found) if found else None
+            if row is not None:
+                self._stored[key] = row.rule
         elif key[0] == "#":
             found = self._execute(_GET_COUNT, (key[1:],)).fetchone()
             row = found[0] if found else None
-        elif key[0] == "[":
-            self._read_accounts([key])
-            return self._rows[key]
+        elif key == POLICY_KEY:
+            row = self._execute(_GET_POLICY).fetchone()[0]
         else:
             row = self._read_id(key)
-        self._rows[key] = row
+        self[key] = row
         return row
 
     def _read_id(self, id: str) -> Row | None:
         found = self._execute(_GET_RESERVATION, (id,)).fetchone()
         if found:
-            self._found.add(id)
+            self._drafts[id] = found[6]
             held = tuple((key, unit, amount) for key, unit, amount in _loads(found[1]))
             return Reservation._make((id, held, *found[2:6], _loads(found[6])))
         found = self._execute(_GET_ENTRY, (id,)).fetchone()
@@ -176,29 +155,34 @@ class Batch:
 
     def put(self, puts: dict[str, Row]) -> None:
         """Take the rows of one decision."""
-        self._rows.update(puts)
+        self.update(puts)
         self._puts.update(puts)
 
-    def write(self) -> None:
-        """Write every row of the batch once."""
+    def commit(self) -> None:
+        """Write every row that was put, each once, and commit."""
         moved, new, ended, entries = [], [], [], []
+        stored, drafts = self._stored, self._drafts
         for key, row in self._puts.items():
             if type(row) is Account:
-                rule, *sums, buckets = row
+                rule, buckets = row.rule, row.buckets
                 text = dumps(buckets) if buckets else ""
-                if self._stored.get(key) == rule:
-                    moved.append((*sums, text, key))
+                known = stored.get(key)
+                if known is rule or known == rule:
+                    moved.append((*row[1:10], text, key))
                 else:
-                    new.append((*rule, *sums, text))
+                    new.append((*rule, *row[1:10], text))
+                    stored[key] = rule
             elif type(row) is Reservation:
-                if key in self._found:
+                if key in drafts:
                     self._execute(_EXTEND_RESERVATION, (row.expires_us, key))
                 else:
-                    self._execute(_NEW_RESERVATION, (key, dumps(row[1]), *row[2:6], dumps(row[6])))
+                    draft = drafts[key] = dumps(row.draft)
+                    self._execute(_NEW_RESERVATION, (key, dumps(row.held), *row[2:6], draft))
             elif type(row) is Entry:
+                del self[key]  # nobody asks for it but a repeated command
                 if row.kind in ("settlement", "release", "expiry"):
                     ended.append((key,))
-                entries.append(_values(row))
+                entries.append(_values(row, drafts.pop(key, None)))
             else:
                 self._execute(_PUT_COUNT, (key[1:], row))
         if moved:
@@ -209,19 +193,21 @@ class Batch:
             self._many(_END_RESERVATION, ended)
         if entries:
             self._many(_PUT_ENTRY, entries)
+        self._execute("COMMIT")
+        self._puts.clear()
 
 
-def _values(entry: Entry) -> tuple[Any, ...]:
-    tag = entry.draft["tags"].get
+def _values(entry: Entry, draft: str | None) -> tuple[Any, ...]:
+    tag, facts = entry.draft["tags"].get, entry.facts
     return (
         *entry[:7],
         dumps(entry.usage),
         dumps(entry.amounts),
         *entry[9:12],
-        dumps(entry.draft),
-        dumps(entry.facts),
+        draft or dumps(entry.draft),
+        dumps(facts),
         *map(tag, _TAGS),
-        entry.facts.get("model_answered"),
+        facts.get("model_answered"),
     )
 
 
