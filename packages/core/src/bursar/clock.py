@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 from bursar.errors import StoreError
@@ -18,19 +17,12 @@ class Clock(Protocol):
         """Microseconds since the epoch, UTC."""
         ...
 
-    def wait(self, ready: Callable[[float], bool], timeout_s: float) -> bool:
-        """Let up to `timeout_s` go by in `ready(seconds)`, which returns early, and True, when the event came."""
-        ...
-
 
 class SystemClock:
     """The host's clock."""
 
     def now_us(self) -> int:
         return time.time_ns() // 1_000
-
-    def wait(self, ready: Callable[[float], bool], timeout_s: float) -> bool:
-        return ready(timeout_s)
 
 
 class StoreClock:

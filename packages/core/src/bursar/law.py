@@ -272,7 +272,7 @@ def _difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[st
     result: dict[str, Any] = {}
     for name in [*actual, *(name for name in booked if name not in actual)]:
         new, old = actual.get(name), booked.get(name)
-        if isinstance(new, bool) or isinstance(new or old, str):
+        if isinstance(new, bool) or isinstance(new or old, (str, list)):
             result[name] = new
         elif isinstance(new or old, Mapping):
             inner = _difference(new or {}, old or {})

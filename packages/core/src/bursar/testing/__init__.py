@@ -1,1 +1,24 @@
-"""What tests of budgets need: contracts, clocks, and a provider to run against."""
+"""What tests of budgets need: a clock to set, the contract of stores, and (in `provider`) a provider to run against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bursar.testing.clock import ManualClock
+    from bursar.testing.store_contract import StoreContract
+
+__all__ = ["ManualClock", "StoreContract"]
+
+# pytest loads with the contract alone, so that a clock can be had without it
+_HOMES = {"ManualClock": "clock", "StoreContract": "store_contract"}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'bursar.testing' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"bursar.testing.{home}"), name)
+    return value
