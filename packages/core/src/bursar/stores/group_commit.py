@@ -59,23 +59,31 @@ class GroupCommit:
 
     def run(self, command: Command) -> Answer:
         """Apply one command and wait for its answer."""
-        item = _Item(command)
+        item: _Item | None = None
         with self._mutex:
             self._check_open()
-            lead = not self._busy
-            if lead:
-                self._busy = True
-            else:
+            if self._busy:
+                item = _Item(command)
                 item.gate = threading.Lock()
                 item.gate.acquire()
                 self._queue.append(item)
-        if lead:
-            self._lead([item], item)
-        else:
-            self._wait(item)
-            if item.answer is None:
-                self._lead(self._take(), item)
+            else:
+                self._busy = True
+        if item is None:
+            return self._run_alone(command)
+        self._wait(item)
+        if item.answer is None:
+            self._lead(self._take(), item)
         return item.result()
+
+    def _run_alone(self, command: Command) -> Answer:
+        try:
+            (answer,) = self._apply((command,))
+        finally:
+            self._pass_on([])
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def _wait(self, item: _Item) -> None:
         """Until the item is answered or is to lead. An interrupted caller leaves the queue, and leads nobody."""
@@ -168,6 +176,9 @@ class GroupCommit:
     def _pass_on(self, unanswered: list[_Item]) -> None:
         with self._mutex:
             self._queue.extendleft(reversed(unanswered))
+            if not self._queue and not self._closed:
+                self._busy = False
+                return
             leader = next((item for item in self._queue if item.gate is not None), None)
             self._busy = bool(self._queue)
             if leader is not None and leader.gate is not None:
