@@ -1,0 +1,120 @@
+"""What a model call turned out to be, read from the event that ends it: a cost, nothing, or nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bursar.errors import BursarError, UnreadableAnswer
+from bursar.usage import Usage
+
+_MAYBE_SENT_STATUS = frozenset((408, 409, 499))  # a time-out or a client gone: generation may have begun
+_TIERS = ("priority", "flex")
+
+
+class Ending(NamedTuple):
+    """How a reservation ends: a method of Reservation (its async twin has an `a` in front), with its arguments."""
+
+    verb: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def settled(usage: Usage, **options: Any) -> Ending:
+    return Ending("settle", (usage,), options)
+
+
+def released(reason: str) -> Ending:
+    return Ending("release", (reason,), {})
+
+
+def unknown(reason: str, known: Usage | None = None) -> Ending:
+    return Ending("settle_unknown", (reason,), {"known": known})
+
+
+def read_end(provider: str, result: Any, *, in_batch: bool = False) -> Ending:
+    """The end of a call that was answered. `result` is the LLMResult; `in_batch`: one prompt of several."""
+    message = _message(result)
+    metadata = getattr(message, "usage_metadata", None) or {}
+    if metadata.get("total_cost") == 0:
+        return released("answered from LangChain's cache")
+    output = result.llm_output or {}
+    if in_batch and message is None and output.get("token_usage") == {}:
+        # A completion model's batch states its usage once, with the first prompt.
+        return settled(Usage(requests=0), reason="counted with the first prompt of the batch")
+    stated = {**(getattr(message, "response_metadata", None) or {}), **output}
+    usage = _stated(provider, stated) or _normalised(metadata, stated)
+    if usage is None:
+        return unknown(
+            "the answer states no usage: a stream at another base URL does so with stream_usage=True, which the "
+            "middleware sets"
+        )
+    if usage.input_tokens == 0:
+        return unknown("the answer states no input tokens", usage)
+    return settled(usage)
+
+
+def read_error(provider: str, error: BaseException, result: Any) -> Ending:
+    """The end of a call that failed. An answer that came with status 200 is billed, whatever went wrong with it here."""
+    message = _message(result)
+    facts = getattr(message, "response_metadata", None) or {}
+    status, body = facts.get("status_code"), facts.get("body")
+    known = _normalised(getattr(message, "usage_metadata", None) or {}, facts)
+    if status == 200 and body is not None:
+        try:
+            return settled(Usage.from_response(provider, body), outcome="failed", reason=type(error).__name__)
+        except UnreadableAnswer:
+            return unknown(f"{type(error).__name__} after an answer", known)
+    if isinstance(status, int) and 400 <= status < 500 and status not in _MAYBE_SENT_STATUS:
+        return released(type(error).__name__)
+    return Ending("settle_error", (error,), {"known": known})
+
+
+def _message(result: Any) -> Any:
+    """The first generation's message: with n answers each repeats the same usage."""
+    generations = getattr(result, "generations", None)
+    first = generations[0] if generations else None
+    return getattr(first[0], "message", None) if first else None
+
+
+def _stated(provider: str, facts: Mapping[str, Any]) -> Usage | None:
+    """The usage in the provider's own words, which LangChain keeps where the answer was not streamed."""
+    raw = facts.get("token_usage") or facts.get("usage")
+    if not isinstance(raw, Mapping):
+        return None
+    body = {"model": _model(facts), "usage": raw, "service_tier": facts.get("service_tier")}
+    try:
+        return Usage.from_response(provider, {name: value for name, value in body.items() if value is not None})
+    except BursarError:
+        return None  # LangChain's own reading of it follows
+
+
+def _normalised(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> Usage | None:
+    """LangChain's `usage_metadata`: totals that hold their parts. OpenAI's tiers put their name before each part's."""
+    if not isinstance(metadata.get("input_tokens"), int):
+        return None
+    inputs, outputs = metadata.get("input_token_details") or {}, metadata.get("output_token_details") or {}
+    tier = next((one for one in _TIERS if one in inputs or one in outputs), None)
+
+    def part(details: Mapping[str, Any], name: str) -> int:
+        value = details.get(name) or (details.get(f"{tier}_{name}") if tier else None)
+        return value if isinstance(value, int) else 0
+
+    write_5m, write_1h = part(inputs, "ephemeral_5m_input_tokens"), part(inputs, "ephemeral_1h_input_tokens")
+    return Usage(
+        input_tokens=metadata["input_tokens"],
+        output_tokens=metadata.get("output_tokens") or 0,
+        cache_read_tokens=part(inputs, "cache_read"),
+        cache_write_5m_tokens=write_5m or (0 if write_1h else part(inputs, "cache_creation")),
+        cache_write_1h_tokens=write_1h,
+        input_audio_tokens=part(inputs, "audio"),
+        output_audio_tokens=part(outputs, "audio"),
+        reasoning_tokens=part(outputs, "reasoning"),
+        model=_model(facts),
+        service_tier=tier or facts.get("service_tier"),
+    )
+
+
+def _model(facts: Mapping[str, Any]) -> str | None:
+    name = facts.get("model_name") or facts.get("model")
+    return name if isinstance(name, str) else None

@@ -1,0 +1,244 @@
+"""The gate: every call that LangChain has announced and not yet ended, each with one reservation of one guard."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from bursar.errors import BudgetExceeded
+from bursar_langchain.answer import Ending, released, unknown
+from bursar_langchain.errors import langchain_error
+from bursar_langchain.request import output_limit
+from bursar_langchain.runs import Runs
+
+if TYPE_CHECKING:
+    from bursar import Bursar, Reservation
+
+log = logging.getLogger("bursar.langchain")
+
+
+class Open:
+    """One announced call. `batch` is what the calls of one `generate([a, b])` share, `cleanup` what its end undoes."""
+
+    __slots__ = ("batch", "cleanup", "is_chat", "order", "parent", "provider", "reservation", "watch")
+
+    def __init__(self, order: int, parent: int | None, batch: object, is_chat: bool) -> None:
+        self.order = order
+        self.parent = parent
+        self.batch = batch
+        self.is_chat = is_chat
+        self.provider = ""
+        self.reservation: Reservation | None = None
+        self.cleanup: Callable[[], object] | None = None
+        self.watch: weakref.ref[UUID] | None = None
+
+
+class Slot:
+    """What the middleware lets the handler do for one request of an agent: ask for a smaller answer, and be cleaned up after.
+
+    `signal` is raised when the answer has to be smaller than the request says; the reservation then waits in `parked`
+    for the request to come again with `max_output_tokens`.
+    """
+
+    __slots__ = ("keys", "may_clamp", "parked", "run", "signal")
+
+    def __init__(self, signal: type[Exception] | None, run: str | None) -> None:
+        self.signal = signal
+        self.run = run
+        self.may_clamp = signal is not None
+        self.parked: Reservation | None = None
+        self.keys: list[int] = []
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """What the parked reservation covers; None where none is parked."""
+        return None if self.parked is None else self.parked.max_output_tokens
+
+    def fits(self, model: str, limit: int | None) -> bool:
+        """Whether the announced call is the parked one, made smaller."""
+        return self.parked is not None and (self.parked.model, self.max_output_tokens) == (model, limit)
+
+
+current_slot: ContextVar[Slot | None] = ContextVar("bursar_langchain_slot", default=None)
+
+
+class Gate:
+    """One per guard, whatever number of handlers and middlewares there are: a run id is reserved for once and ended once."""
+
+    def __init__(self, bursar: Bursar) -> None:
+        self.bursar = bursar
+        self.runs = Runs()
+        self._open: dict[int, Open] = {}
+        self._order = itertools.count()
+
+    @classmethod
+    def of(cls, bursar: Bursar) -> Gate:
+        """The guard's gate."""
+        with _lock:
+            gate = _gates.get(id(bursar))
+            if gate is None:
+                gate = _gates[id(bursar)] = cls(bursar)  # the gate keeps the guard, so the id is not given anew
+            return gate
+
+    # -- begin ---------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, run_id: UUID, parent_run_id: UUID | None, *, batch: object = None, is_chat: bool = False
+    ) -> Open | None:
+        """Enter the call; None when it is entered already, by another handler of the same guard."""
+        key = run_id.int
+        opened = Open(next(self._order), None if parent_run_id is None else parent_run_id.int, batch, is_chat)
+        if self._open.setdefault(key, opened) is not opened:
+            return None
+        # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
+        # cancelled, abandoned or refused by a later handler, so its death ends the call (only queued here: a finaliser
+        # may run anywhere, under any lock).
+        opened.watch = weakref.ref(run_id, partial(_forsaken, self, key))
+        return opened
+
+    @contextmanager
+    def admission(self, run_id: UUID, opened: Open) -> Iterator[None]:
+        """Around the reserving: a refusal takes the call, and those announced with it, out again, and is made LangChain's."""
+        try:
+            yield
+        except BaseException as error:
+            self._open.pop(run_id.int, None)
+            if opened.batch is not None:
+                # One refusal ends the whole of `generate([a, b])` before anything is sent.
+                for key in [key for key, other in self._open.items() if other.batch is opened.batch]:
+                    self.end_now(key, released("refused with another prompt of its batch"))
+            if isinstance(error, BudgetExceeded):
+                raise langchain_error(error) from error
+            raise
+
+    def admitted(self, run_id: UUID, opened: Open, reservation: Reservation, slot: Slot | None = None) -> None:
+        """The reservation was granted. Raises the slot's signal when the request has to come again, smaller."""
+        if slot is not None and slot.may_clamp and reservation.capped:
+            assert slot.signal is not None
+            slot.parked, slot.may_clamp = reservation, False
+            raise slot.signal()
+        opened.reservation = reservation
+        if slot is not None:
+            slot.keys.append(run_id.int)
+
+    def adopt(
+        self, slot: Slot | None, model: str, params: dict[str, Any], metadata: dict[str, Any]
+    ) -> Reservation | None:
+        """The slot's parked reservation, if this is the call it is for; another call gives it back."""
+        if slot is None or slot.parked is None:
+            return None
+        reservation = slot.parked
+        fits, slot.parked = slot.fits(model, output_limit(params, metadata)), None
+        if fits:
+            return reservation
+        reservation.release("the request did not come again as it was reserved")
+        return None
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def take(self, key: int) -> Open | None:
+        """The call, out of the list: whoever gets it ends it. None when it has ended, or was never reserved here."""
+        opened = self._open.pop(key, None)
+        if opened is None or opened.reservation is None:
+            return None
+        if opened.cleanup is not None:
+            opened.cleanup()
+        return opened
+
+    def finish(self, opened: Open, ending: Ending) -> None:
+        """End the reservation."""
+        with told_only():
+            getattr(opened.reservation, ending.verb)(*ending.args, **ending.options)
+
+    async def afinish(self, opened: Open, ending: Ending) -> None:
+        """As `finish`, for async callers."""
+        with told_only():
+            await getattr(opened.reservation, "a" + ending.verb)(*ending.args, **ending.options)
+
+    def end_now(self, key: int, ending: Ending) -> None:
+        """End a call from outside of its own events, if it is still open."""
+        opened = self.take(key)
+        if opened is not None:
+            self.finish(opened, ending)
+
+    def end_soon(self, key: int) -> None:
+        """End a call of which no event will come, in the background: for finalisers, done callbacks and the like."""
+        if key in self._open:
+            _orphans.put((self, key))
+            _start_ending()
+
+    def siblings(self, opened: Open) -> list[tuple[int, bool]]:
+        """The open calls of the same `generate`, and whether they came before this one."""
+        if opened.batch is None:
+            return []
+        return [(key, other.order < opened.order) for key, other in self._open.items() if other.batch is opened.batch]
+
+    def end_children(self, run_id: UUID) -> None:
+        """A run was torn down by a cancellation: so are the calls that it made."""
+        for key in [key for key, opened in list(self._open.items()) if opened.parent == run_id.int]:
+            self.end_soon(key)
+
+    def forget(self) -> None:
+        """After a fork, in the child: the open calls are the parent's."""
+        self._open.clear()
+
+
+@contextmanager
+def told_only() -> Iterator[None]:
+    """What goes wrong while a call is ended is logged: raised here, it would cost the caller the model's answer.
+
+    After a store's failure the guard goes on trying by itself.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised, it would replace the answer or the call's own error
+        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+
+
+# -- calls whose end nobody reports ------------------------------------------------------------------------------
+
+_gates: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+_orphans: SimpleQueue[tuple[Gate, int]] = SimpleQueue()
+_thread: threading.Thread | None = None
+ABANDONED = "abandoned: cancelled, or its stream was dropped, before an end was told"
+
+
+def _forsaken(gate: Gate, key: int, _: weakref.ref[UUID]) -> None:
+    gate.end_soon(key)
+
+
+def _start_ending() -> None:
+    global _thread
+    if _thread is None:
+        _thread = threading.Thread(target=_end_orphans, args=(_orphans,), daemon=True, name="bursar-langchain")
+        _thread.start()
+
+
+def _end_orphans(orphans: SimpleQueue[tuple[Gate, int]]) -> None:
+    while True:
+        gate, key = orphans.get()
+        gate.end_now(key, unknown(ABANDONED))
+        del gate
+
+
+def _forked() -> None:
+    """In the child of a fork there is no thread, and the open calls belong to the parent."""
+    global _orphans, _thread, _lock
+    _orphans, _thread, _lock = SimpleQueue(), None, threading.Lock()
+    for gate in list(_gates.values()):
+        gate.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,319 @@
+"""The callback handler: reserves where LangChain announces a call, settles where it ends, and raises where a budget refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from inspect import CO_COROUTINE
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+
+from bursar_langchain.answer import Ending, read_end, read_error, released, unknown
+from bursar_langchain.gate import Gate, Open, Slot, current_slot, told_only
+from bursar_langchain.request import read_start
+from bursar_langchain.runs import clean
+
+if TYPE_CHECKING:
+    from bursar import Bursar
+
+
+class _TwoWays:
+    """A callback that is a coroutine function to LangChain's async path, and a plain function to everything else.
+
+    LangChain swallows what an async handler raises on its sync path, and a sync handler that waits for headroom would
+    hold up the event loop on the async path. So one that has to raise and to wait has to be both. The async path asks
+    for the callback from inside a coroutine. Whoever else asks gets the plain one, which always gates.
+    """
+
+    def __init__(self, plain: Callable[..., None], coroutine: Callable[..., Any]) -> None:
+        self._plain, self._coroutine = plain, coroutine
+
+    def __get__(self, handler: object, owner: type | None = None) -> Any:
+        is_async = sys._getframe(1).f_code.co_flags & CO_COROUTINE
+        return (self._coroutine if is_async else self._plain).__get__(handler, owner)
+
+
+class BursarCallbackHandler(BaseCallbackHandler):
+    """Holds every model and tool call of the runs it is given to against the budgets of `bursar`.
+
+    Put it into `config={"callbacks": [handler]}`, or see `install` and `BursarMiddleware`. `tags` are added to all its
+    calls; `config={"metadata": {"bursar": {"user": "ann"}}}` adds more to one. A scope's own tags win over both. Raises
+    LangChainBudgetExceeded, and the other errors of `Bursar.reserve`, before anything is sent; never later.
+    """
+
+    raise_error = True  # without it, LangChain logs a refusal and sends the call
+    run_inline = True  # in the caller's own task, which may be cancelled; see _TwoWays for why nothing blocks there
+    ignore_retriever = True
+    ignore_agent = True
+    ignore_retry = True
+    ignore_custom_event = True
+
+    def __init__(self, bursar: Bursar, **tags: str) -> None:
+        self.bursar = bursar
+        self.tags = clean(tags)
+        self._gate = Gate.of(bursar)
+
+    # -- model calls ---------------------------------------------------------------------------------------------
+
+    def _model_call(
+        self,
+        serialized: Mapping[str, Any] | None,
+        inputs: Sequence[Any],
+        metadata: Mapping[str, Any],
+        parent_run_id: UUID | None,
+        params: Mapping[str, Any] | None,
+        slot: Slot | None,
+    ) -> dict[str, Any]:
+        request = read_start(serialized, inputs, params, metadata)
+        request["default_tags"] = self._tags(parent_run_id, metadata, slot)
+        request["resize"] = slot is not None and slot.may_clamp
+        return request
+
+    def _tags(self, parent_run_id: UUID | None, metadata: Mapping[str, Any], slot: Slot | None) -> dict[str, str]:
+        found = self._gate.runs.tags(parent_run_id, metadata, None if slot is None else slot.run)
+        own = metadata.get("bursar")
+        return {**found, **self.tags, **(clean(own) if isinstance(own, Mapping) else {})}
+
+    def _begin(self, run_id: UUID, parent_run_id: UUID | None, is_chat: bool, more: Mapping[str, Any]) -> Open | None:
+        # Only one `generate([a, b])` hands the same settings object to several calls.
+        batch = more.get("invocation_params") if more.get("batch_size", 1) > 1 else None
+        return self._gate.begin(run_id, parent_run_id, batch=batch, is_chat=is_chat)
+
+    def _start_model(
+        self,
+        is_chat: bool,
+        serialized: Mapping[str, Any] | None,
+        inputs: Sequence[Any],
+        run_id: UUID,
+        parent_run_id: UUID | None,
+        more: dict[str, Any],
+    ) -> None:
+        opened = self._begin(run_id, parent_run_id, is_chat, more)
+        if opened is None:
+            return
+        slot, metadata, params = current_slot.get(), more.get("metadata") or {}, more.get("invocation_params") or {}
+        with self._gate.admission(run_id, opened):
+            request = self._model_call(serialized, inputs, metadata, parent_run_id, params, slot)
+            opened.provider = request["provider"]
+            reservation = self._gate.adopt(slot, request["model"], params, metadata)
+            reservation = reservation or self.bursar.reserve(**request)
+            self._gate.admitted(run_id, opened, reservation, slot)
+
+    async def _astart_model(
+        self,
+        is_chat: bool,
+        serialized: Mapping[str, Any] | None,
+        inputs: Sequence[Any],
+        run_id: UUID,
+        parent_run_id: UUID | None,
+        more: dict[str, Any],
+    ) -> None:
+        opened = self._begin(run_id, parent_run_id, is_chat, more)
+        if opened is None:
+            return
+        slot, metadata, params = current_slot.get(), more.get("metadata") or {}, more.get("invocation_params") or {}
+        with self._gate.admission(run_id, opened):
+            request = self._model_call(serialized, inputs, metadata, parent_run_id, params, slot)
+            opened.provider = request["provider"]
+            reservation = self._gate.adopt(slot, request["model"], params, metadata)
+            reservation = reservation or await self.bursar.areserve(**request)
+            self._gate.admitted(run_id, opened, reservation, slot)
+        _end_with_task(self._gate, run_id.int, opened)
+
+    def _chat_start(
+        self,
+        serialized: Any,
+        messages: list[list[Any]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        **more: Any,
+    ) -> None:
+        self._start_model(True, serialized, messages[0], run_id, parent_run_id, more)
+
+    async def _achat_start(
+        self,
+        serialized: Any,
+        messages: list[list[Any]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        **more: Any,
+    ) -> None:
+        await self._astart_model(True, serialized, messages[0], run_id, parent_run_id, more)
+
+    def _llm_start(
+        self, serialized: Any, prompts: list[str], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        self._start_model(False, serialized, prompts, run_id, parent_run_id, more)
+
+    async def _allm_start(
+        self, serialized: Any, prompts: list[str], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        await self._astart_model(False, serialized, prompts, run_id, parent_run_id, more)
+
+    def _llm_end(self, response: Any, *, run_id: UUID, **more: Any) -> None:
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            self._gate.finish(opened, _read(read_end, opened, response))
+
+    async def _allm_end(self, response: Any, *, run_id: UUID, **more: Any) -> None:
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            await self._gate.afinish(opened, _read(read_end, opened, response))
+
+    def _llm_error(self, error: BaseException, *, run_id: UUID, response: Any = None, **more: Any) -> None:
+        opened = self._gate.take(run_id.int)
+        if opened is None:
+            return
+        self._gate.finish(opened, _read(read_error, opened, error, response))
+        if opened.is_chat:
+            # `generate([a, b, c])` tells of the failed one alone: a was answered, and its answer dropped; c never sent.
+            for key, is_earlier in self._gate.siblings(opened):
+                reason = "its answer was dropped when another of its batch failed"
+                self._gate.end_now(key, unknown(reason) if is_earlier else released("not sent: one before it failed"))
+
+    async def _allm_error(self, error: BaseException, *, run_id: UUID, response: Any = None, **more: Any) -> None:
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            await self._gate.afinish(opened, _read(read_error, opened, error, response))
+
+    on_chat_model_start = _TwoWays(_chat_start, _achat_start)  # type: ignore[assignment]
+    on_llm_start = _TwoWays(_llm_start, _allm_start)  # type: ignore[assignment]
+    on_llm_end = _TwoWays(_llm_end, _allm_end)  # type: ignore[assignment]
+    on_llm_error = _TwoWays(_llm_error, _allm_error)  # type: ignore[assignment]
+
+    # -- tools ---------------------------------------------------------------------------------------------------
+
+    def _tool_call(
+        self, serialized: Mapping[str, Any] | None, parent_run_id: UUID | None, more: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        name = clean({"tool": more.get("name") or (serialized or {}).get("name") or "tool"})["tool"]
+        metadata = more.get("metadata") or {}
+        connection = metadata.get("connection") or metadata.get("mcp_server")
+        tags = self._tags(parent_run_id, metadata, current_slot.get())
+        tags.pop("tool", None)
+        return name, {"connection": None if connection is None else str(connection), "default_tags": tags}
+
+    def _tool_start(
+        self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        opened = self._gate.begin(run_id, parent_run_id)
+        if opened is None:
+            return
+        name, options = self._tool_call(serialized, parent_run_id, more)
+        with self._gate.admission(run_id, opened):
+            self._gate.admitted(run_id, opened, self.bursar.tool(name, **options).__enter__())
+        self._gate.runs.start_tool(run_id, parent_run_id, name)
+
+    async def _atool_start(
+        self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        opened = self._gate.begin(run_id, parent_run_id)
+        if opened is None:
+            return
+        name, options = self._tool_call(serialized, parent_run_id, more)
+        with self._gate.admission(run_id, opened):
+            self._gate.admitted(run_id, opened, await self.bursar.tool(name, **options).__aenter__())
+        self._gate.runs.start_tool(run_id, parent_run_id, name)
+
+    def _tool_end(self, output: Any, *, run_id: UUID, **more: Any) -> None:
+        self._gate.runs.end(run_id)
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            self._gate.finish(opened, Ending("settle", (None,), {}))
+
+    async def _atool_end(self, output: Any, *, run_id: UUID, **more: Any) -> None:
+        self._gate.runs.end(run_id)
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            await self._gate.afinish(opened, Ending("settle", (None,), {}))
+
+    def _tool_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
+        self._gate.runs.end(run_id)
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            self._gate.finish(opened, _failed_tool(error))
+
+    async def _atool_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
+        self._gate.runs.end(run_id)
+        opened = self._gate.take(run_id.int)
+        if opened is not None:
+            await self._gate.afinish(opened, _failed_tool(error))
+
+    on_tool_start = _TwoWays(_tool_start, _atool_start)  # type: ignore[assignment]
+    on_tool_end = _TwoWays(_tool_end, _atool_end)  # type: ignore[assignment]
+    on_tool_error = _TwoWays(_tool_error, _atool_error)  # type: ignore[assignment]
+
+    # -- chains and graphs ---------------------------------------------------------------------------------------
+
+    def _chain_start(
+        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        runs, metadata = self._gate.runs, more.get("metadata") or {}
+        with told_only():
+            thread = runs.resumes_unknown_thread(parent_run_id, metadata, inputs)
+            if thread is not None:
+                self._find_thread(thread)
+        runs.start_chain(run_id, parent_run_id, metadata, more.get("name"), inputs)
+
+    async def _achain_start(
+        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        runs, metadata = self._gate.runs, more.get("metadata") or {}
+        with told_only():
+            thread = runs.resumes_unknown_thread(parent_run_id, metadata, inputs)
+            if thread is not None:
+                await asyncio.to_thread(self._find_thread, thread)
+        runs.start_chain(run_id, parent_run_id, metadata, more.get("name"), inputs)
+
+    def _find_thread(self, thread: str) -> None:
+        """Another process began the thread's run: the books know which it was."""
+        run = None
+        for record in self.bursar.records(**clean({"thread": thread})):
+            run = record.tags["run"]
+        if run is not None:
+            self._gate.runs.remember(thread, run)
+
+    on_chain_start = _TwoWays(_chain_start, _achain_start)  # type: ignore[assignment]
+
+    def on_chain_end(self, outputs: Any, *, run_id: UUID, **more: Any) -> None:
+        self._gate.runs.end(run_id)
+
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
+        self._gate.runs.end(run_id)
+        if not isinstance(error, Exception):  # a cancellation: a failed branch lets its siblings go on
+            self._gate.end_children(run_id)
+
+
+def _read(reader: Callable[..., Ending], opened: Open, *event: Any) -> Ending:
+    """The ending that an event tells of. One that cannot be read books the worst case."""
+    options = {"in_batch": opened.batch is not None} if reader is read_end else {}
+    try:
+        return reader(opened.provider, *event, **options)
+    except Exception as error:  # noqa: BLE001 - raised, it would replace the answer, and leave the reservation open
+        return unknown(f"its end could not be read: {error!r}")
+
+
+def _failed_tool(error: BaseException) -> Ending:
+    """A tool that stops to ask a human runs again from its start; any other failure is counted."""
+    if type(error).__name__ == "GraphInterrupt":
+        return released("interrupted: it will run again")
+    return Ending("settle", (None,), {"outcome": "failed", "reason": type(error).__name__})
+
+
+def _end_with_task(gate: Gate, key: int, opened: Open) -> None:
+    """When the task that makes the call is cancelled, LangChain reports no end."""
+    task = asyncio.current_task()
+    if task is None:
+        return
+
+    def done(task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            gate.end_soon(key)
+
+    task.add_done_callback(done)
+    opened.cleanup = lambda: task.remove_done_callback(done)

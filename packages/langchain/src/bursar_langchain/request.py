@@ -1,0 +1,118 @@
+"""What a model call is about to send, read from the event that announces it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+# Settings of the client in `invocation_params`: none of them reaches the prompt.
+_CLIENT_SETTINGS = frozenset(
+    "_type model model_name model_id engine deployment_name azure_deployment streaming stream_usage model_kwargs max_retries"
+    " timeout request_timeout default_request_timeout extra_headers default_headers default_query betas verbose"
+    " ls_structured_output_format disable_streaming stop_sequences stop headers base_url".split()
+)
+_OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_tokens_to_sample", "num_predict")
+# The clients' own retries where none are set: the SDKs of OpenAI, Anthropic and Groq try 2 times more, others up to 6.
+_SDK_RETRIES, _OTHER_RETRIES = 2, 6
+_SDKS = frozenset(("openai", "azure", "anthropic", "groq"))
+# Whose models an OpenAI client reaches at another base URL: they decide the price.
+_HOSTS = {
+    "openrouter.ai": "openrouter",
+    "x.ai": "xai",
+    "deepseek.com": "deepseek",
+    "groq.com": "groq",
+    "together.xyz": "together",
+    "together.ai": "together",
+    "fireworks.ai": "fireworks",
+    "perplexity.ai": "perplexity",
+    "mistral.ai": "mistral",
+    "googleapis.com": "google",
+    "anthropic.com": "anthropic",
+    "azure.com": "azure",
+    "moonshot.ai": "moonshotai",
+    "z.ai": "zai",
+}
+
+
+def read_start(
+    serialized: Mapping[str, Any] | None,
+    messages: Sequence[Any],
+    invocation_params: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The arguments of `Bursar.reserve` for the call: provider, model, messages, body, maximum output, retries.
+
+    `messages`: LangChain's message objects, or prompts. Nothing is copied but the names of settings: what is read stays
+    as it was, because LangChain shares these objects with the call.
+    """
+    params = {**(invocation_params or {})}
+    params.update(params.get("model_kwargs") or {})
+    metadata = metadata or {}
+    fields = (serialized or {}).get("kwargs") or {}
+    provider = _provider(serialized, fields, params, metadata)
+    model = _first_text(
+        params.get("model"),
+        params.get("model_name"),
+        params.get("model_id"),
+        metadata.get("ls_model_name"),
+        params.get("deployment_name"),
+        fields.get("model"),
+        fields.get("model_name"),
+    )
+    retries = _first_count(fields.get("max_retries"), params.get("max_retries"))
+    if retries is None:
+        retries = _SDK_RETRIES if provider in _SDKS else _OTHER_RETRIES
+    body = {
+        name: value
+        for name, value in params.items()
+        if value is not None and name not in _CLIENT_SETTINGS and name not in _OUTPUT_LIMITS
+    }
+    body["model"] = model
+    return {
+        "provider": provider,
+        "model": model,
+        "messages": messages,
+        "max_output_tokens": output_limit(params, metadata),
+        "body": body,
+        "retries": retries,
+    }
+
+
+def output_limit(params: Mapping[str, Any], metadata: Mapping[str, Any]) -> int | None:
+    """The maximum output that goes over the wire; None where none does.
+
+    Measured: a `max_tokens` of the call wins over the model's own `max_completion_tokens`, and as None it removes it.
+    """
+    for name in _OUTPUT_LIMITS:
+        if name in params:
+            found = _first_count(params[name])
+            if found or name == "max_tokens":
+                return found or None
+    return _first_count(metadata.get("ls_max_tokens")) or None
+
+
+def _provider(
+    serialized: Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    params: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+) -> str:
+    from bursar.prices.names import provider_name  # the price book loads with the first call, not with the import
+
+    path = (serialized or {}).get("id") or [""]
+    named = _first_text(metadata.get("ls_provider"), path[-1], params.get("_type"))
+    provider = provider_name(named)
+    base_url = fields.get("openai_api_base") or fields.get("base_url")
+    if provider == "openai" and isinstance(base_url, str):
+        host = urlsplit(base_url).hostname or ""
+        return next((name for end, name in _HOSTS.items() if host == end or host.endswith("." + end)), provider)
+    return provider
+
+
+def _first_text(*values: Any) -> str:
+    return next((value for value in values if isinstance(value, str) and value), "unknown")
+
+
+def _first_count(*values: Any) -> int | None:
+    return next((value for value in values if type(value) is int and value >= 0), None)
