@@ -18,7 +18,7 @@ from price_sources.cost_map import litellm_models
 from price_sources.genai import genai_models
 from price_sources.model import Model
 
-from bursar.prices.names import places
+from bursar.prices.names import places, profiles
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "packages/core/src/bursar/prices/table.json"
@@ -49,8 +49,12 @@ def merge(first: dict[tuple[str, str], Model], second: list[Model]) -> list[Disa
     disagreements = []
     for model in second:
         name = model.id.lower()
-        exact = names.get((model.provider, name))
-        if exact is not None and exact.source != model.source:
+        whole = profiles(name) if model.provider == "bedrock" else [name]  # a region's profile is the same model
+        exact = next((names[model.provider, form] for form in whole if (model.provider, form) in names), None)
+        if exact is not None and exact.source == model.source:
+            exact.fill_limits(model)  # the same model under two keys of one source
+            continue
+        if exact is not None:
             if agrees(exact, model):
                 exact.fill(model)
             else:
@@ -66,8 +70,7 @@ def merge(first: dict[tuple[str, str], Model], second: list[Model]) -> list[Disa
             near.names.add(name)
             names[model.provider, name] = near
             continue
-        if exact is None:
-            first[model.provider, model.id] = names[model.provider, name] = model
+        first[model.provider, model.id] = names[model.provider, name] = model
     return disagreements
 
 

@@ -67,7 +67,7 @@ def priced(
         if ignore_stated:
             usage = replace(usage, stated_cost_nanos=None)
         result["usage"] = usage.as_dict()
-        asked = record.get("model") or (record.get("request") or {}).get("model") or record.get("response_model")
+        asked = record.get("model") or _object(record, "request").get("model") or record.get("response_model")
         price = book.cost(provider, asked if isinstance(asked, str) else None, usage, at_us=when(record))
     except UnreadableAnswer as error:
         return result | {"status": error.fields.get("reason", "unreadable"), "reason": str(error)}
@@ -92,9 +92,14 @@ def _usage(record: dict[str, Any]) -> Any:
     return read_usage(
         str(record.get("provider") or ""),
         record.get("response"),
-        headers=record.get("response_headers") or None,
+        headers=_object(record, "response_headers"),
         status=record["status"] if isinstance(record.get("status"), int) else 200,
     )
+
+
+def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _provider(record: dict[str, Any]) -> str:

@@ -135,10 +135,17 @@ class PriceBook:
     ) -> ModelPrice:
         host = provider_name(provider)
         names = [name for name in ((asked, answered) if host in _ASKED_FIRST else (answered, asked)) if name]
+        row, spoken = None, set()
+        for name in names:
+            for place in places(provider, name):
+                spoken.add(place)
+                found = self.table.row(*place)
+                if found is not None:
+                    spoken.add((found.provider, found.model.lower()))
+                    row = row or found
+                    break  # a shorter name would be another model's
         active = [override for override in self.overrides if override.holds(at_us, tags)]
-        spoken = {place for name in names for place in places(provider, name)} if active else set()
         own = [o for o in active if any(o.meets(host, name) or o.meets(where, name) for where, name in spoken)]
-        row = next((row for name in names for place in places(provider, name) if (row := self.table.row(*place))), None)
         if row is None and not any(override.rates() for override in own):
             if self.ceiling is None:
                 raise self._unknown(host, asked or answered or "")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from bursar.errors import UnknownPrice
 from bursar.prices.rates import Level, Rates
@@ -13,8 +13,7 @@ from bursar.usage import Usage
 _UNLIMITED_TOKENS = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Price:
+class Price(NamedTuple):
     """One call priced: what it cost, and by which row of which version of the price book."""
 
     cost_nanos: int

@@ -148,7 +148,7 @@ def _forms(host: str, name: str) -> Iterator[str]:
 
 
 def _stripped(host: str, name: str) -> Iterator[str]:
-    heads = _bedrock_heads(name) if host == "bedrock" else [name]
+    heads = profiles(name) if host == "bedrock" else [name]
     for form in heads:
         yield form
     for form in heads:
@@ -168,7 +168,7 @@ def _stripped(host: str, name: str) -> Iterator[str]:
             form = shorter
 
 
-def _bedrock_heads(name: str) -> list[str]:
+def profiles(name: str) -> list[str]:
     """Inference profiles: `us.`, `eu.`, ... carry the region's price, `global.` the global one, a bare name the region's."""
     regional = re.match(rf"{_REGIONS}\.(.+)", name)
     if regional:

@@ -38,14 +38,16 @@ UNITS: dict[str, int] = {
     "per_search_unit": 1,
 }
 
-# The counts of a Usage, in the order of the coefficients below.
-_counts = attrgetter(
+# The counts of a Usage, in the order of the coefficients below: tokens, then what is counted beside them.
+_tokens = attrgetter(
     "input_tokens", "output_tokens", "cache_read_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens",
     "reasoning_tokens", "input_audio_tokens", "input_image_tokens", "input_video_tokens",
     "cache_read_audio_tokens", "cache_read_image_tokens", "cache_read_video_tokens",
     "output_audio_tokens", "output_image_tokens",
-    "requests", "input_audio_ms", "output_audio_ms", "input_characters", "images", "pages", "search_units",
 )  # fmt: skip
+_beside = attrgetter(
+    "requests", "input_audio_ms", "output_audio_ms", "input_characters", "images", "pages", "search_units"
+)
 
 _BESIDE_TOKENS = tuple(UNITS)[14:]
 _COUNTED = {"input_mtok": "input_tokens", "output_mtok": "output_tokens"}
@@ -67,6 +69,7 @@ class Level:
     start: int
     scale: int
     coefficients: tuple[int, ...]
+    beside: tuple[int, ...]  # empty where nothing but tokens is billed
     dearest_input: int
     dearest_write: int
     dearest_media: int
@@ -94,7 +97,7 @@ class Rates:
         self.gaps = (
             tuple(_COUNTED[unit] for unit in sides) if len(sides) == 1 and not _OTHERWISE & amounts.keys() else ()
         )
-        self.free = bool(amounts) and not any(any(level.coefficients) for level in self.levels)
+        self.free = bool(amounts) and not any(any(level.coefficients) or level.beside for level in self.levels)
 
     def level(self, input_tokens: int) -> Level:
         """The tier of a whole request: providers bill every token of it at the rate of the tier that its input reaches."""
@@ -106,13 +109,14 @@ class Rates:
 
     def fraction(self, usage: Usage) -> tuple[int, int]:
         """The exact cost in nano-dollars, as (numerator, denominator), without the fees of tools."""
-        counts = _counts(usage)
+        counts = _tokens(usage)
         level = self.plain or self.level(counts[0])
-        if not any(counts[2:14]):  # text without a cache: two products
-            total = counts[0] * level.coefficients[0] + counts[1] * level.coefficients[1]
-            total += sum(map(mul, counts[14:], level.coefficients[14:]))
-        else:
+        if any(counts[2:]):
             total = sum(map(mul, _consistent(counts), level.coefficients))
+        else:  # text without a cache: two products
+            total = counts[0] * level.coefficients[0] + counts[1] * level.coefficients[1]
+        if level.beside:
+            total += sum(map(mul, _beside(usage), level.beside))
         return max(total, 0), level.scale
 
     def fee_nanos(self, usage: Usage) -> Fraction:
@@ -131,7 +135,7 @@ def _consistent(counts: tuple[int, ...]) -> tuple[int, ...]:
     they are billed twice: as read, and as stored. Output parts above the total are cut, the reasoning first.
     """
     tokens_in, tokens_out, read, write_5m, write_1h, reasoning = counts[:6]
-    audio_out, image_out = counts[12:14]
+    audio_out, image_out = counts[12:]
     if read + write_5m + write_1h > tokens_in:
         tokens_in = max(tokens_in, read) + write_5m + write_1h
     if reasoning + audio_out + image_out > tokens_out:
@@ -167,7 +171,8 @@ def _level(start: int, amounts: Mapping[str, Amount], factor: Fraction) -> Level
     return Level(
         start=start,
         scale=scale,
-        coefficients=tuple(exact),
+        coefficients=tuple(exact[:14]),
+        beside=tuple(exact[14:]) if any(exact[14:]) else (),
         dearest_input=int(max(text_in, read) * scale),
         dearest_write=int(max(text_in, read, write_5m, write_1h) * scale),
         dearest_media=int(max(text_in, *media_in, *media_read) * scale),
