@@ -1,17 +1,18 @@
-"""What tests of budgets need: a clock to set, the contract of stores, and (in `provider`) a provider to run against."""
+"""What tests of budgets need: a clock to set, the contracts of stores and adapters, and (in `provider`) a provider to run against."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bursar.testing.adapter_contract import AdapterContract
     from bursar.testing.clock import ManualClock
     from bursar.testing.store_contract import StoreContract
 
-__all__ = ["ManualClock", "StoreContract"]
+__all__ = ["AdapterContract", "ManualClock", "StoreContract"]
 
-# pytest loads with the contract alone, so that a clock can be had without it
-_HOMES = {"ManualClock": "clock", "StoreContract": "store_contract"}
+# pytest loads with a contract alone, so that a clock can be had without it
+_HOMES = {"AdapterContract": "adapter_contract", "ManualClock": "clock", "StoreContract": "store_contract"}
 
 
 def __getattr__(name: str) -> Any:
