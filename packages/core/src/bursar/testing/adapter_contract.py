@@ -279,9 +279,7 @@ class AdapterContract:
         ran = []
         provider.script(
             [
-                Answer(
-                    "", tool_calls=[("search", {"query": "x"})], input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS
-                ),
+                Answer(tool_calls=[("search", {"query": "x"})], input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS),
                 Answer(
                     text="Thought: I now know the answer\nFinal Answer: done",
                     input_tokens=INPUT_TOKENS,
@@ -302,7 +300,6 @@ class AdapterContract:
         self.need("agent")
         provider.script(
             Answer(
-                "",
                 tool_calls=[("search", {"query": f"x{turn}"})],
                 input_tokens=INPUT_TOKENS,
                 output_tokens=OUTPUT_TOKENS,

@@ -134,7 +134,7 @@ def _recorded_tools(steps: list[Recorded]) -> list[Any]:
 
 def loop_and_burn(stage: Stage) -> Played:
     """An agent that never comes to an end is stopped at $0.05."""
-    searching = Answer(text="", tool_calls=[("search", {"query": "the answer"})], input_tokens=1_000, output_tokens=500)
+    searching = Answer(tool_calls=[("search", {"query": "the answer"})], input_tokens=1_000, output_tokens=500)
     with stage.provider(searching) as provider:
         agent = _agent(stage.chat(provider), [_search_tool()], "looper", "Search again until you find a result.")
         return _played(_ask(stage, agent, "Find the answer.", "looper", "loop-1"), provider)
@@ -142,7 +142,7 @@ def loop_and_burn(stage: Stage) -> Played:
 
 def swarm(stage: Stage) -> Played:
     """Twenty runs at once share one dollar."""
-    searching = Answer(text="", tool_calls=[("search", {"query": "the answer"})], input_tokens=1_000, output_tokens=500)
+    searching = Answer(tool_calls=[("search", {"query": "the answer"})], input_tokens=1_000, output_tokens=500)
     with stage.provider(searching, latency_s=0.02) as provider:
 
         def one(number: int) -> str:
