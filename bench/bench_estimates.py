@@ -8,7 +8,6 @@ and `runs.jsonl.gz`) is not part of the repository; without one it says so and p
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import sys
 import timeit
@@ -20,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from fit_priors import EDITED, Sample, error, fit, read  # noqa: E402  (a tool, not a package)
+from fit_priors import EDITED, Sample, error, fit, held_out, part, read  # noqa: E402  (a tool, not a package)
 
 from bursar import Usage  # noqa: E402
 from bursar.errors import BursarError, UnboundedEstimate  # noqa: E402
@@ -28,7 +27,6 @@ from bursar.estimate import Learner, Request, strict  # noqa: E402
 from bursar.estimate.priors import Priors, packaged  # noqa: E402
 from bursar.prices import PriceBook  # noqa: E402
 
-SPLITS = 5
 AT_US = 1_795_348_800_000_000  # 2026-11-22T12:00Z
 CLASSES = ("text", "media", "stored", "server_tools", "generated", "session", "routed")
 
@@ -55,10 +53,14 @@ def print_strict(rows: Iterable[Sample], book: PriceBook) -> None:
         try:
             bound = strict(row.request, context_window=window, max_output_tokens=most)
         except UnboundedEstimate as refused:
-            if "maximum output" not in str(refused) or row.request.kind != "text":
+            if "maximum output" not in refused.reason and "no maximum is known" not in refused.reason:
                 continue
             no_output[kind] += 1  # the input is bounded, but neither the request nor the table limits the output
-            bound = strict(row.request, context_window=window, max_output_tokens=row.output_tokens)
+            try:
+                bound = strict(row.request, context_window=window, max_output_tokens=row.output_tokens)
+            except UnboundedEstimate:
+                no_output[kind] -= 1  # neither is its input
+                continue
         admitted[kind] += 1
         ratios[kind].append(bound.input_tokens / row.input_tokens)
         if row.input_tokens > bound.input_tokens or row.output_tokens > bound.output_tokens:
@@ -75,7 +77,10 @@ def print_strict(rows: Iterable[Sample], book: PriceBook) -> None:
             print(
                 f"{kind:<14}{seen[kind]:>9}{admitted[kind]:>9}{share:>9.1%}{no_output[kind]:>12}{above[kind]:>10}{middle:>22}"
             )
-    print("no maximum: admitted input whose output neither the request nor the price table limits; strict asks for one")
+    print(
+        "no maximum: among the admitted, those whose input is bounded, but whose output neither the request nor the price\n"
+        "table (which does not know the model) limits: strict asks for a maximum"
+    )
     for row, bound in exceeded:
         print(f"  exceeded: {row.id} {row.provider} {row.model}: {row.input_tokens}+{row.output_tokens}, {bound}")
     for identity, reason in EDITED.items():
@@ -89,13 +94,10 @@ def print_cold(rows: Sequence[Sample]) -> None:
     print(f"{'fitted on':<22}{'tested on':<22}{'answers':>9}{'exceeded':>10}{'by source':>11}{'median above 500':>18}")
     print_error("all", "all (packaged)", error(text, packaged()))
     total = Counter[str]()
-    for split in range(SPLITS):
-        for tested in (0, 1):
-            priors = fit([row for row in rows if part(row.source, split) != tested])
-            found = error([row for row in text if part(row.source, split) == tested], priors)
-            print_error(f"half {1 - tested} of split {split}", f"half {tested}", found)
-            total["answers"] += int(found["answers"])
-            total["exceeded"] += round(found["exceeded"] * found["answers"])
+    for split, tested, found in held_out(rows):
+        print_error(f"half {1 - tested} of split {split}", f"half {tested}", found)
+        total["answers"] += int(found["answers"])
+        total["exceeded"] += round(found["exceeded"] * found["answers"])
     print(f"all splits: {total['exceeded'] / total['answers']:.2%} exceeded")
 
 
@@ -133,11 +135,6 @@ def follow(run: dict[str, Any], by_id: dict[str, Sample], priors: Priors) -> lis
             ratios.append(bound.input_tokens / row.input_tokens)
         learner.observe(row.request, Usage(input_tokens=row.input_tokens, output_tokens=row.output_tokens), run="run")
     return ratios
-
-
-def part(source: str, split: int) -> int:
-    """In which half of a split a source file lies."""
-    return int(hashlib.sha256(f"{split}/{source}".encode()).hexdigest(), 16) % 2
 
 
 def median(values: Sequence[float]) -> float:

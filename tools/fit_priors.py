@@ -10,6 +10,7 @@ corpus gives the same file.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -17,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -250,16 +252,35 @@ def error(rows: Sequence[Sample], priors: Priors) -> dict[str, float]:
     }
 
 
+def part(source: str, split: int) -> int:
+    """In which half of a split a source file lies."""
+    return int(hashlib.sha256(f"{split}/{source}".encode()).hexdigest(), 16) % 2
+
+
+def held_out(rows: Sequence[Sample], splits: int = 5) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Split, tested half and error, for priors fitted on the one half of the source files and tested on the other."""
+    for split in range(splits):
+        for tested in (0, 1):
+            priors = fit([row for row in rows if part(row.source, split) != tested])
+            text = [row for row in rows if row.request.kind == "text" and part(row.source, split) == tested]
+            yield split, tested, error(text, priors)
+
+
 def main(corpus: Path = CORPUS, out: Path = OUT) -> None:
-    """Fit on the whole corpus and write the packaged file, with its error on the answers it was fitted on."""
+    """Fit on the whole corpus and write the packaged file, with its error on these answers and on held-out ones."""
+    if not corpus.exists():
+        print(f"No recorded answers at {corpus}: {out.name} stays as it is. Give the file of responses as argument.")
+        return
     rows = read(corpus)
     priors = fit(rows)
     text = [row for row in rows if row.request.kind == "text"]
+    halves = [found for _, _, found in held_out(rows)]
     data = {
         "fitted_on": "recorded answers of pydantic-ai, openinference, openllmetry and opentelemetry-python-contrib",
-        "date": "2026-11-22",
+        "date": datetime.now(UTC).date().isoformat(),
         "features": FEATURES,
         "error": error(text, priors),
+        "error_held_out": {name: round(sum(half[name] for half in halves) / len(halves), 4) for name in halves[0]},
         "additions": priors.additions,
         "lines": {
             name: {"weights": line.weights, "factor": line.factor, "margin": line.margin}
@@ -268,7 +289,7 @@ def main(corpus: Path = CORPUS, out: Path = OUT) -> None:
     }
     lines = json.dumps(data, separators=(",", ": ")).replace('"lines": {', '"lines": {\n').replace("},", "},\n")
     out.write_text(lines + "\n", encoding="utf-8")
-    print(f"{out}: {len(priors.lines)} lines from {len(text)} answers, {data['error']}")
+    print(f"{out}: {len(priors.lines)} lines; {data['error']}; held out: {data['error_held_out']}")
 
 
 if __name__ == "__main__":

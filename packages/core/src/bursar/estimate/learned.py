@@ -19,9 +19,9 @@ MAX_RUNS = 4096
 MAX_BRANCHES = 8  # conversations kept per run
 # A continued conversation: what was added is taken at the cold estimate's factor, the rest as it was billed.
 _RUN_FACTOR = 1.02
-_RUN_MARGIN = 44
+_RUN_MARGIN = 12
 _TOOLS_MARGIN = 64
-_LEAST_RATIO, _MOST_RATIO = 1.5, 2.5
+_LEAST_RATIO, _MOST_RATIO = 1.8, 2.5
 _TOOLS = FEATURES.index("schema")
 
 
@@ -79,7 +79,7 @@ class Learner:
             ratios = tuple(model.ratios.get(_size_class(expected), ())) if model else ()
             outputs = tuple(model.outputs) if model else ()
             unmeasured = max(model.unmeasured) * (1 + 1 / len(model.unmeasured)) if model and model.unmeasured else None
-        output = self._output(request, outputs, max_output_tokens)
+        output = self._output(request, outputs, max_output_tokens, context_window)
         if request.input_tokens is not None:
             tokens, basis = float(request.input_tokens), "the caller's count"
         elif not request.measured:
@@ -141,13 +141,16 @@ class Learner:
         return line.factor * expected + line.margin + added, expected
 
     @staticmethod
-    def _output(request: Request, outputs: tuple[float, ...], max_output_tokens: int | None) -> int:
-        limit = request.max_output_tokens if request.max_output_tokens is not None else max_output_tokens
-        learned = max(outputs) * (1 + 1 / len(outputs)) if outputs else math.inf
+    def _output(
+        request: Request, outputs: tuple[float, ...], max_output_tokens: int | None, context_window: int | None
+    ) -> int:
+        """Per answer. The request's own maximum is believed here, for xAI's reasoning too: what was observed corrects it."""
         if request.embeds:
             return 0
-        if learned is math.inf or learned == math.inf:
-            return output_bound(request, max_output_tokens) if limit is None else limit + request.prediction_bytes
+        learned = max(outputs) * (1 + 1 / len(outputs)) if outputs else math.inf
+        limit = request.max_output_tokens if request.max_output_tokens is not None else max_output_tokens
+        if math.isinf(learned):
+            return output_bound(request, max_output_tokens, context_window) if limit is None else limit
         return math.ceil(learned) if limit is None else min(limit, math.ceil(learned))
 
 

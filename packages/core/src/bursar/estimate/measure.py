@@ -212,7 +212,7 @@ class Meter:
             elif kind in _STORED or (kind == "reasoning" and "id" in node and not _carries_reasoning(node)):
                 self.stored = self.stored or f"an item of type {kind!r}"
         for key, value in node.items():
-            self.syntax_bytes += len(key) + 6
+            self.syntax_bytes += len(key) + 6 if isinstance(key, str) else 32
             if isinstance(value, str):
                 if key in _LABELS:
                     self.syntax_bytes += len(value)

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from json.encoder import encode_basestring
 from typing import Any
 
+from bursar.errors import InvalidInput
+
 
 def json_bytes(value: Any) -> int:
-    """Bytes of `value` as JSON in UTF-8, the way it is sent."""
-    text = encode_basestring(value) if type(value) is str else _encode(value)
+    """Bytes of `value` as JSON in UTF-8, the way it is sent. Raises InvalidInput where JSON cannot hold it."""
+    try:
+        text = encode_basestring(value) if type(value) is str else _encode(value)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"A part of the request cannot be sent as JSON: {error}. Pass plain data or message objects.",
+            value=type(value),
+        ) from error
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 

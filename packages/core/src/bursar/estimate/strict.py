@@ -51,7 +51,7 @@ def strict(request: Request, *, context_window: int | None = None, max_output_to
             " learned estimate for this budget.",
         )
     rounds = request.additions.rounds or 1
-    output = output_bound(request, max_output_tokens)
+    output = output_bound(request, max_output_tokens, context_window)
     attempts = request.retries + 1
     tokens, basis = _input_bound(request, context_window)
     return Estimate(
@@ -64,26 +64,26 @@ def strict(request: Request, *, context_window: int | None = None, max_output_to
     )
 
 
-def output_bound(request: Request, max_output_tokens: int | None) -> int:
-    """The most tokens of one answer: the enforced maximum, else the model's. UnboundedEstimate without either."""
+def output_bound(request: Request, max_output_tokens: int | None, context_window: int | None = None) -> int:
+    """The most tokens of one answer: the enforced maximum, else the model's, else its context window.
+
+    Raises UnboundedEstimate where none of them is known.
+    """
     if request.embeds:
         return 0
-    limits = [limit for limit in (request.max_output_tokens, max_output_tokens) if limit is not None]
-    if not limits:
+    enforced = request.max_output_tokens
+    if enforced is not None and request.limit_covers_reasoning:
+        return enforced + request.prediction_bytes
+    most = max_output_tokens if max_output_tokens is not None else context_window
+    if most is None:
         raise _unbounded(
             request,
-            "the request sets no maximum output, and none is known for the model",
+            "the request sets no maximum output, and none is known for the model"
+            if enforced is None
+            else "xAI's max_tokens does not limit the reasoning, and no maximum is known for the model",
             "Set max_output_tokens on the call, or the model's maximum in an override.",
         )
-    if request.max_output_tokens is None or not request.limit_covers_reasoning:
-        if max_output_tokens is None:
-            raise _unbounded(
-                request,
-                "xAI's max_tokens does not limit the reasoning, and no maximum is known for the model",
-                "Set the model's maximum output in an override, or use a model that does not reason.",
-            )
-        return (request.max_output_tokens or 0) + max_output_tokens + request.prediction_bytes
-    return request.max_output_tokens + request.prediction_bytes
+    return (enforced or 0) + most + request.prediction_bytes
 
 
 def text_bound(request: Request) -> int:
