@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bursar_langchain.demo.scenes import Played
 
 ROWS = 8
+_NUMBERS = {"calls", "cost", "of it estimated", "billed calls", "billed", "ledger"}
 
 
 def _money(nanos: int) -> str:
@@ -23,8 +24,8 @@ def _money(nanos: int) -> str:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -35,6 +36,8 @@ def play(url: str, model: str, live: bool) -> bool:
     from bursar_langchain.demo import books
     from bursar_langchain.demo.scenes import BUDGETS, LIVE_SCENES, SCENES, TOOLS, Played, Stage
 
+    # LangChain logs every refusal before it raises it; the table of stops says it once.
+    logging.getLogger("langchain_core.callbacks.manager").setLevel(logging.ERROR)
     console = Console(highlight=False)
     played: list[tuple[str, Played, list[UsageRecord]]] = []
     known: set[str] = set()

@@ -134,7 +134,7 @@ def _recorded_tools(steps: list[Recorded]) -> list[Any]:
 
 def loop_and_burn(stage: Stage) -> Played:
     """An agent that never comes to an end is stopped at $0.05."""
-    searching = Answer(tool_calls=[("search", {"query": "the answer"})], input_tokens=1_000, output_tokens=500)
+    searching = Answer(tool_calls=[("search", {"query": "the answer"})], output_tokens=500)
     with stage.provider(searching) as provider:
         agent = _agent(stage.chat(provider), [_search_tool()], "looper", "Search again until you find a result.")
         return _played(_ask(stage, agent, "Find the answer.", "looper", "loop-1"), provider)
@@ -142,7 +142,7 @@ def loop_and_burn(stage: Stage) -> Played:
 
 def swarm(stage: Stage) -> Played:
     """Twenty runs at once share one dollar."""
-    searching = Answer(tool_calls=[("search", {"query": "the answer"})], input_tokens=1_000, output_tokens=500)
+    searching = Answer(tool_calls=[("search", {"query": "the answer"})], output_tokens=500)
     with stage.provider(searching, latency_s=0.02) as provider:
 
         def one(number: int) -> str:
@@ -158,19 +158,19 @@ def swarm(stage: Stage) -> Played:
 
 def abandoned_stream(stage: Stage) -> Played:
     """A stream whose reader leaves after the third chunk is paid for all the same."""
-    story = Answer(text="Once upon a time " * 20, input_tokens=1_000, output_tokens=500, chunks=40)
+    story = Answer(text="Once upon a time " * 20, output_tokens=500, chunks=40)
     with stage.provider(story) as provider, stage.bursar.scope(workflow="demo", agent="reader", run="stream-1"):
         chat = stage.chat(provider, max_tokens=500)
         stream = chat.stream("Tell me a story.", config={"callbacks": [BursarCallbackHandler(stage.bursar)]})
         for _ in range(3):
             next(stream)
         stream.close()
-        return _played("left after 3 chunks; what it cost is not known, so what was reserved is booked", provider)
+        return _played("left after 3 chunks: what it cost is not known, so what was reserved is booked", provider)
 
 
 def timed_out(stage: Stage) -> Played:
     """A call whose client gives up may have been billed, so it is booked."""
-    slow = Answer(text="Too late.", input_tokens=1_000, output_tokens=500)
+    slow = Answer(text="Too late.", output_tokens=500)
     with (
         stage.provider(slow, latency_s=1.0) as provider,
         stage.bursar.scope(workflow="demo", agent="hasty", run="timeout-1"),
