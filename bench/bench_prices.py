@@ -69,7 +69,9 @@ def main() -> None:
     a, b, c, d = 1000, 2500, 500, 10_000
     floor = median_us(lambda: a * b + c * d, CALLS)
     print(f"prices {book.version}: read in {loaded_ms:.1f} ms; floor (two products) {floor:.2f} us\n")
-    print(f"{'one usage priced, median us':28} {'model.cost_nanos':>16} {'book.cost':>10} {'genai-prices':>13} {'times':>7}")
+    print(
+        f"{'one usage priced, median us':28} {'model.cost_nanos':>16} {'book.cost':>10} {'genai-prices':>13} {'times':>7}"
+    )
     for name, (provider, model, counts) in CASES.items():
         usage = Usage(**counts)  # type: ignore[arg-type]  # counts are integers by name
         found = book.find(provider, model, AT_US)

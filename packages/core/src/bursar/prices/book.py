@@ -37,7 +37,7 @@ class PriceBook:
     ) -> None:
         self.table, self.overrides, self.ceiling = table, overrides, ceiling
         self._tools = dict(tools or {})
-        self._tagged = any(override.match for override in overrides)
+        self._tagged = [(number, dict(o.match).items()) for number, o in enumerate(overrides) if o.match]
         self._slots = _SLOT_US if not any(map(_fine, overrides)) else 1
         self._nearest: dict[tuple[str, str], list[str]] = {}
         self._found: dict[tuple[Any, ...], ModelPrice] = {}
@@ -118,9 +118,8 @@ class PriceBook:
         return self._find(provider, model, part.model, at_us, tags)
 
     def _find(self, provider: str, asked: str, answered: str | None, at_us: int, tags: Mapping[str, str]) -> ModelPrice:
-        holding = (
-            tuple(i for i, o in enumerate(self.overrides) if o.match and o.holds(at_us, tags)) if self._tagged else ()
-        )
+        meant = tags.items()
+        holding = tuple([number for number, wanted in self._tagged if wanted <= meant]) if self._tagged else ()
         key = (provider, asked, answered, at_us // self._slots, holding)
         found = self._found.get(key)
         if found is None:
@@ -240,4 +239,4 @@ def _uplift(row: Row | None, region: str | None) -> Fraction:
 
 def _fine(override: Override) -> bool:
     """Whether an override begins or ends between two half hours, so that no two instants may share an answer."""
-    return any(edge is not None and edge % _SLOT_US for edge in override.span_us())
+    return any(edge is not None and edge % _SLOT_US for edge in override.span_us)

@@ -59,6 +59,8 @@ class Override:
     match: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     context_window: int | None = None
     max_output_tokens: int | None = None
+    # From when to when the override holds, in microseconds since 1970; made of the dates once, read at every call.
+    span_us: tuple[int | None, int | None] = field(init=False, repr=False, compare=False, default=(None, None))
 
     def __post_init__(self) -> None:
         for unit, amount in self.rates().items():
@@ -70,7 +72,8 @@ class Override:
                     'A tool of an Override needs a name, like tools={"web_search": "0.01"}.', argument="tools"
                 )
         self.factor()
-        start, end = self.span_us()
+        start, end = _instant_us(self.effective_from), _instant_us(self.effective_to)
+        object.__setattr__(self, "span_us", (start, end))
         if start is not None and end is not None and start >= end:
             raise InvalidInput(
                 f"The override of {self.model!r} ends on {self.effective_to}, before it begins on {self.effective_from}. "
@@ -102,13 +105,9 @@ class Override:
             )  # fmt: skip
         return 1 - part
 
-    def span_us(self) -> tuple[int | None, int | None]:
-        """From when (inclusive) to when (exclusive) the override holds, in microseconds since 1970."""
-        return _instant_us(self.effective_from), _instant_us(self.effective_to)
-
     def holds(self, at_us: int, tags: Mapping[str, str]) -> bool:
         """Whether the override holds at an instant for a call with these tags."""
-        start, end = self.span_us()
+        start, end = self.span_us
         inside = (start is None or at_us >= start) and (end is None or at_us < end)
         return inside and all(tags.get(key) == value for key, value in self.match.items())
 
@@ -119,7 +118,7 @@ class Override:
 
     def text(self) -> str:
         """The override as one line, the same for equal overrides: what the price book's version is made of."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return repr(
             {name: dict(value) if isinstance(value, Mapping) else str(value) for name, value in parts.items() if value}
         )
