@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.embeddings import Embeddings
 
@@ -12,6 +13,8 @@ from bursar_langchain.errors import langchain_error
 if TYPE_CHECKING:
     from bursar import Bursar
 
+Texts = TypeVar("Texts", str, list[str])
+Vectors = TypeVar("Vectors")
 _NO_USAGE = "LangChain's embeddings state no usage"
 
 
@@ -25,7 +28,12 @@ class GuardedEmbeddings(Embeddings):
     def __init__(self, embeddings: Embeddings, bursar: Bursar, *, provider: str, model: str, **tags: str) -> None:
         self.embeddings = embeddings
         self._bursar = bursar
-        self._call = {"provider": provider, "model": model, "endpoint": "embeddings", "default_tags": tags}
+        self._call: dict[str, Any] = {
+            "provider": provider,
+            "model": model,
+            "endpoint": "embeddings",
+            "default_tags": tags,
+        }
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return self._guarded(self.embeddings.embed_documents, texts) if texts else []
@@ -39,7 +47,7 @@ class GuardedEmbeddings(Embeddings):
     async def aembed_query(self, text: str) -> list[float]:
         return await self._aguarded(self.embeddings.aembed_query, text)
 
-    def _guarded(self, embed: Any, given: str | list[str]) -> Any:
+    def _guarded(self, embed: Callable[[Texts], Vectors], given: Texts) -> Vectors:
         try:
             with self._bursar.call(messages=given, **self._call) as call:
                 vectors = embed(given)
@@ -48,7 +56,7 @@ class GuardedEmbeddings(Embeddings):
         except BudgetExceeded as error:
             raise langchain_error(error) from error
 
-    async def _aguarded(self, embed: Any, given: str | list[str]) -> Any:
+    async def _aguarded(self, embed: Callable[[Texts], Awaitable[Vectors]], given: Texts) -> Vectors:
         try:
             async with self._bursar.acall(messages=given, **self._call) as call:
                 vectors = await embed(given)

@@ -80,6 +80,8 @@ class Gate:
         self.runs = Runs()
         self._open: dict[int, Open] = {}
         self._order = itertools.count()
+        self._unended = 0
+        self._ended = threading.Condition()
 
     @classmethod
     def of(cls, bursar: Bursar) -> Gate:
@@ -100,6 +102,8 @@ class Gate:
         opened = Open(next(self._order), None if parent_run_id is None else parent_run_id.int, batch, is_chat)
         if self._open.setdefault(key, opened) is not opened:
             return None
+        with self._ended:
+            self._unended += 1
         # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
         # cancelled, abandoned or refused by a later handler, so its death ends the call (only queued here: a finaliser
         # may run anywhere, under any lock).
@@ -113,6 +117,7 @@ class Gate:
             yield
         except BaseException as error:
             self._open.pop(run_id.int, None)
+            self._count_end()
             if opened.batch is not None:
                 # One refusal ends the whole of `generate([a, b])` before anything is sent.
                 for key in [key for key, other in self._open.items() if other.batch is opened.batch]:
@@ -158,12 +163,29 @@ class Gate:
     def finish(self, opened: Open, ending: Ending) -> None:
         """End the reservation."""
         with told_only():
-            getattr(opened.reservation, ending.verb)(*ending.args, **ending.options)
+            try:
+                getattr(opened.reservation, ending.verb)(*ending.args, **ending.options)
+            finally:
+                self._count_end()
 
     async def afinish(self, opened: Open, ending: Ending) -> None:
         """As `finish`, for async callers."""
         with told_only():
-            await getattr(opened.reservation, "a" + ending.verb)(*ending.args, **ending.options)
+            try:
+                await getattr(opened.reservation, "a" + ending.verb)(*ending.args, **ending.options)
+            finally:
+                self._count_end()
+
+    def _count_end(self) -> None:
+        with self._ended:
+            self._unended -= 1
+            if not self._unended:
+                self._ended.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every announced call has ended; False when that takes longer."""
+        with self._ended:
+            return self._ended.wait_for(lambda: not self._unended, timeout_s)
 
     def end_now(self, key: int, ending: Ending) -> None:
         """End a call from outside of its own events, if it is still open."""
@@ -191,6 +213,7 @@ class Gate:
     def forget(self) -> None:
         """After a fork, in the child: the open calls are the parent's."""
         self._open.clear()
+        self._unended, self._ended = 0, threading.Condition()
 
 
 @contextmanager
@@ -201,7 +224,7 @@ def told_only() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - raised, it would replace the answer or the call's own error
+    except Exception as error:  # raised, it would replace the answer or the call's own error
         log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
 
 

@@ -56,6 +56,13 @@ class BursarCallbackHandler(BaseCallbackHandler):
         self.tags = clean(tags)
         self._gate = Gate.of(bursar)
 
+    def drain(self, timeout_s: float = 10.0) -> bool:
+        """Wait until every call that was announced has ended, in the background too; False when that takes longer.
+
+        For the end of a program, before `bursar.close()`: a call that was cancelled or abandoned is booked a moment later.
+        """
+        return self._gate.drain(timeout_s)
+
     # -- model calls ---------------------------------------------------------------------------------------------
 
     def _model_call(
@@ -181,10 +188,10 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if opened is not None:
             await self._gate.afinish(opened, _read(read_error, opened, error, response))
 
-    on_chat_model_start = _TwoWays(_chat_start, _achat_start)  # type: ignore[assignment]
-    on_llm_start = _TwoWays(_llm_start, _allm_start)  # type: ignore[assignment]
-    on_llm_end = _TwoWays(_llm_end, _allm_end)  # type: ignore[assignment]
-    on_llm_error = _TwoWays(_llm_error, _allm_error)  # type: ignore[assignment]
+    on_chat_model_start = _TwoWays(_chat_start, _achat_start)
+    on_llm_start = _TwoWays(_llm_start, _allm_start)
+    on_llm_end = _TwoWays(_llm_end, _allm_end)
+    on_llm_error = _TwoWays(_llm_error, _allm_error)
 
     # -- tools ---------------------------------------------------------------------------------------------------
 
@@ -244,9 +251,9 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if opened is not None:
             await self._gate.afinish(opened, _failed_tool(error))
 
-    on_tool_start = _TwoWays(_tool_start, _atool_start)  # type: ignore[assignment]
-    on_tool_end = _TwoWays(_tool_end, _atool_end)  # type: ignore[assignment]
-    on_tool_error = _TwoWays(_tool_error, _atool_error)  # type: ignore[assignment]
+    on_tool_start = _TwoWays(_tool_start, _atool_start)
+    on_tool_end = _TwoWays(_tool_end, _atool_end)
+    on_tool_error = _TwoWays(_tool_error, _atool_error)
 
     # -- chains and graphs ---------------------------------------------------------------------------------------
 
@@ -278,7 +285,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if run is not None:
             self._gate.runs.remember(thread, run)
 
-    on_chain_start = _TwoWays(_chain_start, _achain_start)  # type: ignore[assignment]
+    on_chain_start = _TwoWays(_chain_start, _achain_start)
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)

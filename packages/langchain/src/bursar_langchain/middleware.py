@@ -16,8 +16,9 @@ from bursar_langchain.handler import BursarCallbackHandler
 from bursar_langchain.install import active, hook
 
 if TYPE_CHECKING:
-    from bursar import Bursar
     from langchain_core.language_models import BaseChatModel
+
+    from bursar import Bursar
 
 # What a model class calls the maximum output of one call, where it is not `max_tokens`.
 _LIMIT_NAMES = {

@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, for sets of field names."""
+    return frozenset(text.split())
+
+
 # Settings of the client in `invocation_params`: none of them reaches the prompt.
-_CLIENT_SETTINGS = frozenset(
+_CLIENT_SETTINGS = words(
     "_type model model_name model_id engine deployment_name azure_deployment streaming stream_usage model_kwargs max_retries"
     " timeout request_timeout default_request_timeout extra_headers default_headers default_query betas verbose"
-    " ls_structured_output_format disable_streaming stop_sequences stop headers base_url".split()
+    " ls_structured_output_format disable_streaming stop_sequences stop headers base_url"
 )
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_tokens_to_sample", "num_predict")
 # The clients' own retries where none are set: the SDKs of OpenAI, Anthropic and Groq try 2 times more, others up to 6.
@@ -64,7 +70,7 @@ def read_start(
     if retries is None:
         retries = _SDK_RETRIES if provider in _SDKS else _OTHER_RETRIES
     body = {
-        name: value
+        name: _plain(value)
         for name, value in params.items()
         if value is not None and name not in _CLIENT_SETTINGS and name not in _OUTPUT_LIMITS
     }
@@ -77,6 +83,16 @@ def read_start(
         "body": body,
         "retries": retries,
     }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it goes over the wire: classes that describe an output or a tool become their JSON schema."""
+    if isinstance(value, (list, tuple)):
+        return value if all(isinstance(one, (str, Mapping)) for one in value) else [_plain(one) for one in value]
+    if isinstance(value, type):
+        schema = getattr(value, "model_json_schema", None)
+        return schema() if schema is not None else {"title": value.__name__, "fields": str(value.__dict__)}
+    return value
 
 
 def output_limit(params: Mapping[str, Any], metadata: Mapping[str, Any]) -> int | None:

@@ -87,7 +87,8 @@ class Anthropic:
             yield "content_block_stop", {"index": index}
         ended: dict[str, Any] = {"delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None}}
         if made.report_usage:
-            ended["usage"] = {"output_tokens": made.counts.output_tokens}
+            totals = _usage(made.counts, made.counts.output_tokens)
+            ended["usage"] = {name: count for name, count in totals.items() if name.endswith("_tokens")}
         yield "message_delta", ended
         yield "message_stop", {}
 
