@@ -249,13 +249,26 @@ class Guard:
         return self._end(call, Settle(call.id, {"USD": cost}, cost, {}, outcome, facts=facts))
 
     def settle_unknown(self, call: Call, reason: str, now_us: int, *, known: Usage | None = None) -> Steps:
-        """Book what was reserved, as estimated, or what is `known` already where that is more."""
+        """Book the worst case, as estimated: what is `known` so far, else what was reserved, and the whole maximum output."""
         cost, usage, actuals = call.draft["cost_nanos"], call.draft["usage"], {}
-        if known is not None and call.price is not None and (least := call.price.cost_nanos(known)) > cost:
-            cost, usage = least, known.as_dict()
-            actuals = {"USD": cost, "tokens": known.input_tokens + known.output_tokens}
+        worst = self._worst(call, known)
+        if worst is not None and call.price is not None:
+            least = call.price.cost_nanos(worst)
+            if known is not None or least > cost:
+                cost, usage = least, worst.as_dict()
+                actuals = {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, reason, facts))
+
+    def _worst(self, call: Call, known: Usage | None) -> Usage | None:
+        """The usage of a call whose end nobody saw: a learned estimate of the output may lie below the maximum it had."""
+        request, estimate = call.request, call.estimate
+        if request is None or estimate is None:
+            return None
+        output = max(estimate.output_tokens, (request.max_output_tokens or 0) * request.n)
+        if known is None or not known.input_tokens:
+            return Usage(input_tokens=estimate.input_tokens, output_tokens=output, service_tier=call.service_tier)
+        return known.replace(output_tokens=max(output, known.output_tokens))
 
     def release(self, call: Call, reason: str, *, outcome: str = "cancelled") -> Steps:
         """Give everything back: the call was surely not billed."""

@@ -276,7 +276,12 @@ class AdapterContract:
 
     def test_an_agent_and_its_tool_are_attributed(self, provider: Provider, bursar: Bursar) -> None:
         self.need("agent")
-        ran = []
+        ran: list[str] = []
+
+        def search(query: str) -> str:
+            ran.append(query)
+            return "found"
+
         provider.script(
             [
                 Answer(tool_calls=[("search", {"query": "x"})], input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS),
@@ -288,7 +293,7 @@ class AdapterContract:
             ]
         )
         with self.install(bursar), bursar.scope(run="agent-run"):
-            self.agent(provider.url, "Search for x.", lambda query: ran.append(query) or "found")
+            self.agent(provider.url, "Search for x.", search)
         covered(bursar, provider)
         assert ran == ["x"]
         calls = [record for record in records(bursar) if "tool" not in record.tags]
