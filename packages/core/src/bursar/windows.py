@@ -79,28 +79,49 @@ class Window:
 
     def _around(self, at_us: int) -> tuple[int, int]:
         if self.name in _BY_CLOCK:
-            return self._around_clock(at_us, _BY_CLOCK[self.name])
+            length_us = _BY_CLOCK[self.name]
+            return self._clock_start(at_us, length_us), self._clock_end(at_us, length_us)
         first, following = _BY_DATE[self.name](_local(at_us, self.zone).date())
+        if at_us >= _midnight(following, self.zone):  # the clock was set back over midnight: it is not yesterday again
+            first, following = _BY_DATE[self.name](following)
         return _midnight(first, self.zone), _midnight(following, self.zone)
 
-    def _around_clock(self, at_us: int, length_us: int) -> tuple[int, int]:
-        start = self._clock_start(at_us, length_us)
-        end = start + length_us
-        # An offset that changes by less than the window (Lord Howe: 30 minutes) makes one window shorter or longer.
-        before = self._clock_start(end - 1, length_us)
-        if before != start:
-            return start, before
-        for _ in range(8):
-            following = self._clock_start(end, length_us)
-            if following != start:
-                return start, following
-            end += length_us // 4
-        return start, end
+    # A clock window ends where the zone's clock strikes, and where a change of the clocks skips that moment. A change by
+    # less than the window (Lord Howe: 30 minutes) makes one window shorter or longer.
 
     def _clock_start(self, at_us: int, length_us: int) -> int:
-        local = _local(at_us, self.zone)
-        whole = local.replace(second=0, microsecond=0)
-        return _instant(whole.replace(minute=0) if length_us == _BY_CLOCK["hour"] else whole)
+        offset_us = self._offset_us(at_us)
+        start = (at_us + offset_us) // length_us * length_us - offset_us
+        if self._offset_us(start) == offset_us:
+            return start
+        change = self._change(start, at_us)
+        return change if self._strikes(change, length_us) else self._clock_start(change - 1, length_us)
+
+    def _clock_end(self, at_us: int, length_us: int) -> int:
+        offset_us = self._offset_us(at_us)
+        end = ((at_us + offset_us) // length_us + 1) * length_us - offset_us
+        if self._offset_us(end) == offset_us:
+            return end
+        change = self._change(at_us, end)
+        return change if self._strikes(change, length_us) else self._clock_end(change, length_us)
+
+    def _offset_us(self, at_us: int) -> int:
+        return (_local(at_us, self.zone).utcoffset() or timedelta()) // timedelta(microseconds=1)
+
+    def _change(self, before: int, after: int) -> int:
+        """The first instant of the offset that is in force at `after`, and not yet at `before`."""
+        offset_us = self._offset_us(after)
+        while after - before > 1:
+            middle = (before + after) // 2
+            if self._offset_us(middle) == offset_us:
+                after = middle
+            else:
+                before = middle
+        return after
+
+    def _strikes(self, change: int, length_us: int) -> bool:
+        before, now = change - 1 + self._offset_us(change - 1), change + self._offset_us(change)
+        return before // length_us != now // length_us or now % length_us == 0
 
 
 def _local(at_us: int, zone: ZoneInfo) -> datetime:
