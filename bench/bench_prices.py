@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from bursar.prices import PriceBook
 from bursar.usage import Usage
@@ -33,16 +34,16 @@ CASES = {
 }
 
 
-def median_us(work: Callable[[], object], calls: int) -> float:
-    """The median over rounds of the time of one call, in microseconds."""
-    work()
-    times = []
+def medians_us(works: list[tuple[Callable[[], object], int]]) -> list[float]:
+    """The medians over rounds of the time of one call, in microseconds; every round takes all works in turn."""
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times)
+        for (work, calls), taken in zip(works, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(calls):
+                work()
+            taken.append((time.perf_counter() - start) / calls * 1e6)
+    return [statistics.median(taken) for taken in times]
 
 
 def peer(provider: str, model: str, counts: dict[str, int]) -> Callable[[], object] | None:
@@ -67,25 +68,19 @@ def main() -> None:
     loaded_ms = (time.perf_counter() - started) * 1e3
     gc.disable()
     a, b, c, d = 1000, 2500, 500, 10_000
-    floor = median_us(lambda: a * b + c * d, CALLS)
+    [floor] = medians_us([(lambda: a * b + c * d, CALLS)])
     print(f"prices {book.version}: read in {loaded_ms:.1f} ms; floor (two products) {floor:.2f} us\n")
     print(
         f"{'one usage priced, median us':28} {'model.cost_nanos':>16} {'book.cost':>10} {'genai-prices':>13} {'times':>7}"
     )
     for name, (provider, model, counts) in CASES.items():
         usage = Usage(**counts)  # type: ignore[arg-type]  # counts are integers by name
-        found = book.find(provider, model, AT_US)
-        alone = median_us(lambda found=found, usage=usage: found.cost_nanos(usage), CALLS)  # type: ignore[misc]
-        whole = median_us(
-            lambda provider=provider, model=model, usage=usage: book.cost(provider, model, usage, at_us=AT_US),  # type: ignore[misc]
-            CALLS,
-        )
+        alone = partial(book.find(provider, model, AT_US).cost_nanos, usage)
+        whole = partial(book.cost, provider, model, usage, at_us=AT_US)
         other = peer(provider, model, counts)
-        theirs = median_us(other, CALLS // 20) if other else None
-        ratio = f"{theirs / whole:6.1f}x" if theirs else "-"
-        print(f"{name:28} {alone:16.2f} {whole:10.2f} {theirs if theirs else 0:13.1f} {ratio:>7}")
-    if other is None:
-        print("\ngenai-prices is not installed: its column is empty.")
+        ours, booked, *theirs = medians_us([(alone, CALLS), (whole, CALLS), *([(other, CALLS // 20)] if other else [])])
+        compared = f"{theirs[0]:13.1f} {theirs[0] / booked:6.1f}x" if theirs else f"{'not installed':>13}"
+        print(f"{name:28} {ours:16.2f} {booked:10.2f} {compared}")
 
 
 if __name__ == "__main__":

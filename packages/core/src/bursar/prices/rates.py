@@ -112,7 +112,9 @@ class Rates:
         counts = _tokens(usage)
         level = self.plain or self.level(counts[0])
         if any(counts[2:]):
-            total = sum(map(mul, _consistent(counts), level.coefficients))
+            if counts[2] + counts[3] + counts[4] > counts[0] or counts[5] + counts[12] + counts[13] > counts[1]:
+                counts = _consistent(counts)
+            total = sum(map(mul, counts, level.coefficients))
         else:  # text without a cache: two products
             total = counts[0] * level.coefficients[0] + counts[1] * level.coefficients[1]
         if level.beside:
@@ -135,12 +137,11 @@ def _consistent(counts: tuple[int, ...]) -> tuple[int, ...]:
     they are billed twice: as read, and as stored. Output parts above the total are cut, the reasoning first.
     """
     tokens_in, tokens_out, read, write_5m, write_1h, reasoning = counts[:6]
-    audio_out, image_out = counts[12:]
+    media_out = counts[12] + counts[13]
     if read + write_5m + write_1h > tokens_in:
         tokens_in = max(tokens_in, read) + write_5m + write_1h
-    if reasoning + audio_out + image_out > tokens_out:
-        tokens_out = max(tokens_out, audio_out + image_out)
-        reasoning = min(reasoning, tokens_out - audio_out - image_out)
+    tokens_out = max(tokens_out, media_out)
+    reasoning = min(reasoning, tokens_out - media_out)
     return (tokens_in, tokens_out, read, write_5m, write_1h, reasoning, *counts[6:])
 
 
