@@ -1,6 +1,7 @@
-"""One fsync for many callers: SQLite full with 32 tasks and 32 threads, against its lone caller, and that one without the executor.
+"""One fsync for many callers: SQLite full with 32 tasks and 32 threads, against its lone caller with and without the executor.
 
-Run: `python bench/bench_group_commit.py`. An fsync's time differs from disk to disk and from hour to hour, so each round has all four.
+Run: `python bench/bench_group_commit.py`. An fsync's time differs from disk to disk and from hour to hour: each round has
+all four, and the table ends with what an fsync took.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import at_least, table  # noqa: E402
-from pair import commands  # noqa: E402
+from measure import at_least, table
+from pair import commands
 
-from bursar.commands import Answer, Command, Ended  # noqa: E402
-from bursar.stores.sqlite import SqliteStore  # noqa: E402
+from bursar.commands import Answer, Command, Ended
+from bursar.stores.sqlite import SqliteStore
 
 CALLERS, EACH, ROUNDS = 32, 20, 15
 ALONE = 100

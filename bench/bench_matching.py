@@ -9,11 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import at_most, in_turns, table  # noqa: E402
+from measure import at_most, in_turns, table
 
-from bursar import Budget  # noqa: E402
-from bursar.policy import Policy  # noqa: E402
-from bursar.scope import Scope  # noqa: E402
+from bursar import Budget
+from bursar.policy import Policy
+from bursar.scope import Scope
 
 UNITS = ("USD", "tokens", "requests", "slots")
 TAGS = {

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import at_most, in_turns, table  # noqa: E402
-from pair import commands, pair, raw_pair  # noqa: E402
+from measure import at_most, in_turns, table
+from pair import commands, pair, raw_pair
 
-from bursar.stores.memory import MemoryStore  # noqa: E402
-from bursar.stores.sqlite import SqliteStore  # noqa: E402
+from bursar.stores.memory import MemoryStore
+from bursar.stores.sqlite import SqliteStore
 
 FEW = 1_000
 _COPY = """
@@ -77,7 +77,10 @@ def pairs(folder: Path) -> None:
 
 
 def records(folder: Path, many: int) -> None:
-    few, full = SqliteStore(folder / "few.db", durability="process"), SqliteStore(folder / "many.db", durability="process")
+    few, full = (
+        SqliteStore(folder / "few.db", durability="process"),
+        SqliteStore(folder / "many.db", durability="process"),
+    )
     fill(few, FEW)
     begun = time.perf_counter()
     fill(full, many)
@@ -90,7 +93,12 @@ def records(folder: Path, many: int) -> None:
         ("records", "us a pair, median", "ratio", "figure"),
         [
             (f"{FEW:,}", f"{found['few']:.0f}", "1", ""),
-            (f"{many:,} ({size:.0f} MiB, filled in {filled_s:.0f} s)", f"{found['many']:.0f}", f"{ratio:.2f}", at_most(ratio, 1.3)),
+            (
+                f"{many:,} ({size:.0f} MiB, filled in {filled_s:.0f} s)",
+                f"{found['many']:.0f}",
+                f"{ratio:.2f}",
+                at_most(ratio, 1.3),
+            ),
         ],
     )
     for store in (few, full):

@@ -84,8 +84,9 @@ def raw_pair(connection: sqlite3.Connection) -> Callable[[], None]:
     amounts = json.dumps({rule.key: ACTUALS[rule.unit] for rule, _ in LINES})
     tags = tuple(
         DRAFT["tags"].get(tag)  # type: ignore[attr-defined]
-        for tag in ("org", "team", "project", "user", "customer", "workflow", "agent", "run", "tool")
+        for tag in (*"org team project user customer workflow agent run tool connection provider model".split(), "")
     )
+    settled = ("settlement", None, "completed", 0, "", ACTUALS["USD"], usage, amounts)
 
     def run() -> None:
         id = next(_ids)
@@ -95,7 +96,7 @@ def raw_pair(connection: sqlite3.Connection) -> Callable[[], None]:
             'UPDATE accounts SET reserved = reserved + ? WHERE key = ? AND spent + reserved + ? <= "limit"', holds
         )
         rated = execute(
-            'UPDATE accounts SET reserved = reserved + ?1, at_us = ?2, '
+            "UPDATE accounts SET reserved = reserved + ?1, at_us = ?2, "
             'level = min("limit", level + (?2 - at_us) * "limit" / period_us) - ?1 '
             "WHERE key = ?3 AND level >= ?1",
             (one, now_us, rate.key),
@@ -113,9 +114,7 @@ def raw_pair(connection: sqlite3.Connection) -> Callable[[], None]:
         execute("UPDATE accounts SET reserved = reserved - ?, spent = spent + ? WHERE key = ?", (one, one, rate.key))
         execute(
             f"INSERT INTO records VALUES ({', '.join('?' * 27)})",
-            (id, "settlement", None, "completed", 0, "", ACTUALS["USD"], usage, amounts, now_us, now_us, "", draft, facts)
-            + tags
-            + ("openai", "openai", "gpt-4o", "gpt-4o-2024-08-06"),
+            (id, *settled, now_us, now_us, "", draft, facts, *tags),
         )
         execute("COMMIT")
 

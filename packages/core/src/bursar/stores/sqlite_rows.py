@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json, to_json  # a quarter of the time of json, which was a fifth of a shared commit
 
 from bursar.accounts import Account, Rule
 from bursar.commands import Entry, Reservation, Row
@@ -65,13 +66,15 @@ LAST_TIME = (
     "UNION ALL SELECT max(settled_us) FROM (SELECT settled_us FROM records ORDER BY id DESC LIMIT 100))"
 )
 
-dumps = json.JSONEncoder(separators=(",", ":"), sort_keys=False, ensure_ascii=False).encode
-_loads = json.loads
+
+def dumps(value: object) -> str:
+    """Compact JSON, keys in the order in which they stand."""
+    return to_json(value).decode()
 
 
 def account(row: tuple[Any, ...]) -> Account:
     """The account in a row of `accounts`."""
-    buckets = tuple((index, amount) for index, amount in _loads(row[19])) if row[19] else ()
+    buckets = tuple((index, amount) for index, amount in from_json(row[19])) if row[19] else ()
     return Account._make((Rule._make((*row[:9], bool(row[9]))), *row[10:19], buckets))
 
 
@@ -85,13 +88,13 @@ def entry(row: tuple[Any, ...]) -> Entry:
         bool(estimated),
         reason,
         cost,
-        _loads(usage),
-        _loads(amounts),
+        from_json(usage),
+        from_json(amounts),
         reserved,
         settled,
         digest,
-        _loads(draft),
-        _loads(facts),
+        from_json(draft),
+        from_json(facts),
     )
 
 
@@ -148,8 +151,8 @@ class Rows(dict[str, Row | None]):
         found = self._execute(_GET_RESERVATION, (id,)).fetchone()
         if found:
             self._drafts[id] = found[6]
-            held = tuple((key, unit, amount) for key, unit, amount in _loads(found[1]))
-            return Reservation._make((id, held, *found[2:6], _loads(found[6])))
+            held = tuple((key, unit, amount) for key, unit, amount in from_json(found[1]))
+            return Reservation._make((id, held, *found[2:6], from_json(found[6])))
         found = self._execute(_GET_ENTRY, (id,)).fetchone()
         return entry(found) if found else None
 
@@ -160,7 +163,7 @@ class Rows(dict[str, Row | None]):
 
     def commit(self) -> None:
         """Write every row that was put, each once, and commit."""
-        moved, new, ended, entries = [], [], [], []
+        moved, new, opened, ended, entries = [], [], [], [], []
         stored, drafts = self._stored, self._drafts
         for key, row in self._puts.items():
             if type(row) is Account:
@@ -177,7 +180,7 @@ class Rows(dict[str, Row | None]):
                     self._execute(_EXTEND_RESERVATION, (row.expires_us, key))
                 else:
                     draft = drafts[key] = dumps(row.draft)
-                    self._execute(_NEW_RESERVATION, (key, dumps(row.held), *row[2:6], draft))
+                    opened.append((key, dumps(row.held), *row[2:6], draft))
             elif type(row) is Entry:
                 del self[key]  # nobody asks for it but a repeated command
                 if row.kind in ("settlement", "release", "expiry"):
@@ -189,6 +192,8 @@ class Rows(dict[str, Row | None]):
             self._many(_MOVE_ACCOUNT, moved)
         if new:
             self._many(_PUT_ACCOUNT, new)
+        if opened:
+            self._many(_NEW_RESERVATION, opened)
         if ended:
             self._many(_END_RESERVATION, ended)
         if entries:
