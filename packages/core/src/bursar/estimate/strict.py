@@ -25,7 +25,7 @@ class Estimate:
     """What one call may use before it is sent: totals over all its answers and, in strict mode, over the client's own
     retries.
 
-    `max_output_tokens`: the output counted for one answer; `answers`: how many are counted (n x attempts). `basis`
+    `max_output_tokens`: the output counted for one answer; `answers`: how many are counted (n x attempts x rounds). `basis`
     says in words where the figures come from.
     """
 
