@@ -46,8 +46,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
 
     raise_error = True  # without it, LangChain logs a refusal and sends the call
     run_inline = True  # in the caller's own task, which may be cancelled; see _TwoWays for why nothing blocks there
-    ignore_retriever = True
-    ignore_agent = True
+    ignore_retriever = True  # not ignore_agent: LangChain means tools by it
     ignore_retry = True
     ignore_custom_event = True
 
