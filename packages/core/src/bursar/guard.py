@@ -9,7 +9,7 @@ from typing import Any
 from bursar.accounts import Rule
 from bursar.call import Call, Pause, Post, Reload, Step, Steps
 from bursar.commands import Answer, Charge, Ended, Entry, Granted, Refused, Rejected, Release, Reserve, Settle
-from bursar.errors import StoreError
+from bursar.errors import StoreError, UnboundedEstimate
 from bursar.estimate import Estimate, Learner, strict
 from bursar.policy import Matched, Policy
 from bursar.prices import PriceBook
@@ -184,7 +184,25 @@ class Guard:
             media=bool(call.request.media),
             service_tier=call.service_tier,
         )
-        return _amounts(call, estimate, cost_nanos)
+        return _amounts(call, estimate, cost_nanos + self._fees_bound(call))
+
+    def _fees_bound(self, call: Call) -> int:
+        """What the provider's own tools may cost beside their tokens."""
+        assert call.request is not None
+        assert call.price is not None
+        additions = call.request.additions
+        fee_nanos = call.price.dearest_tool_nanos(additions.server)
+        if not fee_nanos:
+            return 0
+        if additions.uses is None:
+            raise UnboundedEstimate(
+                f"A strict budget cannot bound this call of {call.model}: {', '.join(additions.server[:3])} may be used any "
+                "number of times, each at a fee. Set max_uses or max_tool_calls, or use the learned estimate for this budget.",
+                reason="nothing limits how often the provider's tools are used",
+                provider=call.provider,
+                model=call.model,
+            )
+        return fee_nanos * additions.uses * call.attempts
 
     def _write_draft(self, call: Call, cost_nanos: int, usage: dict[str, int]) -> None:
         """What the call's record will tell, whatever becomes of this process."""

@@ -39,14 +39,15 @@ class Additions:
     """`tools`: declared by the caller; `hidden`: those of them for which the provider writes a prompt; `server`: the
     provider's own.
 
-    `rounds`: how often the model is run at most, or None where nothing limits it; `stored`, `routed`: the reason in
-    words, or empty.
+    `rounds`: how often the model is run at most, `uses`: how often its own tools are used in all, each None where nothing
+    limits it; `stored`, `routed`: the reason in words, or empty.
     """
 
     tools: int = 0
     hidden: int = 0
     server: list[str] = field(default_factory=list)
     rounds: int | None = 1
+    uses: int | None = 0
     stored: str = ""
     routed: str = ""
 
@@ -77,6 +78,7 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
         )  # `pro` was billed 20 times the request's bytes
     if found.server:
         found.rounds = _rounds(body, found.server, uses, anthropic)
+        found.uses = _uses(body, found.server, uses)
     for name in _STORED:
         if body.get(name):
             found.stored = f"`{name}`"
@@ -136,6 +138,15 @@ def _compacts(body: Mapping[str, Any]) -> bool:
     return isinstance(edits, (list, tuple)) and any(
         "compact" in str(edit.get("type")) for edit in edits if isinstance(edit, Mapping)
     )
+
+
+def _uses(body: Mapping[str, Any], server: list[str], uses: list[int | None]) -> int | None:
+    """How often the provider's tools are used at most, in all; turns (xAI) may hold several uses each."""
+    limit = body.get("max_tool_calls")
+    if isinstance(limit, int) and limit >= 0:
+        return limit
+    limits = [use for use in uses if use is not None]
+    return sum(limits) if len(limits) == len(server) else None
 
 
 def _rounds(body: Mapping[str, Any], server: list[str], uses: list[int | None], anthropic: bool) -> int | None:

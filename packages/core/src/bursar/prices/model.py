@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -159,6 +159,17 @@ class ModelPrice:
         """What one use of a server-side tool costs beside its tokens, rounded up, or None when no price is known."""
         fee = self._standard.fees.get(tool)
         return None if fee is None else -(-fee.numerator // fee.denominator)
+
+    def dearest_tool_nanos(self, tools: Iterable[str]) -> int:
+        """The most that one use of any of these server-side tools costs, named as requests name them (`web_search_20250305`).
+
+        A tool that no fee's name begins counts as the dearest of all. Rounded up.
+        """
+        most = Fraction(0)
+        for tool in tools:
+            named = [fee for name, fee in self._standard.fees.items() if tool.startswith(name.split("/")[0])]
+            most = max([most, *(named or self._standard.fees.values())])
+        return -(-most.numerator // most.denominator)
 
     def rates(self, service_tier: str | None = None, *, batch: bool = False, region: str | None = None) -> Rates:
         """The rates of a service tier and region. A tier that the provider has no price for is served at its standard rates."""
