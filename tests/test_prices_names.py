@@ -72,6 +72,7 @@ def test_the_spellings_of_a_provider_are_one(spellings: str, name: str) -> None:
             "bedrock/us.anthropic.claude-haiku-4-5-20251001-v1:0",
             "bedrock/regional.anthropic.claude-haiku-4-5-20251001-v1:0",
         ),
+        ("bedrock", "qwen.qwen3-235b-a22b-2507-v1:0", "bedrock/qwen.qwen3-235b-a22b-2507"),
         # Azure: deployments are named freely, types of deployment cost the same
         ("azure_openai", "gpt-4o", "azure/gpt-4o"),
         ("azure", "gpt-realtime-global-standard", "azure/gpt-realtime"),

@@ -7,6 +7,7 @@ Only figures, dates and names are taken. The output is the same for the same inp
 from __future__ import annotations
 
 import json
+import re
 import sys
 from hashlib import sha256
 from importlib.metadata import version
@@ -18,12 +19,15 @@ from price_sources.cost_map import litellm_models
 from price_sources.genai import genai_models
 from price_sources.model import Model
 
-from bursar.prices.names import places, profiles
+from bursar.prices.names import bedrock_base, places
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "packages/core/src/bursar/prices/table.json"
 REPORT = ROOT / "docs/price-disagreements.md"
 LIMIT_BYTES = 1_500_000
+_REGION = re.compile(
+    r"(?:us|eu|apac|au|jp|in|ca|sa|us-gov|global)[./]|.*/"
+)  # names that are finer than the first source
 Disagreement = tuple[str, str, str, dict[str, Any], dict[str, Any]]  # provider, row, name, one's figures, the other's
 COMPARED = (
     "input_mtok",
@@ -49,8 +53,9 @@ def merge(first: dict[tuple[str, str], Model], second: list[Model]) -> list[Disa
     disagreements = []
     for model in second:
         name = model.id.lower()
-        whole = profiles(name) if model.provider == "bedrock" else [name]  # a region's profile is the same model
-        exact = next((names[model.provider, form] for form in whole if (model.provider, form) in names), None)
+        exact = names.get((model.provider, name))
+        if exact is None and model.provider == "bedrock" and not _REGION.match(name):
+            exact = names.get((model.provider, bedrock_base(name)))  # the first source leaves versions out
         if exact is not None and exact.source == model.source:
             exact.fill_limits(model)  # the same model under two keys of one source
             continue

@@ -114,5 +114,5 @@ def _genai_names(provider: str, match: Any) -> Iterable[str]:
     for clause in getattr(match, "or_", [match]):
         for kind in ("equals", "starts_with", "ends_with", "contains"):
             name = getattr(clause, kind, None)
-            if name and not re.search(r"-20\d\d$|-0$|preview-$", name):
+            if name and not re.search(r"-20\d\d$|(?:flash|gpt-4)-0$|preview-$", name):
                 yield name.lower().lstrip("/").rstrip("-@")

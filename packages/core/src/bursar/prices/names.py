@@ -49,6 +49,7 @@ _VENDORS = {
     "openai": "openai", "anthropic": "anthropic", "google": "google", "x-ai": "xai", "mistralai": "mistral", "deepseek": "deepseek",
     "cohere": "cohere", "perplexity": "perplexity", "moonshotai": "moonshotai", "z-ai": "zai",
 }  # fmt: skip
+_BY_VENDOR = frozenset({"azure", "vertex", "bedrock", "google"})  # hosts that put the vendor's name before the model's
 _HUGGING_FACE_PARTNERS = {
     "cerebras", "cohere", "fireworks-ai", "groq", "hyperbolic", "nebius", "novita", "nscale", "ovhcloud", "publicai", "sambanova",
     "together", "zai-org", "featherless-ai",
@@ -71,6 +72,8 @@ _DEPLOYMENT = re.compile(
     r"-(?:global|data-?zone)(?:-standard|-batch)?$"
 )  # how Azure names what the price of the model covers
 _ROUTES = re.compile(r":(?:online|nitro|floor|exacto)$")  # how OpenRouter picks a host; the price is the model's
+
+_RULES = ((_ROUTES, "openrouter"), (_DEPLOYMENT, "azure"), (_BEDROCK_VERSION, "bedrock"), (_SNAPSHOT, None))
 
 
 def provider_name(provider: str) -> str:
@@ -130,49 +133,46 @@ def _forms(host: str, name: str) -> Iterator[str]:
     whole = [name]
     if name.startswith("arn:"):
         whole.append(name.rpartition("/")[2])
-    for prefix in ("models/", "tunedmodels/", "openrouter/"):
-        if name.startswith(prefix):
-            whole.append(name.removeprefix(prefix))
-    if "/models/" in name:  # projects/p/locations/l/publishers/google/models/m
-        whole.append(name.rpartition("/models/")[2])
+    first, _, rest = name.partition("/")
+    if rest and provider_name(first) == host:  # LiteLLM's provider/model
+        whole.append(rest)
+    for prefix in ("models/", "tunedmodels/"):
+        if whole[-1].startswith(prefix):
+            whole.append(whole[-1].removeprefix(prefix))
+    if "/models/" in whole[-1]:  # projects/p/locations/l/publishers/google/models/m
+        whole.append(whole[-1].rpartition("/models/")[2])
     first, _, rest = whole[-1].partition("/")
-    if rest and (
-        provider_name(first) == host or (host in {"azure", "vertex", "bedrock", "google"} and first in _VENDORS)
-    ):
+    if rest and first in _VENDORS and host in _BY_VENDOR:
         whole.append(rest)
     tuned = _FINE_TUNED.match(whole[-1])
     if tuned:
         whole.append(f"ft:{tuned[1] or tuned[2]}")
     for form in dict.fromkeys(whole):
         yield from _stripped(host, form)
+    region = re.match(rf"(?:{_REGIONS}|global)\.(.+)", whole[-1]) if host == "bedrock" else None
+    if region:  # no price of its own: the model's
+        yield from _stripped(host, region[1])
 
 
 def _stripped(host: str, name: str) -> Iterator[str]:
-    heads = profiles(name) if host == "bedrock" else [name]
-    for form in heads:
-        yield form
-    for form in heads:
-        for _ in range(4):  # version, date, stage: no name carries more
-            shorter = _ROUTES.sub("", form) if host == "openrouter" else form
-            if host == "bedrock":
-                shorter = _BEDROCK_VERSION.sub("", shorter)
-            if host == "azure":
-                shorter = _DEPLOYMENT.sub("", shorter)
-            dated = _SNAPSHOT.sub("", shorter)
-            if dated != shorter:
-                yield dated
-                shorter = _STAGE.sub("", dated)
-            if shorter == form:
+    """A whole name, then without version, date and stage; on Bedrock also under the regional profile that stands for it."""
+    heads = [name]
+    if host == "bedrock" and not name.startswith("global."):
+        region = re.match(rf"{_REGIONS}\.(.+)", name)
+        heads.append(f"regional.{region[1] if region else name}")
+    yield from heads
+    rules = [rule for rule, where in _RULES if where in (None, host)]
+    for head in heads:
+        form, dated = head, False
+        for _ in range(4):  # route or deployment, version, date, stage: no name carries more
+            rule = next((rule for rule in rules if rule.search(form)), _STAGE if dated else None)
+            if rule is None or not (shorter := rule.sub("", form)) or shorter == form:
                 break
-            yield shorter
+            dated = dated or rule is _SNAPSHOT
             form = shorter
+            yield form
 
 
-def profiles(name: str) -> list[str]:
-    """Inference profiles: `us.`, `eu.`, ... carry the region's price, `global.` the global one, a bare name the region's."""
-    regional = re.match(rf"{_REGIONS}\.(.+)", name)
-    if regional:
-        return [name, f"regional.{regional[1]}", regional[1]]
-    if name.startswith("global."):
-        return [name, name.removeprefix("global.")]
-    return [name, f"regional.{name}"]
+def bedrock_base(name: str) -> str:
+    """A Bedrock name without its version: `anthropic.claude-v2:1` is a name, `...-20250929-v1:0` a version of one."""
+    return _BEDROCK_VERSION.sub("", name)
