@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from fractions import Fraction
 from hashlib import sha256
 from types import MappingProxyType
@@ -214,6 +213,8 @@ _packaged: PriceBook | None = None
 
 def _nearest(name: str, known: list[str]) -> list[str]:
     """Up to three known names, those with the longest common beginning first."""
+    from difflib import get_close_matches  # loads when a name is unknown
+
     plain = name.lower()
     close = get_close_matches(plain, known, n=12, cutoff=0.4)
     return sorted(close, key=lambda model: -_shared_beginning(plain, model.lower()))[:3]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 DAY_US = 86_400_000_000
@@ -104,4 +104,4 @@ class Table:
 @lru_cache(maxsize=1)
 def packaged() -> Table:
     """The table that comes with Bursar, read once per process."""
-    return Table(json.loads(files("bursar.prices").joinpath("table.json").read_bytes()))
+    return Table(json.loads(Path(__file__).with_name("table.json").read_bytes()))
