@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -40,26 +39,16 @@ def fill(store: SqliteStore, records: int) -> None:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def store_alone(store: MemoryStore) -> Callable[[], None]:
-    """The store's part: the commands are made beforehand, as the guard makes them."""
-    made = iter([command for _ in range(20_000) for command in commands()])
-    execute = store.execute
-
-    def run() -> None:
-        execute(next(made))
-        execute(next(made))
-
-    return run
-
-
 def pairs(folder: Path) -> None:
     memory, process = MemoryStore(), SqliteStore(folder / "process.db", durability="process")
     full, raw = SqliteStore(folder / "full.db"), SqliteStore(folder / "raw.db", durability="process")
-    pair(raw)()  # its accounts exist
+    pair(raw.execute)()  # its accounts exist
     assert raw._connection is not None
-    fast = in_turns({"memory": store_alone(memory)}, 1_000)
-    durable = in_turns({"raw driver": raw_pair(raw._connection), "SQLite process": pair(process)}, 300, rounds=31)
-    synced = in_turns({"SQLite full, a lone caller": pair(full)}, 50)
+    fast = in_turns({"memory": pair(memory.execute)}, 1_000)
+    durable = in_turns(
+        {"raw driver": raw_pair(raw._connection), "SQLite process": pair(process.execute)}, 300, rounds=31
+    )
+    synced = in_turns({"SQLite full, a lone caller": pair(full.execute)}, 50)
     floor = durable["raw driver"]
     ratio = durable["SQLite process"] / floor
     table(
@@ -85,7 +74,7 @@ def records(folder: Path, many: int) -> None:
     begun = time.perf_counter()
     fill(full, many)
     filled_s = time.perf_counter() - begun
-    found = in_turns({"few": pair(few), "many": pair(full)}, 300, rounds=31)
+    found = in_turns({"few": pair(few.execute), "many": pair(full.execute)}, 300, rounds=31)
     ratio = found["many"] / found["few"]
     size = (folder / "many.db").stat().st_size / 2**20
     table(

@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 
 from bursar.accounts import Rule
-from bursar.commands import Ended, Granted, Reserve, Settle
-from bursar.stores.base import Store
+from bursar.commands import Command, Ended, Reserve, Settle
 
 TTL_US = 600_000_000
 _ids = (f"{time.time_ns() // 1_000:014x}-{number:016x}" for number in itertools.count())
@@ -27,6 +26,20 @@ LINES = (
     (_rule("team", "USD", {"team": "research"}, 10**15), 7_500_000),
     (_rule("tokens", "tokens", {}, 10**15), 1_500),
     (_rule("rate", "requests", {}, 10**8, 60_000_000), 1),
+)
+TAGS = (
+    "org",
+    "team",
+    "project",
+    "user",
+    "customer",
+    "workflow",
+    "agent",
+    "run",
+    "tool",
+    "connection",
+    "provider",
+    "model",
 )
 DRAFT = {
     "path": ["r-17"],
@@ -57,13 +70,13 @@ def commands() -> tuple[Reserve, Settle]:
     )
 
 
-def pair(store: Store) -> Callable[[], None]:
-    """One reserve and settle through the store."""
-    execute = store.execute
+def pair(execute: Callable[[Command], object], pairs: int = 20_000) -> Callable[[], None]:
+    """One reserve and settle through the store, as often as `pairs`; the commands are made beforehand, as the guard makes them."""
+    made = iter([commands() for _ in range(pairs)])
 
     def run() -> None:
-        reserve, settle = commands()
-        assert type(execute(reserve)) is Granted
+        reserve, settle = next(made)
+        execute(reserve)
         assert type(execute(settle)) is Ended
 
     return run
@@ -84,7 +97,7 @@ def raw_pair(connection: sqlite3.Connection) -> Callable[[], None]:
     amounts = json.dumps({rule.key: ACTUALS[rule.unit] for rule, _ in LINES})
     tags = tuple(
         DRAFT["tags"].get(tag)  # type: ignore[attr-defined]
-        for tag in (*"org team project user customer workflow agent run tool connection provider model".split(), "")
+        for tag in (*TAGS, "model_answered")
     )
     settled = ("settlement", None, "completed", 0, "", ACTUALS["USD"], usage, amounts)
 
