@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bursar_langchain.embeddings import GuardedEmbeddings
-from bursar_langchain.errors import LangChainBudgetExceeded
-from bursar_langchain.handler import BursarCallbackHandler
-from bursar_langchain.install import install
-
 if TYPE_CHECKING:
+    from bursar_langchain.embeddings import GuardedEmbeddings
+    from bursar_langchain.errors import LangChainBudgetExceeded
+    from bursar_langchain.handler import BursarCallbackHandler
+    from bursar_langchain.hooks import install
     from bursar_langchain.middleware import BursarMiddleware
+
+# public name -> the module that holds it; it loads when the name is first used: langchain alone takes a second to import
+_HOMES = {
+    "BursarCallbackHandler": "handler",
+    "BursarMiddleware": "middleware",
+    "install": "hooks",
+    "GuardedEmbeddings": "embeddings",
+    "LangChainBudgetExceeded": "errors",
+}
 
 __all__ = ["BursarCallbackHandler", "BursarMiddleware", "install", "GuardedEmbeddings", "LangChainBudgetExceeded"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "BursarMiddleware":
+    home = _HOMES.get(name)
+    if home is None:
         raise AttributeError(f"module 'bursar_langchain' has no attribute {name!r}")
-    # The middleware needs langchain itself, which takes a second to import; the handler works without it.
-    from bursar_langchain.middleware import BursarMiddleware
+    value = globals()[name] = getattr(import_module(f"bursar_langchain.{home}"), name)
+    return value
 
-    return BursarMiddleware
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

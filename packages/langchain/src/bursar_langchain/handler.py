@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from inspect import CO_COROUTINE
 from typing import TYPE_CHECKING, Any
@@ -321,5 +322,10 @@ def _end_with_task(gate: Gate, key: int, opened: Open) -> None:
         if task.cancelled():
             gate.end_soon(key)
 
+    def undo() -> None:
+        if (still := held()) is not None:
+            still.remove_done_callback(done)
+
     task.add_done_callback(done)
-    opened.cleanup = lambda: task.remove_done_callback(done)
+    # Weak: a failed task keeps the frames of its call alive, whose death is what tells of the others' end.
+    held, opened.cleanup = weakref.ref(task), undo

@@ -13,7 +13,7 @@ from langgraph.errors import GraphBubbleUp
 from bursar.errors import BudgetExceeded
 from bursar_langchain.gate import Gate, Slot, current_slot
 from bursar_langchain.handler import BursarCallbackHandler
-from bursar_langchain.install import active, hook
+from bursar_langchain.hooks import active, hook
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
