@@ -14,7 +14,10 @@ import nox
 ROOT = Path(__file__).parent
 PINS = "pins.txt"
 PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("packages/*/pyproject.toml"))
-ADAPTERS = [name for name in ("langchain", "llamaindex", "crewai", "litellm") if f"packages/{name}" in PACKAGES]
+# Frameworks that cannot share an environment have one of their own, made by their own pins; the others share PINS.
+APART = sorted(path.parent.name for path in ROOT.glob("packages/*/pins.txt"))
+TOGETHER = [package for package in PACKAGES if os.path.basename(package) in ("core", "langchain")]
+ADAPTERS = ["langchain", *APART]
 # A source of the price table beside genai-prices: only its figures are read, so it comes without its requirements,
 # which do not resolve everywhere.
 PRICE_SOURCE = "litellm==1.109.1"
@@ -45,11 +48,16 @@ def _uv(session: nox.Session, *args: str) -> None:
     session.run_install("uv", *args, external=True)
 
 
-def _install(session: nox.Session, pins: str = PINS, *, wheels: bool = True) -> None:
+def _wheel(package: str) -> Path:
+    name = os.path.basename(package)
+    return next(Path("dist").glob(f"bursar{'' if name == 'core' else '_' + name}-*.whl"))
+
+
+def _install(session: nox.Session, pins: str = PINS, *, packages: list[str] = TOGETHER) -> None:
     """Make the environment exactly what the pins say, hashes checked, with the wheels that were built on top."""
     _uv(session, "pip", "sync", "--quiet", "--require-hashes", pins)
-    if wheels:
-        built = sorted(path.as_posix() for path in Path("dist").glob("*.whl"))
+    if packages:
+        built = [_wheel(package).as_posix() for package in packages]
         _uv(session, "pip", "install", "--quiet", "--no-deps", "--reinstall", *built)
 
 
@@ -74,16 +82,17 @@ def tests(session: nox.Session) -> None:
         # Queued first: one failure does not hide what the others would say.
         for check in ("lint", "typing", *(f"core-{version}" for version in OTHERS)):
             session.notify(check)
-        for name in ADAPTERS:
-            session.notify(f"adapter(name='{name}', versions='lowest')")
+        session.notify("adapter(name='langchain', versions='lowest')")
+        for name in APART:
+            session.notify(f"adapter(name='{name}', versions='pinned')")
     _install(session)
-    _pytest(session)
+    _pytest(session, *(f"--ignore=tests/{name}" for name in APART))
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and format; `nox -s lint -- --fix` repairs what can be repaired."""
-    _install(session, wheels=False)
+    _install(session, packages=[])
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []), ".")
     session.run("ruff", "format", *([] if fix else ["--check"]), ".")
@@ -92,7 +101,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """mypy, strict, over every package and over tests/typed_api.py, which uses the public names as a user does."""
-    _install(session, wheels=False)
+    _install(session, packages=[])
     session.run("mypy")
 
 
@@ -111,7 +120,13 @@ def wheels(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core's tests, without the slow ones, on each Python that this machine has."""
     _install(session)
-    _pytest(session, "-m", "not slow and not nightly", *(f"--ignore-glob=*/test_{name}*" for name in ADAPTERS))
+    _pytest(
+        session,
+        "-m",
+        "not slow and not nightly",
+        "--ignore-glob=*/test_langchain*",
+        *(f"--ignore=tests/{name}" for name in APART),
+    )
 
 
 @nox.session(requires=["wheels"])
@@ -120,18 +135,19 @@ def core(session: nox.Session) -> None:
 def adapter(session: nox.Session, name: str, versions: str) -> None:
     """An adapter's tests with its framework at the lowest supported, the pinned, or the newest versions there are."""
     if versions == "newest":
-        core_wheel, own_wheel = (
-            next(Path("dist").glob(f"{stem}-*.whl")).resolve().as_uri() for stem in ("bursar", f"bursar_{name}")
-        )
-        wanted = (f"bursar @ {core_wheel}", f"bursar-{name}[demo] @ {own_wheel}")
+        core_wheel, own_wheel = (_wheel(package).resolve().as_uri() for package in ("core", name))
+        wanted = (f"bursar @ {core_wheel}", f"bursar-{name} @ {own_wheel}")
         # Without this project's own constraints: what a user gets today.
-        _uv(session, "pip", "install", "--quiet", "--upgrade", "--no-config", "--group", "test", *wanted)
+        beside = ("-r", f"packages/{name}/pins.in") if name in APART else ("--group", "clients")
+        _uv(session, "pip", "install", "--quiet", "--upgrade", "--no-config", "--group", "test", *beside, *wanted)
     else:
-        _install(session, _lowest_pins(name) if versions == "lowest" else PINS)
-    files = sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py"))
-    if not files:
-        session.skip(f"there is no tests/test_{name}*.py yet")
-    _pytest(session, *files)
+        own = f"packages/{name}/pins.txt" if name in APART else PINS
+        _install(session, _lowest_pins(name) if versions == "lowest" else own, packages=["core", name])
+    if name in APART:
+        session.run("mypy", f"packages/{name}/src")
+        _pytest(session, f"tests/{name}", "tests/test_docs.py", "-k", f"{name} or not test_docs")
+    else:
+        _pytest(session, *sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py")))
 
 
 @nox.session(requires=["wheels"])
@@ -163,7 +179,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def prices(session: nox.Session) -> None:
     """Compile the packaged price table, and fit the packaged estimates on the recorded answers in the folder given."""
-    _install(session, wheels=False)
+    _install(session, packages=[])
     _uv(session, "pip", "install", "--quiet", "--no-config", "--no-deps", "--require-hashes", "-r", PRICE_PINS)
     source = {"PYTHONPATH": "packages/core/src"}
     session.run("python", "tools/compile_prices.py", env=source)
@@ -176,10 +192,19 @@ def pins(session: nox.Session) -> None:
     ours = [
         f"--no-emit-package=bursar{'' if name == 'core' else '-' + name}" for name in map(os.path.basename, PACKAGES)
     ]
-    projects = [f"{package}/pyproject.toml" for package in PACKAGES]
+    projects = [f"{package}/pyproject.toml" for package in TOGETHER]
     groups = [f"--group={name}" for name in ("dev", "check", "test", "clients")]
     _compile(session, PINS, "--all-extras", *groups, *ours, *projects)
-    for name in ADAPTERS:
+    for source in sorted(Path("packages").glob("*/pins.in")):
+        framework = (
+            "--group=test",
+            *ours,
+            source.as_posix(),
+            f"{source.parent}/pyproject.toml",
+            "packages/core/pyproject.toml",
+        )
+        _compile(session, f"{source.parent}/pins.txt", "--no-config", "--all-extras", *framework)
+    for name in ("langchain",):
         # Beside the adapter's own requirements the core's stand at their lowest too; the test tools do not matter.
         lowest = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
         _compile(session, _lowest_pins(name), *lowest, f"packages/{name}/pyproject.toml")
