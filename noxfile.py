@@ -109,7 +109,7 @@ def typing(session: nox.Session) -> None:
 def wheels(session: nox.Session) -> None:
     """The wheel of every package, into dist/, by the pinned build backend."""
     shutil.rmtree("dist", ignore_errors=True)
-    for package in PACKAGES:
+    for package in (*TOGETHER, *(f"packages/{name}" for name in APART)):
         session.run(
             *("uv", "build", "--quiet", "--wheel", "--out-dir", "dist", package),
             *("--build-constraints", PINS, "--require-hashes"),
