@@ -1,0 +1,181 @@
+"""What a call is about to send, read from the object that makes it and the settings of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+_OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
+# Settings of the client: none of them reaches the prompt.
+_TOOL_FIELDS = ("built_in_tools", "tools")
+_CLIENT_SETTINGS = frozenset(
+    "model model_name stream stream_options timeout extra_headers default_headers headers api_key api_base base_url"
+    " use_chat_completions formatted callback_manager max_retries".split()
+)
+_OPENAI_CHAT, _OPENAI_RESPONSES = "llama_index.llms.openai.base", "llama_index.llms.openai.responses"
+_OPENAI_EMBEDDINGS = "llama_index.embeddings.openai.base"
+_NAMESPACES = ("llama_index.llms.", "llama_index.embeddings.", "llama_index.multi_modal_llms.")
+_SENDS_NOTHING = ("llama_index.core.llms.mock", "llama_index.core.embeddings.mock_embed_model")
+_OTHER_RETRIES = 2  # what SDKs try more where nothing is said
+# Whose models an OpenAI client reaches at another base URL: they decide the price.
+_HOSTS = {
+    "openrouter.ai": "openrouter",
+    "x.ai": "xai",
+    "deepseek.com": "deepseek",
+    "groq.com": "groq",
+    "together.xyz": "together",
+    "together.ai": "together",
+    "fireworks.ai": "fireworks",
+    "perplexity.ai": "perplexity",
+    "mistral.ai": "mistral",
+    "googleapis.com": "google",
+    "anthropic.com": "anthropic",
+    "azure.com": "azure",
+    "moonshot.ai": "moonshotai",
+    "z.ai": "zai",
+}
+
+
+class Kind(NamedTuple):
+    """What a class tells of the calls that its objects make. `limit_name`: the setting by which its output can be limited."""
+
+    integration: str
+    limit_name: str | None
+    has_stream_options: bool
+    retries_twice: bool
+
+
+@lru_cache(maxsize=1024)
+def kind_of(cls: type) -> Kind:
+    """Subclasses are of the integration that they build on; what belongs to none goes by its class's name."""
+    modules = [base.__module__ for base in cls.__mro__]
+    integration = next(
+        (name.removeprefix(space).split(".")[0] for name in modules for space in _NAMESPACES if name.startswith(space)),
+        cls.__name__,
+    )
+    chat, responses = _OPENAI_CHAT in modules, _OPENAI_RESPONSES in modules
+    limit_name = "max_tokens" if chat else "max_output_tokens" if responses else None
+    return Kind(integration, limit_name, chat, chat or responses or _OPENAI_EMBEDDINGS in modules)
+
+
+def sends_nothing(instance: Any) -> bool:
+    """Whether the object is one of LlamaIndex's own stand-ins for tests."""
+    return type(instance).__module__ in _SENDS_NOTHING
+
+
+def provider_of(instance: Any) -> str:
+    """The price book's name of whoever bills the object's calls."""
+    from bursar.prices.names import provider_name  # the price book loads with the first call, not with the import
+
+    provider = provider_name(kind_of(type(instance)).integration)
+    if provider in ("openai", "openai-like"):
+        base_url = getattr(instance, "api_base", None)
+        host = (urlsplit(base_url).hostname or "") if isinstance(base_url, str) else ""
+        return next((name for end, name in _HOSTS.items() if host == end or host.endswith("." + end)), "openai")
+    return provider
+
+
+def read_llm(instance: Any, method: str, conversation: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Bursar.reserve` for a call of an LLM. `conversation`: messages, or a prompt."""
+    kind, own = kind_of(type(instance)), _mapping(instance, "additional_kwargs")
+    said = {**own, **_server_side(instance), **settings, "tools": _tools(instance, own, settings)}
+    body = {
+        name: plain
+        for name, value in said.items()
+        if name not in _CLIENT_SETTINGS
+        and name not in _OUTPUT_LIMITS
+        and value not in (None, [])
+        and (plain := _plain(value)) is not None
+    }
+    limit = _output_limit(instance, own, settings)
+    body["model"] = model = _model(instance, settings, own)
+    return {
+        "provider": provider_of(instance),
+        "model": model,
+        "messages": conversation,
+        "max_output_tokens": limit,
+        "body": body,
+        "retries": _retries(instance, kind, streams="stream" in method),
+        "resize": limit is None and kind.limit_name is not None,
+    }
+
+
+def read_embedding(instance: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `Bursar.reserve` for a call of an embedding model."""
+    # OpenAI's keeps the model that it asks for in its engine.
+    model = _first_text(getattr(instance, "_text_engine", None), getattr(instance, "model_name", None))
+    return {
+        "provider": provider_of(instance),
+        "model": model,
+        "body": {"model": model, "input": list(texts)} if texts else None,
+        "endpoint": "embeddings",
+        "retries": _retries(instance, kind_of(type(instance)), streams=False),
+        "resize": False,
+    }
+
+
+def embedded_texts(arguments: Mapping[str, Any], batch: int, batch_size: int) -> list[str]:
+    """The texts of one request of an embedding method, whose event does not say them: its batch of `texts`, or the one."""
+    texts = arguments.get("texts")
+    if isinstance(texts, (list, tuple)):
+        return [text for text in texts[batch * batch_size : (batch + 1) * batch_size] if isinstance(text, str)]
+    return [text for name in ("text", "query") if isinstance(text := arguments.get(name), str)]
+
+
+def _model(instance: Any, settings: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    return _first_text(
+        own.get("model"),
+        settings.get("model"),
+        getattr(instance, "model", None),
+        getattr(instance, "model_name", None),
+        getattr(getattr(instance, "metadata", None), "model_name", None),
+    )
+
+
+def _output_limit(instance: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
+    """The largest maximum that is set anywhere: which of them wins differs from integration to integration."""
+    values = [source.get(name) for source in (own, settings) for name in _OUTPUT_LIMITS]
+    values += [getattr(instance, name, None) for name in _OUTPUT_LIMITS]
+    return max((value for value in values if type(value) is int and value > 0), default=None)
+
+
+def _retries(instance: Any, kind: Kind, *, streams: bool) -> int:
+    """How often the client may try again. OpenAI's integration retries around an SDK that retries: measured, n * (n + 1) tries."""
+    retries = getattr(instance, "max_retries", None)
+    if type(retries) is not int or retries < 0:
+        return _OTHER_RETRIES
+    return retries * (retries + 1) - 1 if kind.retries_twice and retries and not streams else retries
+
+
+def _tools(instance: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Any]:
+    """The tools of the request and of the object, which may be the provider's own."""
+    sources = (settings.get("tools"), own.get("tools"), *(getattr(instance, name, None) for name in _TOOL_FIELDS))
+    return [tool for tools in sources if isinstance(tools, (list, tuple)) for tool in tools]
+
+
+def _server_side(instance: Any) -> dict[str, Any]:
+    """What the object itself adds to each request: thinking, the conversation of an earlier answer."""
+    return {
+        "thinking": getattr(instance, "thinking_dict", None),
+        "previous_response_id": getattr(instance, "_previous_response_id", None),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value where it can be sent as JSON; a pydantic class as its schema, which is how it is sent."""
+    if isinstance(value, (str, int, float, Mapping, list, tuple)):
+        return value
+    schema = getattr(value, "model_json_schema", None)
+    return schema() if isinstance(value, type) and callable(schema) else None
+
+
+def _mapping(instance: Any, name: str) -> dict[str, Any]:
+    value = getattr(instance, name, None)
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _first_text(*values: Any) -> str:
+    found = next((value for value in values if isinstance(value, str) and value), "unknown")
+    return str(getattr(found, "value", found))  # some are enumerations

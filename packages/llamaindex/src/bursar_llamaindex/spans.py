@@ -1,0 +1,187 @@
+"""LlamaIndex's spans: which object a call is made on, what it is inside of, and who it belongs to."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.tools.types import BaseTool
+from llama_index_instrumentation.span import active_span_id
+from llama_index_instrumentation.span_handlers import NullSpanHandler
+from pydantic import PrivateAttr
+
+from bursar_llamaindex.answer import abandoned, read_drop
+
+if TYPE_CHECKING:
+    from bursar_llamaindex.calls import Call
+
+MAX_SPANS = 100_000  # spans whose end never comes make room for new ones
+# What `instrument_tags({...})` may say of a call. A workflow's own tags hold the user's text, so no others are read.
+_INSTRUMENT_TAGS = ("org", "team", "project", "user", "customer", "workflow", "agent", "run")
+_MAX_LENGTH = 512
+
+log = logging.getLogger("bursar.llamaindex")
+
+_open: OrderedDict[str, Span] = OrderedDict()
+
+
+class Outermost:
+    """What the spans below one outermost span share: its run, and the agent that spoke last."""
+
+    __slots__ = ("agent", "is_named", "run", "workflow")
+
+    def __init__(self, run: str | None, workflow: str | None) -> None:
+        self.run = run
+        self.workflow = workflow
+        self.agent: str | None = None
+        self.is_named = False
+
+    def name(self, run: object) -> None:
+        """The first workflow's own run id, which its handler shows to the user, names the run."""
+        if run is not None and not self.is_named:
+            self.run, self.is_named = str(run), True
+
+
+class Span:
+    """One method call that LlamaIndex traces.
+
+    `begun`: the events that began in it, as (guard, event). `calls`: those of its calls that are not ended, `pending` those
+    that are not reserved yet. `failed`: the error that ended it. `waits`: whether its calls are reserved by the gate, where
+    an async caller can wait.
+    """
+
+    __slots__ = (
+        "agent", "arguments", "begun", "calls", "failed", "instance", "instrument_tags", "method", "outermost", "parent",
+        "pending", "tool", "waits",
+    )  # fmt: skip
+
+    def __init__(
+        self, id: str, instance: Any, arguments: Mapping[str, Any], parent: Span | None, tags: Mapping[str, Any]
+    ) -> None:
+        name, _, unique = id.partition("-")
+        self.method = name.rpartition(".")[2]
+        self.instance = instance
+        self.arguments = arguments
+        self.parent = parent
+        self.instrument_tags = tags
+        self.waits = False
+        self.begun: list[tuple[int, str]] = []
+        self.calls: list[Call] = []
+        self.pending: deque[Call] = deque()
+        self.failed: BaseException | None = None
+        if parent is not None:
+            self.outermost = parent.outermost
+        elif isinstance(instance, (BaseLLM, BaseEmbedding)):
+            self.outermost = Outermost(None, None)  # it stands alone: its run is the process's
+        else:
+            self.outermost = Outermost(unique or id, name.rpartition(".")[0])
+        self.outermost.name(tags.get("llamaindex.run_id"))
+        self.tool = instance.metadata.name if isinstance(instance, BaseTool) else parent and parent.tool
+        self.agent = self._agent()
+
+    def _agent(self) -> str | None:
+        """The agent whose turn it is. A step that runs its tools does not say whose they are: they are the last speaker's."""
+        if self.method == "run_agent_step":
+            name = getattr(self.arguments.get("ev"), "current_agent_name", None) or getattr(self.instance, "name", None)
+            self.outermost.agent = name
+            return name
+        if self.parent is None or self.parent.agent is None:
+            return self.outermost.agent
+        return self.parent.agent
+
+    def is_nested(self, guard: int) -> bool:
+        """Whether its object is in the middle of a call already: LlamaIndex then tells of one call several times."""
+        above = self.parent
+        while above is not None:
+            if above.instance is self.instance and any(one == guard for one, _ in above.begun):
+                return True
+            above = above.parent
+        return False
+
+    def tags(self) -> dict[str, str]:
+        """Whose the call is, as far as the framework knows."""
+        top = self.outermost
+        found: dict[str, Any] = {"run": top.run, "workflow": top.workflow, "agent": self.agent, "tool": self.tool}
+        return clean({**found, **{name: self.instrument_tags.get(name, found.get(name)) for name in _INSTRUMENT_TAGS}})
+
+
+def current() -> Span | None:
+    """The innermost span of this thread or task."""
+    id = active_span_id.get()
+    return None if id is None else _open.get(id)
+
+
+class Spans(NullSpanHandler):
+    """Follows every span of the process. LlamaIndex swallows what it raises, so it refuses nothing: it has gates prepared."""
+
+    _prepare: Callable[[Span], None] = PrivateAttr()
+
+    def __init__(self, prepare: Callable[[Span], None]) -> None:
+        super().__init__()
+        self._prepare = prepare
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "BursarSpans"
+
+    def span_enter(
+        self,
+        id_: str,
+        bound_args: Any,
+        instance: Any = None,
+        parent_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        parent = None if parent_id is None else _open.get(parent_id)
+        span = Span(id_, instance, bound_args.arguments, parent, tags or {})
+        _open[id_] = span
+        if len(_open) > MAX_SPANS:
+            _open.popitem(last=False)
+        if isinstance(instance, (BaseLLM, BaseEmbedding)):
+            try:
+                self._prepare(span)
+            except Exception:
+                # Raised, it would be swallowed without a trace, and the call would go out unguarded in silence.
+                log.exception("%s cannot be guarded", type(instance).__name__)
+
+    def span_exit(self, id_: str, bound_args: Any, instance: Any = None, result: Any = None, **more: Any) -> None:
+        span = _open.pop(id_, None)
+        for call in [] if span is None else span.calls:
+            if not call.is_open:
+                continue
+            if isinstance(result, (Generator, AsyncGenerator)):
+                # A stream that nobody begins to read has no end that would be told of.
+                weakref.finalize(result, call.end_soon, abandoned(instance)).atexit = False
+            else:
+                call.end(read_drop(None))
+
+    def span_drop(
+        self, id_: str, bound_args: Any, instance: Any = None, err: BaseException | None = None, **more: Any
+    ) -> None:
+        span = _open.get(id_)
+        if span is None:
+            return
+        span.failed = err or RuntimeError("the call was dropped")
+        for call in span.calls:
+            call.end(read_drop(err, was_sent=span.waits))
+        if not span.pending:  # else the gate finds the error when the rest of a batch comes to it
+            _open.pop(id_, None)
+
+
+def clean(tags: Mapping[str, Any]) -> dict[str, str]:
+    """The tags as the books take them: printable text of at most 512 characters; those without a value are left out."""
+    cleaned = {}
+    for name, value in tags.items():
+        text = "" if value is None else str(value)
+        if text:
+            if not text.isprintable():
+                text = "".join(sign if sign.isprintable() else "?" for sign in text)
+            cleaned[name] = text[:_MAX_LENGTH]
+    return cleaned
+
