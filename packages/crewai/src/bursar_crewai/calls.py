@@ -1,0 +1,125 @@
+"""One model call or embedding: reserved before CrewAI's client sends it, ended by what came of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from bursar.errors import BursarError
+from bursar_crewai.answer import Answers
+from bursar_crewai.errors import crew_error
+from bursar_crewai.frames import told_only
+
+if TYPE_CHECKING:
+    from bursar import Bursar, Reservation
+
+
+class Attempt:
+    """One call under way: of which client, and what has been answered."""
+
+    __slots__ = ("answers", "client", "earlier_error", "messages", "service_tier")
+
+    def __init__(self, client: object, said: dict[str, Any]) -> None:
+        self.client = client
+        self.messages = said["messages"]
+        tier = said["body"].get("service_tier")
+        self.service_tier = tier if tier in ("flex", "priority") else None
+        self.answers = Answers()
+        self.earlier_error = sys.exc_info()[1]
+
+    def end(self, reservation: Reservation, error: BaseException | None) -> None:
+        """End the reservation by the answers, or by the error that came out of the call."""
+        verb, args, options = self.answers.ending(error, self.service_tier)
+        with told_only(), _apart(error, self.earlier_error):
+            getattr(reservation, verb)(*args, **options)
+
+    async def aend(self, reservation: Reservation) -> None:
+        """As `end`, for async callers whose call was answered."""
+        verb, args, options = self.answers.ending(None, self.service_tier)
+        with told_only():
+            await getattr(reservation, f"a{verb}")(*args, **options)
+
+
+_attempt: ContextVar[Attempt | None] = ContextVar("bursar_crewai_attempt", default=None)
+
+
+def is_part(client: object, messages: Any) -> bool:
+    """Whether this is a step of a call that is reserved already: `acall` by way of `call`, or once more without `stop`."""
+    attempt = _attempt.get()
+    same = attempt is not None and attempt.client is client and not attempt.answers.count
+    return same and attempt is not None and bool(attempt.messages == messages)
+
+
+def note_answer(client: object, stated: Any) -> None:
+    """The client has read the usage of an answer."""
+    attempt = _attempt.get()
+    if attempt is not None and attempt.client is client:
+        attempt.answers.add(stated)
+
+
+def run(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[], Any]) -> Any:
+    """Reserve, send, and end the reservation. Raises Bursar's errors before anything is sent, and none later."""
+    block, attempt = bursar.call(**said), Attempt(client, said)
+    with gate():
+        reservation = block.__enter__()
+    token = _attempt.set(attempt)
+    try:
+        answer = send()
+    except BaseException as error:
+        attempt.end(reservation, error)
+        raise
+    finally:
+        _attempt.reset(token)
+    attempt.end(reservation, None)
+    return answer
+
+
+async def arun(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[], Awaitable[Any]]) -> Any:
+    """As `run`; the event loop goes on while the call waits for headroom or for the store."""
+    block, attempt = bursar.acall(**said), Attempt(client, said)
+    with gate():
+        reservation = await block.__aenter__()
+    token = _attempt.set(attempt)
+    try:
+        answer = await send()
+    except BaseException as error:
+        # Without awaiting: a cancelled task may be cancelled again, and a loop that closes runs nothing any more.
+        attempt.end(reservation, error)
+        raise
+    finally:
+        _attempt.reset(token)
+    await attempt.aend(reservation)
+    return answer
+
+
+@contextmanager
+def gate() -> Iterator[None]:
+    """Around a reserving: what it raises stops the crew, once."""
+    try:
+        yield
+    except BursarError as error:
+        raise crew_error(error) from None
+
+
+@contextmanager
+def _apart(error: BaseException | None, earlier: BaseException | None) -> Iterator[None]:
+    """Without the error that was being handled when the call began.
+
+    CrewAI repeats tasks and shortens conversations inside `except`, so that Python chains the new error to the old one;
+    whether this call was billed must not be read from the 400 or 429 of that one.
+    """
+    link: BaseException | None = error
+    seen = 0
+    while link is not None and earlier is not None and link.__context__ is not earlier and seen < 20:
+        link, seen = link.__context__, seen + 1
+    if link is None or earlier is None or link.__context__ is not earlier:
+        yield
+        return
+    link.__context__ = None
+    try:
+        yield
+    finally:
+        link.__context__ = earlier

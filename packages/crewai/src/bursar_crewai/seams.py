@@ -1,0 +1,223 @@
+"""Where Bursar stands inside CrewAI: its clients' calls, its events, its execution hooks and its embedding functions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from importlib import metadata
+from typing import Any
+
+from crewai.events import event_bus
+from crewai.events.types import agent_events, tool_usage_events
+from crewai.hooks import InterceptionPoint
+from crewai.hooks.dispatch import register
+from crewai.llms.base_llm import BaseLLM
+from crewai.rag.embeddings import factory
+
+from bursar.errors import InvalidInput
+from bursar_crewai.calls import arun, is_part, note_answer, run
+from bursar_crewai.embeddings import guard_embedder
+from bursar_crewai.frames import clean, current, enter, find, leave
+from bursar_crewai.guard import BursarCrew, guard_here, guard_of
+from bursar_crewai.request import read_request
+from bursar_crewai.tools import begin_tool, end_tool
+
+_MARK = "_bursar_guards"  # on a wrapped method: the class whose method it guards
+_lock = threading.Lock()
+_open = False
+
+
+def open_seams() -> None:
+    """Once per process. They do nothing where no guard holds. Raises InvalidInput where CrewAI cannot be guarded."""
+    global _open
+    with _lock:
+        if _open:
+            return
+        _check_release()
+        _guard_clients()
+        event_bus.publish_stream_event = _seen_by(event_bus.publish_stream_event)
+        register(InterceptionPoint.EXECUTION_START, _begin_execution)
+        register(InterceptionPoint.EXECUTION_END, _end_execution)
+        build = factory.build_embedder_from_provider
+        factory.build_embedder_from_provider = wraps(build)(lambda provider: guard_embedder(build(provider)))
+        _open = True
+
+
+def _check_release() -> None:
+    """That this CrewAI has all that the seams stand on; a later release may have moved it."""
+    version = metadata.version("crewai")
+    missing = [
+        name
+        for holder, name in (
+            (BaseLLM, "_track_token_usage_internal"),
+            (BaseLLM, "call"),
+            (BaseLLM, "acall"),
+            (event_bus, "publish_stream_event"),
+            (factory, "build_embedder_from_provider"),
+            (tool_usage_events, "ToolUsageStartedEvent"),
+        )
+        if not hasattr(holder, name)
+    ]
+    floor = tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) >= (1, 15, 19)
+    if missing or not floor:
+        raise InvalidInput(
+            f"CrewAI {version} cannot be guarded{f': it has no {missing}' if missing else ''}. "
+            "Install crewai>=1.15.19,<2, or a newer bursar-crewai.",
+            version=version,
+        )
+
+
+# -- model calls -------------------------------------------------------------------------------------------------------
+
+
+def _guard_clients() -> None:
+    """Wrap the `call` and `acall` of every client class, those to come included."""
+    for kind in _below(BaseLLM):
+        _guard_client(kind)
+    _wrap_usage(BaseLLM)
+    inherited = BaseLLM.__dict__.get("__init_subclass__")
+
+    def __init_subclass__(cls: type[BaseLLM], **options: Any) -> None:
+        _guard_client(cls)
+        if inherited is None:
+            super(BaseLLM, cls).__init_subclass__(**options)
+        else:
+            inherited.__func__(cls, **options)  # CrewAI's retries come around the guard: each attempt is reserved
+
+    BaseLLM.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]
+
+
+def _below(kind: type) -> list[type]:
+    return [one for direct in kind.__subclasses__() for one in (direct, *_below(direct))]
+
+
+def _guard_client(kind: type) -> None:
+    if "_track_token_usage_internal" in kind.__dict__:
+        _wrap_usage(kind)
+    for name, wrap in (("call", _guarded_call), ("acall", _guarded_acall)):
+        method = kind.__dict__.get(name)
+        if method is None or getattr(method, "__isabstractmethod__", False):
+            continue
+        retried = getattr(method, "_crewai_rate_limit_wrapped", False)
+        setattr(kind, name, wrap(kind, method.__wrapped__ if retried else method))
+        if retried:
+            kind._wrap_call_method(name)  # type: ignore[attr-defined]
+
+
+def _guarded_call(kind: type, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(self: Any, messages: Any, *args: Any, **options: Any) -> Any:
+        held = _held(kind, "call", self, messages, args, options)
+        if held is None:
+            return method(self, messages, *args, **options)
+        guard, said = held
+        return run(guard.bursar, self, said, lambda: method(self, messages, *args, **options))
+
+    return call
+
+
+def _guarded_acall(kind: type, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    async def acall(self: Any, messages: Any, *args: Any, **options: Any) -> Any:
+        held = _held(kind, "acall", self, messages, args, options)
+        if held is None:
+            return await method(self, messages, *args, **options)
+        guard, said = held
+        return await arun(guard.bursar, self, said, lambda: method(self, messages, *args, **options))
+
+    return acall
+
+
+_POSITIONS = ("tools", "callbacks", "available_functions", "from_task", "from_agent", "response_model")
+
+
+def _held(
+    kind: type, name: str, llm: Any, messages: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[BursarCrew, dict[str, Any]] | None:
+    """Whose budgets hold for this call, and what to say of it; None where none do, or where it is reserved already."""
+    owner = next((one for one in type(llm).__mro__ if name in one.__dict__), kind)
+    if owner is not kind or is_part(llm, messages):  # the call of a class above by `super()`, or a step of a call
+        return None
+    given = {**dict(zip(_POSITIONS, args, strict=False)), **options}
+    agent, task = given.get("from_agent"), given.get("from_task")
+    guard = guard_here(agent)
+    if guard is None:
+        return None
+    frame = current()
+    if frame is not None and frame.root.refusal is not None:
+        raise frame.root.refusal
+    own = clean({"agent": getattr(agent, "role", None), "task": getattr(task, "name", None)})
+    tags = {**(guard.tags if frame is None else frame.tags), **own}
+    said = read_request(llm, messages, given.get("tools"), given.get("response_model"))
+    return guard, {**said, "resize": False, "default_tags": tags}
+
+
+def _wrap_usage(kind: Any) -> None:
+    original = kind._track_token_usage_internal
+
+    @wraps(original)
+    def track(self: Any, usage: Any) -> Any:
+        note_answer(self, usage)
+        return original(self, usage)
+
+    kind._track_token_usage_internal = track
+
+
+# -- what is under way -------------------------------------------------------------------------------------------------
+
+
+def _begin_execution(context: Any) -> None:
+    subject = context.crew if context.crew is not None else context.flow
+    frame = current()
+    guard = guard_of(subject) or (frame.guard if frame is not None else guard_here())
+    if guard is not None:
+        internal = getattr(type(subject), "is_crewai_internal", False)
+        name = None if internal else getattr(subject, "name", None) or type(subject).__name__
+        enter(guard, subject, workflow=name)
+
+
+def _end_execution(context: Any) -> None:
+    frame = find(context.crew if context.crew is not None else context.flow)
+    if frame is not None:
+        leave(frame)
+
+
+def _seen_by(publish: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """CrewAI publishes every event here, in the thread that emits it, before anything happens; handlers come too late."""
+
+    @wraps(publish)
+    def publish_stream_event(source: Any, event: Any) -> None:
+        seen = _SEEN.get(type(event))
+        if seen is not None:
+            seen(source, event)
+        publish(source, event)
+
+    return publish_stream_event
+
+
+def _begin_agent(source: Any, event: Any) -> None:
+    agent = getattr(event, "agent", None) or source
+    guard = guard_here(agent)
+    if guard is not None:
+        task = getattr(event, "task", None)
+        enter(guard, agent, agent=getattr(agent, "role", None), task=getattr(task, "name", None))
+
+
+def _end_agent(source: Any, event: Any) -> None:
+    frame = find(getattr(event, "agent", None) or source)
+    if frame is not None:
+        leave(frame)
+
+
+_SEEN: dict[type, Callable[[Any, Any], None]] = {
+    tool_usage_events.ToolUsageStartedEvent: begin_tool,
+    tool_usage_events.ToolUsageFinishedEvent: lambda source, event: end_tool(event),
+    tool_usage_events.ToolUsageErrorEvent: lambda source, event: end_tool(event),
+    agent_events.AgentExecutionStartedEvent: _begin_agent,
+    agent_events.AgentExecutionCompletedEvent: _end_agent,
+    agent_events.AgentExecutionErrorEvent: _end_agent,
+    agent_events.LiteAgentExecutionStartedEvent: _begin_agent,
+    agent_events.LiteAgentExecutionCompletedEvent: _end_agent,
+    agent_events.LiteAgentExecutionErrorEvent: _end_agent,
+}
