@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
 from bursar import Budget, BudgetExceeded, Bursar, Usage
 from bursar.cli import main
-from click.testing import CliRunner, Result
 
 ROOT = Path(__file__).resolve().parents[1]
 

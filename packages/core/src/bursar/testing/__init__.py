@@ -1,4 +1,4 @@
-"""What tests of budgets need: a clock to set, the contracts of stores and adapters, and (in `provider`) a provider to run against."""
+"""What tests of budgets need: a clock to set, the contracts of stores and adapters, and a provider to run against."""
 
 from __future__ import annotations
 

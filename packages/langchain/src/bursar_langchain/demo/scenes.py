@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bursar import Budget, Bursar, BudgetExceeded
+from bursar import Budget, BudgetExceeded, Bursar
 from bursar.testing.provider import Answer, Provider, Recorded, recorded
 from bursar_langchain import BursarCallbackHandler
 
