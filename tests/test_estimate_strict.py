@@ -374,4 +374,4 @@ def test_a_deep_nest_does_not_exhaust_the_stack() -> None:
 
     assert chat({"role": "user", "content": nest(200)}).size > 2_000
     with pytest.raises(InvalidInput, match="cannot be sent as JSON"):
-        chat({"role": "user", "content": nest(5_000)})
+        chat({"role": "user", "content": nest(100_000)})
