@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,8 @@ from bursar_langchain.request import read_start
 from bursar_langchain.runs import clean
 
 if TYPE_CHECKING:
+    import asyncio
+
     from bursar import Bursar
 
 
@@ -270,6 +271,8 @@ class BursarCallbackHandler(BaseCallbackHandler):
     async def _achain_start(
         self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
     ) -> None:
+        import asyncio  # callers without an event loop need not load it
+
         runs, metadata = self._gate.runs, more.get("metadata") or {}
         with told_only():
             thread = runs.resumes_unknown_thread(parent_run_id, metadata, inputs)
@@ -314,6 +317,8 @@ def _failed_tool(error: BaseException) -> Ending:
 
 def _end_with_task(gate: Gate, key: int, opened: Open) -> None:
     """When the task that makes the call is cancelled, LangChain reports no end."""
+    import asyncio  # callers without an event loop need not load it
+
     task = asyncio.current_task()
     if task is None:
         return

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from bursar import Bursar
 
+    _Middleware = AgentMiddleware[Any, Any, Any]
+else:
+    _Middleware = AgentMiddleware  # its number of parameters changed within langchain 1
+
 # What a model class calls the maximum output of one call, where it is not `max_tokens`.
 _LIMIT_NAMES = {
     "ChatGoogleGenerativeAI": "max_output_tokens",
@@ -32,7 +36,7 @@ class _Again(GraphBubbleUp):
     """The request has to come again, with a smaller answer. A GraphBubbleUp, so that no retry on the way catches it."""
 
 
-class BursarMiddleware(AgentMiddleware[Any, Any, Any]):
+class BursarMiddleware(_Middleware):
     """Budgets for an agent made by `create_agent`: `create_agent(model, tools, middleware=[BursarMiddleware(bursar)])`.
 
     Makes an answer's maximum smaller where the budget has no room for more, has streams state their usage, goes to
