@@ -1,0 +1,91 @@
+"""What a call turned out to be, read from its answer or its error: a cost, nothing, or nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bursar.errors import BursarError
+from bursar.usage import Usage
+
+MAX_CHAIN = 10
+# LiteLLM gives errors of the connection a status of its own making; below them stands what really happened.
+_NEVER_SENT = frozenset(("ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError", "UnsupportedProtocol"))
+
+
+class Ending(NamedTuple):
+    """How a reservation ends: a method of Reservation (its async twin has an `a` in front), with its arguments."""
+
+    verb: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def settled(usage: Usage, **options: Any) -> Ending:
+    return Ending("settle", (usage,), options)
+
+
+def released(reason: str) -> Ending:
+    return Ending("release", (reason,), {})
+
+
+def unknown(reason: str, known: Usage | None = None) -> Ending:
+    return Ending("settle_unknown", (reason,), {"known": known})
+
+
+def read_answer(provider: str, answer: Any, details: Mapping[str, Any] | None, characters: int) -> Ending:
+    """The end of a call that was answered at once.
+
+    `details`: LiteLLM's own notes on the call, which keep the provider's words where it has them; `characters`: the text
+    of a call for speech, which is billed by them and answered by sound alone.
+    """
+    if is_cached(answer):
+        return released("answered from LiteLLM's cache")
+    usage = _raw_usage(provider, details) or _usage(provider, answer)
+    if usage is not None:
+        return settled(usage)
+    if characters:
+        return settled(Usage(input_characters=characters))
+    return unknown("the answer states no usage")
+
+
+def read_error(provider: str, error: BaseException, details: Mapping[str, Any] | None) -> Ending:
+    """The end of a call that failed. One that had been answered before is billed, whatever went wrong with it here."""
+    usage = _raw_usage(provider, details)
+    if usage is not None:
+        return settled(usage, outcome="failed", reason=type(error).__name__)
+    return Ending("settle_error", (_cause(error),), {})
+
+
+def is_cached(answer: Any) -> bool:
+    """Whether LiteLLM answered out of its cache."""
+    if getattr(answer, "custom_llm_provider", None) == "cached_response":
+        return True
+    hidden = getattr(answer, "_hidden_params", None)
+    return isinstance(hidden, Mapping) and hidden.get("cache_hit") is True
+
+
+def _cause(error: BaseException) -> BaseException:
+    seen: BaseException | None = error
+    for _ in range(MAX_CHAIN):
+        if seen is None:
+            break
+        if type(seen).__name__ in _NEVER_SENT:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def _raw_usage(provider: str, details: Mapping[str, Any] | None) -> Usage | None:
+    """The usage in the provider's own words, which LiteLLM keeps of answers that were not streamed."""
+    raw = None if details is None else details.get("original_response")
+    if not isinstance(raw, str) or not raw.lstrip().startswith("{"):
+        return None
+    return _usage(provider, raw)
+
+
+def _usage(provider: str, answer: Any) -> Usage | None:
+    try:
+        return Usage.from_response(provider, answer)
+    except BursarError:
+        return None  # not told, or in no form that is known: the caller has another source, or books the worst case

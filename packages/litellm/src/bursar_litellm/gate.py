@@ -1,0 +1,231 @@
+"""The gate: every dispatch of LiteLLM that is reserved for and not yet ended, each with one reservation of one guard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from bursar.errors import BudgetExceeded
+from bursar_litellm.answer import Ending, unknown
+from bursar_litellm.errors import litellm_error
+
+if TYPE_CHECKING:
+    from bursar import Bursar, Reservation
+
+log = logging.getLogger("bursar.litellm")
+MAX_OPEN = 100_000  # beyond it the oldest are left to their expiry
+
+
+class Attempt:
+    """One dispatch. `details` are LiteLLM's notes on it, `door` the call of a function of `litellm` that it happens in."""
+
+    __slots__ = ("characters", "details", "door", "gate", "is_sent", "key", "provider", "reservation")
+
+    def __init__(self, gate: Gate, key: str, door: Door | None) -> None:
+        self.gate = gate
+        self.key = key
+        self.door = door
+        self.provider = ""
+        self.reservation: Reservation | None = None
+        self.details: Mapping[str, Any] | None = None
+        self.characters = 0
+        self.is_sent = False
+
+
+class Door:
+    """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused."""
+
+    __slots__ = ("attempts", "is_mock", "outer", "refusal")
+
+    def __init__(self, *, is_mock: bool = False) -> None:
+        self.attempts: list[Attempt] = []
+        self.refusal: BaseException | None = None
+        self.outer = current_door.get()
+        self.is_mock = is_mock or (self.outer is not None and self.outer.is_mock)
+
+    def refused(self, error: BaseException | None) -> None:
+        """Remember a refusal here and further out, where it may come to light in another error's clothes; None: no more."""
+        door: Door | None = self
+        while door is not None:
+            door.refusal = error
+            door = door.outer
+
+    def own(self) -> list[Attempt]:
+        """The open attempts of this call, the newest last."""
+        return [one for one in self.attempts if one.door is self and one.gate.has(one)]
+
+
+current_door: ContextVar[Door | None] = ContextVar("bursar_litellm_door", default=None)
+
+
+class Gate:
+    """One per guard, whatever number of loggers there are: a dispatch is reserved for once and ended once."""
+
+    def __init__(self, bursar: Bursar) -> None:
+        self.bursar = bursar
+        self._open: OrderedDict[str, Attempt] = OrderedDict()
+        self._unended = 0
+        self._ended = threading.Condition()
+
+    @classmethod
+    def of(cls, bursar: Bursar) -> Gate:
+        """The guard's gate."""
+        with _lock:
+            gate = _gates.get(id(bursar))
+            if gate is None:
+                gate = _gates[id(bursar)] = cls(bursar)  # the gate keeps the guard, so the id is not given anew
+            return gate
+
+    # -- begin ---------------------------------------------------------------------------------------------------
+
+    def enter(self, key: str) -> Attempt | None:
+        """A new attempt of the call `key`; None while the last one has not been sent yet, which then belongs to this door.
+
+        LiteLLM serves many a call by another of its own functions (responses by a chat, messages by responses): both
+        announce it, under one id.
+        """
+        door = current_door.get()
+        with self._ended:
+            found = self._open.get(key)
+            if found is None or found.is_sent:
+                attempt = self._open[key] = Attempt(self, key, door)
+                self._unended += 1
+                if len(self._open) > MAX_OPEN:
+                    self._open.popitem(last=False)
+                    self._unended -= 1
+            else:
+                attempt, found.door = found, door
+        if door is not None:
+            door.attempts.append(attempt)
+        if found is not None and found.is_sent and found.reservation is not None:
+            self._finish(found, unknown("it was tried again, and its end not told"))
+        return None if attempt is found else attempt
+
+    @contextmanager
+    def admission(self, attempt: Attempt) -> Iterator[None]:
+        """Around the reserving: a refusal takes the attempt out again, and is made LiteLLM's."""
+        door = attempt.door
+        try:
+            yield
+        except BaseException as error:
+            self.take(attempt)
+            shown = litellm_error(error)
+            if door is not None and isinstance(shown, BudgetExceeded):
+                door.refused(shown)
+            if shown is error:
+                raise
+            raise shown from error
+        if door is not None:
+            door.refused(None)
+
+    def find(self, key: str | None) -> Attempt | None:
+        """The open attempt of this call."""
+        return None if key is None else self._open.get(key)
+
+    def has(self, attempt: Attempt) -> bool:
+        """Whether the attempt is still open."""
+        return self._open.get(attempt.key) is attempt
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def take(self, attempt: Attempt) -> bool:
+        """Out of the list: whoever gets it ends it. False when it has ended already, or was never reserved."""
+        with self._ended:
+            if self._open.get(attempt.key) is not attempt:
+                return False
+            del self._open[attempt.key]
+        if attempt.reservation is None:
+            self._count_end()
+        return attempt.reservation is not None
+
+    def end(self, attempt: Attempt, ending: Ending) -> None:
+        """End the attempt, if it is still open."""
+        if self.take(attempt):
+            self._finish(attempt, ending)
+
+    async def aend(self, attempt: Attempt, ending: Ending) -> None:
+        """As `end`, for async callers."""
+        if self.take(attempt):
+            with self._told(attempt):
+                await getattr(attempt.reservation, "a" + ending.verb)(*ending.args, **ending.options)
+
+    def _finish(self, attempt: Attempt, ending: Ending) -> None:
+        with self._told(attempt):
+            getattr(attempt.reservation, ending.verb)(*ending.args, **ending.options)
+
+    @contextmanager
+    def _told(self, attempt: Attempt) -> Iterator[None]:
+        """What goes wrong while a call is ended is logged: raised, it would cost the caller the model's answer.
+
+        After a store's failure the guard goes on trying by itself.
+        """
+        try:
+            yield
+        except Exception as error:  # raised, it would replace the answer or the call's own error
+            log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+        finally:
+            self._count_end()
+
+    def _count_end(self) -> None:
+        with self._ended:
+            self._unended -= 1
+            if not self._unended:
+                self._ended.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every attempt has ended; False when that takes longer."""
+        with self._ended:
+            return self._ended.wait_for(lambda: not self._unended, timeout_s)
+
+    def forget(self) -> None:
+        """After a fork, in the child: the open attempts are the parent's."""
+        self._open, self._unended, self._ended = OrderedDict(), 0, threading.Condition()
+
+
+# -- attempts whose end nobody reports ---------------------------------------------------------------------------
+
+_gates: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+_orphans: SimpleQueue[tuple[Attempt, Ending]] = SimpleQueue()
+_thread: threading.Thread | None = None
+
+
+def expect_orphans() -> None:
+    """Start the thread that ends them: not in a finaliser, which may run anywhere."""
+    global _thread
+    with _lock:
+        if _thread is None:
+            _thread = threading.Thread(target=_end_orphans, args=(_orphans,), daemon=True, name="bursar-litellm")
+            _thread.start()
+
+
+def end_soon(attempt: Attempt, ending: Ending) -> None:
+    """End it in the background: for finalisers, which may run under any lock."""
+    _orphans.put((attempt, ending))
+
+
+def _end_orphans(orphans: SimpleQueue[tuple[Attempt, Ending]]) -> None:
+    while True:
+        attempt, ending = orphans.get()
+        attempt.gate.end(attempt, ending)
+        del attempt, ending
+
+
+def _forked() -> None:
+    """In the child of a fork there is no thread, and the open attempts belong to the parent."""
+    global _orphans, _thread, _lock
+    _orphans, _thread, _lock = SimpleQueue(), None, threading.Lock()
+    for gate in list(_gates.values()):
+        gate.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,186 @@
+"""The custom logger: reserves where LiteLLM announces a call, raises where a budget refuses, settles what nothing else ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from litellm.integrations.custom_logger import CustomLogger
+
+from bursar.errors import UnboundedEstimate
+from bursar_litellm.answer import read_answer, read_error
+from bursar_litellm.errors import BudgetStop
+from bursar_litellm.functions import wrap_functions
+from bursar_litellm.gate import Attempt, Gate, current_door
+from bursar_litellm.request import (
+    ENDPOINTS,
+    LIMITS,
+    UNBOUNDED,
+    ask_for_usage,
+    clean,
+    is_async,
+    kind_of,
+    limit_output,
+    read_arguments,
+    read_tags,
+    read_wire,
+)
+
+if TYPE_CHECKING:
+    from bursar import Bursar
+
+_NO_UPSTREAM = "litellm_no_upstream_llm_call"  # in LiteLLM's notes: its proxy tells of a call that it refused
+
+
+class BursarLogger(CustomLogger):
+    """Holds every call of LiteLLM in this process against the budgets of `bursar`, once it is one of its callbacks.
+
+    `litellm.callbacks.append(BursarLogger(bursar))`, or see `install`, and `bursar_litellm.proxy` for the proxy. `tags`
+    are added to every call; `metadata={"bursar": {"agent": "planner"}}` adds more to one; a scope's own tags win over
+    both. A refused call raises LiteLLMBudgetExceeded, and the other errors of `Bursar.reserve` come as they are, before
+    anything is sent; never later.
+
+    Making one also puts thin wrappers around the functions of `litellm`: they end what this logger has reserved as soon
+    as the call or its stream ends, and raise in sync calls, where no callback can. Without it they do nothing.
+    """
+
+    def __init__(self, bursar: Bursar, **tags: str) -> None:
+        super().__init__()
+        self.bursar = bursar
+        self.tags = clean(tags)
+        self.gate = Gate.of(bursar)
+        wrap_functions()
+
+    def drain(self, timeout_s: float = 10.0) -> bool:
+        """Wait until every call that was announced has ended, in the background too; False when that takes longer.
+
+        For the end of a program, before `bursar.close()`: a stream that was dropped is booked a moment later.
+        """
+        return self.gate.drain(timeout_s)
+
+    # -- before: awaited calls -----------------------------------------------------------------------------------
+
+    async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
+        """Reserve for an awaited call, once per attempt; returns its arguments when its answer has to be smaller."""
+        kind, door = kind_of(call_type), current_door.get()
+        if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_mock):
+            return None  # a sync call is reserved for where it goes out; a mocked one never does
+        _check_bounded(kind)
+        if kind not in ENDPOINTS:
+            return None
+        notes = kwargs.get("litellm_logging_obj")
+        attempt = self.gate.enter(getattr(notes, "litellm_call_id", None) or str(kwargs.get("litellm_call_id")))
+        if attempt is None:
+            return None
+        with self.gate.admission(attempt):
+            request = self._prepare(attempt, kind, read_arguments(kind, kwargs), kwargs)
+            attempt.reservation = await self.bursar.areserve(**request)
+        reservation = attempt.reservation
+        if not reservation.capped:
+            return None
+        return {**kwargs, LIMITS[kind]: reservation.max_output_tokens}
+
+    # -- before: every call, at the moment when it goes out -------------------------------------------------------
+
+    def log_pre_api_call(self, model: Any, messages: Any, kwargs: Any) -> None:
+        """Reserve for a call that was not announced: a sync one, or an attempt of LiteLLM's own after a failure."""
+        try:
+            self._dispatch(kwargs)
+        except Exception as error:
+            # LiteLLM logs an Exception and sends the call all the same: nothing of ours may end like that (I12).
+            raise BudgetStop(error) from error
+
+    def _dispatch(self, details: dict[str, Any]) -> None:
+        kind, door = kind_of(details.get("call_type")), current_door.get()
+        if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_mock):
+            return
+        key = str(details.get("litellm_call_id"))
+        attempt = self.gate.find(key)
+        if attempt is None or attempt.is_sent:
+            attempt = self.gate.enter(key)
+            assert attempt is not None
+            with self.gate.admission(attempt):
+                settings = {**(details.get("optional_params") or {}), **(details.get("litellm_params") or {})}
+                request = self._prepare(attempt, kind, read_wire(kind, details), settings)
+                attempt.reservation = self.bursar.reserve(**request)
+            if attempt.reservation.capped and attempt.reservation.max_output_tokens:
+                limit_output(kind, details, attempt.reservation.max_output_tokens)
+        if isinstance(details.get("original_response"), str):
+            details["original_response"] = None  # an earlier attempt's
+        attempt.details, attempt.is_sent = details, True
+        ask_for_usage(details)
+
+    def _prepare(
+        self, attempt: Attempt, kind: str, request: dict[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        attempt.provider = request["provider"]
+        text = request["body"].get("input")
+        attempt.characters = len(text) if kind == "speech" and isinstance(text, str) else 0
+        request["default_tags"] = read_tags(settings, self.tags)
+        return request
+
+    # -- after: calls of functions that were taken out of `litellm` before they were wrapped -----------------------
+
+    async def async_post_call_success_deployment_hook(self, request_data: Any, response: Any, call_type: Any) -> None:
+        """The end of an awaited call: told at once, where LiteLLM's other events may be lost with the event loop."""
+        attempt = self._unowned(_details(request_data))
+        if attempt is not None:
+            await self.gate.aend(attempt, _read_answer(attempt, response))
+
+    async def async_post_call_failure_deployment_hook(
+        self, request_data: Any, exception: Exception, call_type: Any, fallback_depth: int | None = None
+    ) -> None:
+        """The failed end of an awaited call."""
+        attempt = self._unowned(_details(request_data))
+        if attempt is not None:
+            await self.gate.aend(attempt, read_error(attempt.provider, exception, attempt.details))
+
+    def log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """The end of a sync call or stream, told from another thread."""
+        attempt = self._unowned(kwargs)
+        if attempt is not None:
+            self.gate.end(attempt, _read_answer(attempt, response_obj))
+
+    def log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """The failed end of a sync call or stream."""
+        attempt, error = self._unowned(kwargs), kwargs.get("exception")
+        if attempt is not None and isinstance(error, BaseException):
+            self.gate.end(attempt, read_error(attempt.provider, error, attempt.details))
+
+    async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """The end of an awaited stream."""
+        attempt = self._unowned(kwargs)
+        if attempt is not None:
+            await self.gate.aend(attempt, _read_answer(attempt, response_obj))
+
+    async def async_log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """The failed end of an awaited stream."""
+        attempt, error = self._unowned(kwargs), kwargs.get("exception")
+        if attempt is not None and isinstance(error, BaseException):
+            await self.gate.aend(attempt, read_error(attempt.provider, error, attempt.details))
+
+    def _unowned(self, details: Mapping[str, Any]) -> Attempt | None:
+        """The open attempt of this call, if no wrapper ends it: LiteLLM's events come late, twice or never."""
+        attempt = self.gate.find(details.get("litellm_call_id"))
+        return attempt if attempt is not None and attempt.door is None else None
+
+
+def _details(request_data: Mapping[str, Any]) -> Mapping[str, Any]:
+    notes = request_data.get("litellm_logging_obj")
+    return getattr(notes, "model_call_details", None) or request_data
+
+
+def _read_answer(attempt: Attempt, answer: Any) -> Any:
+    return read_answer(attempt.provider, answer, attempt.details, attempt.characters)
+
+
+def _check_bounded(kind: str) -> None:
+    reason = UNBOUNDED.get(kind)
+    if reason is not None:
+        raise UnboundedEstimate(
+            f"{kind} cannot be held against a budget: {reason}. Make it outside of the guarded LiteLLM, and book its cost "
+            "with charge().",
+            reason=reason,
+            provider="",
+            model="",
+        )

@@ -1,0 +1,234 @@
+"""What a call is about to send, read from LiteLLM's arguments or from the body of the request itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import litellm
+from litellm.types.utils import all_litellm_params
+
+# The calls that models are paid for, by the provider's path; the async ones have an `a` in front.
+ENDPOINTS = {
+    "completion": "",
+    "text_completion": "completions",
+    "embedding": "embeddings",
+    "responses": "responses",
+    "anthropic_messages": "messages",
+    "generate_content": "",
+    "generate_content_stream": "",
+    "image_generation": "images/generations",
+    "image_edit": "images/edits",
+    "image_variation": "images/variations",
+    "transcription": "audio/transcriptions",
+    "speech": "audio/speech",
+    "rerank": "rerank",
+    "ocr": "ocr",
+    "video_generation": "videos",
+    "create_video": "videos",
+    "video_remix": "videos",
+    "video_edit": "videos",
+    "video_extension": "videos",
+}
+# What costs money later, or elsewhere, than in the answer to the call.
+UNBOUNDED = {
+    "create_batch": "a batch is billed when it has run",
+    "create_fine_tuning_job": "training is billed when it has run",
+    "run_thread": "a run of an assistant is billed when it has ended",
+    "run_thread_stream": "a run of an assistant is billed when it has ended",
+    "_realtime": "a live session has no end that is known before",
+    "_responses_websocket": "a live session has no end that is known before",
+}
+# The most that an answer may have, by the name that LiteLLM's own arguments have for it.
+LIMITS = {"completion": "max_tokens", "text_completion": "max_tokens", "responses": "max_output_tokens"}
+_SETTINGS = frozenset(all_litellm_params) | frozenset(
+    "messages metadata user timeout base_url extra_headers organization file image mask".split()
+)
+_LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+# LiteLLM drives these by their SDK, which tries twice more where nothing else is said; the others by plain HTTP.
+_SDK_RETRIES = 2
+_SDKS = frozenset({"openai", "azure", "text-completion-openai"})
+_MAX_LENGTH = 512  # of a tag's value
+_NAME = re.compile(r"[^A-Za-z0-9_.:/-]")
+_IDENTITY = frozenset({"org", "team", "user", "customer", "key"})
+
+
+def kind_of(call_type: Any) -> str:
+    """The name of the function, sync or async: `acompletion` -> `completion`; empty where nothing is known."""
+    name = str(getattr(call_type, "value", call_type) or "")
+    for plain in (name, name.removeprefix("a"), name.replace("_a", "_", 1)):
+        if plain in ENDPOINTS or plain in UNBOUNDED:
+            return plain
+    return name
+
+
+def is_async(call_type: Any) -> bool:
+    """Whether a call of this type is awaited, by the name alone: `anthropic_messages` always is."""
+    name = str(getattr(call_type, "value", call_type) or "")
+    return name == "anthropic_messages" or name != kind_of(name)
+
+
+def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Bursar.reserve` for a call of one of LiteLLM's functions, from that function's own arguments."""
+    asked = str(kwargs.get("model") or "")
+    model, provider, _, _ = litellm.get_llm_provider(
+        asked, kwargs.get("custom_llm_provider"), kwargs.get("api_base") or kwargs.get("base_url")
+    )
+    body = {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
+    }
+    limit = LIMITS.get(kind)
+    return {
+        "provider": provider,
+        "model": _base_model(kwargs) or model,
+        "messages": kwargs.get("messages"),
+        "body": body,
+        "endpoint": ENDPOINTS[kind],
+        "retries": _retries(provider, kwargs),
+        "resize": limit is not None and not any(kwargs.get(name) for name in _LIMIT_NAMES),
+    }
+
+
+def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
+    """The same from LiteLLM's notes on a call that is about to go out: the body is the one that the provider gets."""
+    provider = str(details.get("custom_llm_provider") or "")
+    settings = details.get("litellm_params") or {}
+    optional = details.get("optional_params") or {}
+    body = wire_body(details)
+    messages = details.get("messages")
+    if not body:
+        body = {name: value for name, value in optional.items() if name not in _SETTINGS}
+        if not isinstance(messages, list):
+            body["input"] = details.get("input")
+    return {
+        "provider": provider,
+        "model": _base_model({**optional, **settings}) or str(details.get("model") or ""),
+        "messages": messages if isinstance(messages, (list, str)) else None,
+        "body": body,
+        "endpoint": ENDPOINTS[kind],
+        "retries": _retries(provider, {**optional, **settings}),
+        "resize": _limit_name(kind, provider, body) is not None and not any(body.get(name) for name in _LIMIT_NAMES),
+    }
+
+
+def wire_body(details: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of the request: LiteLLM's own dict where it keeps one, so that changes to it are sent."""
+    body = (details.get("additional_args") or {}).get("complete_input_dict")
+    if isinstance(body, (str, bytes)) and body[:1] in ("{", b"{"):
+        try:
+            body = json.loads(body)
+        except ValueError:
+            return {}  # no JSON: measured by its messages
+    return body if isinstance(body, dict) else {}
+
+
+def limit_output(kind: str, details: Mapping[str, Any], tokens: int) -> None:
+    """Set the maximum output in the body that is about to go out."""
+    body = wire_body(details)
+    name = _limit_name(kind, str(details.get("custom_llm_provider") or ""), body)
+    assert name is not None, "a smaller maximum was granted where none can be set"
+    body[name] = tokens
+
+
+def ask_for_usage(details: Mapping[str, Any]) -> None:
+    """Have a stream in OpenAI's format end with its usage; LiteLLM keeps it to itself where the user did not ask."""
+    body = wire_body(details)
+    if body.get("stream") is not True or not ("messages" in body or "prompt" in body):
+        return
+    options = body.get("stream_options")
+    if isinstance(options, dict):
+        body["stream_options"] = {**options, "include_usage": True}
+        return
+    provider = str(details.get("custom_llm_provider") or "")
+    supported = litellm.get_supported_openai_params(str(details.get("model") or ""), provider) or []
+    if _speaks_openai(provider) and (provider == "text-completion-openai" or "stream_options" in supported):
+        body["stream_options"] = {"include_usage": True}
+
+
+def _limit_name(kind: str, provider: str, body: Mapping[str, Any]) -> str | None:
+    """How the body names its maximum output, where it is in OpenAI's format."""
+    if not body or not _speaks_openai(provider):
+        return None
+    if "messages" in body:
+        return "max_completion_tokens" if provider in ("openai", "azure") else "max_tokens"
+    if "prompt" in body:
+        return "max_tokens"
+    return "max_output_tokens" if kind == "responses" and "input" in body else None
+
+
+def _speaks_openai(provider: str) -> bool:
+    return provider in _SDKS or provider in litellm.openai_compatible_providers
+
+
+def _base_model(settings: Mapping[str, Any]) -> str | None:
+    """The model behind a deployment's name, as Azure's deployments are declared."""
+    metadata = settings.get("metadata")
+    told = [settings, settings.get("model_info"), metadata.get("model_info") if isinstance(metadata, Mapping) else None]
+    for place in told:
+        name = place.get("base_model") if isinstance(place, Mapping) else None
+        if isinstance(name, str) and name:
+            return name.partition("/")[2] or name
+    return None
+
+
+def _retries(provider: str, settings: Mapping[str, Any]) -> int:
+    for name in ("num_retries", "max_retries"):
+        value = settings.get(name)
+        if isinstance(value, int):
+            return max(0, value)
+    return _SDK_RETRIES if provider in _SDKS else 0
+
+
+# -- whose call it is --------------------------------------------------------------------------------------------
+
+
+def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a call. `settings`: LiteLLM's arguments; `own`: the logger's tags.
+
+    `metadata={"bursar": {...}}` names tags freely; of a proxy's clients they are taken too, but never who they are: that
+    is what the proxy found out by their key.
+    """
+    metadata: dict[str, Any] = {}
+    for name in ("metadata", "litellm_metadata"):
+        part = settings.get(name)
+        if isinstance(part, Mapping):
+            metadata.update(part)
+    said = metadata.get("bursar")
+    free = dict(said) if isinstance(said, Mapping) else {}
+    found: dict[str, Any] = {
+        "run": settings.get("litellm_session_id") or metadata.get("session_id"),
+        "customer": settings.get("user"),
+        "deployment": metadata.get("model_group"),
+    }
+    labels = metadata.get("tags")
+    for label in labels if isinstance(labels, (list, tuple)) else ():
+        found[f"tag.{label}"] = "yes"
+    identity: dict[str, Any] = {}
+    if "user_api_key_hash" in metadata or "user_api_key" in metadata:
+        free = {name: value for name, value in free.items() if name not in _IDENTITY}
+        identity = {
+            "key": metadata.get("user_api_key_hash") or metadata.get("user_api_key"),
+            "key_alias": metadata.get("user_api_key_alias"),
+            "team": metadata.get("user_api_key_team_id"),
+            "team_alias": metadata.get("user_api_key_team_alias"),
+            "user": metadata.get("user_api_key_user_id"),
+            "org": metadata.get("user_api_key_org_id"),
+            "customer": metadata.get("user_api_key_end_user_id") or settings.get("user"),
+        }
+    return clean({**found, **free, **own} | {name: value for name, value in identity.items() if value})
+
+
+def clean(tags: Mapping[str, Any]) -> dict[str, str]:
+    """The tags as the books take them: printable text of at most 512 characters; those without a value are left out."""
+    cleaned = {}
+    for name, value in tags.items():
+        text = "" if value is None else str(value)
+        if text:
+            if not text.isprintable():
+                text = "".join(sign if sign.isprintable() else "?" for sign in text)
+            cleaned[_NAME.sub("_", str(name))[:64]] = text[:_MAX_LENGTH]
+    return cleaned

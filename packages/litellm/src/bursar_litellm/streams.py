@@ -1,0 +1,228 @@
+"""Streams: the one LiteLLM returns, told apart only by its class, ends its reservation when it ends, fails or is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from bursar.errors import BursarError
+from bursar.usage import Usage
+from bursar_litellm.answer import Ending, is_cached, read_error, released, settled, unknown
+from bursar_litellm.gate import Attempt, end_soon, expect_orphans
+
+ABANDONED = "abandoned: closed, cancelled or dropped before its end"
+_ENDS = ("response.completed", "response.incomplete", "response.failed")
+_MAX_TAIL = 2**20  # characters of one line of an event stream
+
+
+def is_stream(answer: Any) -> bool:
+    """Whether LiteLLM answered by something to be read piece by piece."""
+    return hasattr(type(answer), "__next__") or hasattr(type(answer), "__anext__")
+
+
+def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
+    """The same stream, of a class of its own class's kind, which ends the attempts. Generators come inside of one."""
+    if not attempts:
+        return stream
+    expect_orphans()
+    if not hasattr(stream, "__dict__"):  # a generator
+        stream = _Generated(stream)
+    # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.
+    stream.__class__ = _guarded(type(stream))
+    stream._bursar = _Reading(attempts, is_cached(stream))
+    return stream
+
+
+class _Reading:
+    """What passes by of one stream, as far as it tells what is billed."""
+
+    def __init__(self, attempts: list[Attempt], is_from_cache: bool) -> None:
+        self.attempts = attempts
+        self.provider = attempts[-1].provider
+        self.is_from_cache = is_from_cache
+        self.is_complete = False
+        self.events: list[Any] = []
+        self._tail = ""
+
+    def feed(self, chunk: Any) -> None:
+        """Keep what a piece says of usage. Never raises: accounting must not break a stream."""
+        if isinstance(chunk, (bytes, str)):
+            self._feed_text(chunk.decode("utf-8", "replace") if isinstance(chunk, bytes) else chunk)
+            return
+        kind = chunk.get("type") if isinstance(chunk, Mapping) else getattr(chunk, "type", None)
+        if str(getattr(kind, "value", kind)) in _ENDS:
+            self.events, self.is_complete = [chunk], True
+        elif isinstance(chunk, Mapping) and (chunk.get("usage") or chunk.get("usageMetadata") or chunk.get("message")):
+            self.events.append(chunk)
+        elif getattr(chunk, "usage_metadata", None) is not None or getattr(chunk, "usageMetadata", None) is not None:
+            self.events = [chunk]  # Google's: each holds the whole so far
+
+    def _feed_text(self, text: str) -> None:
+        lines = (self._tail + text).split("\n")
+        self._tail = lines.pop()[-_MAX_TAIL:]
+        for line in lines:
+            if line.startswith("data:") and '"usage' in line:
+                self.events.append(line.strip())
+                self.is_complete = self.is_complete or "message_delta" in line or "response.completed" in line
+
+    def usage(self, stream: Any) -> Usage | None:
+        """What the stream has told so far; None when nothing."""
+        events = self.events or _chat_events(stream)
+        if not events:
+            return None
+        try:
+            return Usage.from_response(self.provider, events)
+        except BursarError as error:
+            partial = error.fields.get("partial")
+            return partial if isinstance(partial, Usage) else None
+
+    def ended(self, stream: Any) -> Ending:
+        """It was read to its end."""
+        if self.is_from_cache:
+            return released("answered from LiteLLM's cache")
+        usage = self.usage(stream)
+        return unknown("the stream stated no usage") if usage is None else settled(usage)
+
+    def failed(self, stream: Any, error: BaseException) -> Ending:
+        """It broke off, or its reader was cancelled."""
+        ending = read_error(self.provider, error, None)
+        return ending._replace(options={"known": self.usage(stream)})
+
+    def abandoned(self, stream: Any) -> Ending:
+        """Nobody reads on. Where the answer was complete all the same, its usage is the real one."""
+        if self.is_from_cache:
+            return self.ended(stream)
+        usage = self.usage(stream)
+        if usage is not None and (self.is_complete or getattr(stream, "received_finish_reason", None) is not None):
+            return settled(usage)
+        return unknown(ABANDONED, usage)
+
+
+def _chat_events(stream: Any) -> list[dict[str, Any]]:
+    """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
+    kept = getattr(stream, "chunks", None)
+    if kept is None:
+        kept = getattr(getattr(stream, "completion_stream", None), "chunks", None)
+    events = []
+    for chunk in kept or ():
+        usage = getattr(chunk, "usage", None)
+        if usage is not None:
+            events.append(
+                {
+                    "object": "chat.completion.chunk",
+                    "model": getattr(chunk, "model", None),
+                    "service_tier": getattr(chunk, "service_tier", None),
+                    "choices": [],
+                    "usage": usage.model_dump() if hasattr(usage, "model_dump") else usage,
+                }
+            )
+    return events
+
+
+class _Generated:
+    """A generator, sync or async, as an object whose class can be changed."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __aiter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._generator)
+
+    async def __anext__(self) -> Any:
+        return await anext(self._generator)
+
+    def close(self) -> None:
+        self._generator.close()
+
+    async def aclose(self) -> None:
+        await self._generator.aclose()
+
+
+@cache
+def _guarded(kind: type) -> type:
+    """A subclass that ends the attempts of `_bursar`, with the methods that the stream's class has."""
+    members: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    for name, make in (("__next__", _next), ("__anext__", _anext), ("close", _close), ("aclose", _aclose)):
+        if hasattr(kind, name):
+            members[name] = make(getattr(kind, name))
+    members["__del__"] = _del(getattr(kind, "__del__", None))
+    return type(kind.__name__, (kind,), members)
+
+
+def _next(inner: Any) -> Any:
+    def __next__(self: Any) -> Any:
+        reading: _Reading = self._bursar
+        try:
+            chunk = inner(self)
+        except BaseException as error:
+            over = isinstance(error, StopIteration)
+            _end(reading, reading.ended(self) if over else reading.failed(self, error))
+            raise
+        reading.feed(chunk)
+        return chunk
+
+    return __next__
+
+
+def _anext(inner: Any) -> Any:
+    async def __anext__(self: Any) -> Any:
+        reading: _Reading = self._bursar
+        try:
+            chunk = await inner(self)
+        except BaseException as error:
+            over = isinstance(error, StopAsyncIteration)
+            await _aend(reading, reading.ended(self) if over else reading.failed(self, error))
+            raise
+        reading.feed(chunk)
+        return chunk
+
+    return __anext__
+
+
+def _close(inner: Any) -> Any:
+    def close(self: Any) -> Any:
+        _end(self._bursar, self._bursar.abandoned(self))
+        return inner(self)
+
+    return close
+
+
+def _aclose(inner: Any) -> Any:
+    async def aclose(self: Any) -> Any:
+        ending = self._bursar.abandoned(self)
+        try:
+            return await inner(self)
+        finally:
+            await _aend(self._bursar, ending)
+
+    return aclose
+
+
+def _del(inner: Any) -> Any:
+    def __del__(self: Any) -> None:
+        reading = self.__dict__.get("_bursar")
+        if reading is not None and any(one.gate.has(one) for one in reading.attempts):
+            ending = reading.abandoned(self)
+            for attempt in reading.attempts:
+                end_soon(attempt, ending)
+        if inner is not None:
+            inner(self)
+
+    return __del__
+
+
+def _end(reading: _Reading, ending: Ending) -> None:
+    for attempt in reading.attempts:
+        attempt.gate.end(attempt, ending)
+
+
+async def _aend(reading: _Reading, ending: Ending) -> None:
+    for attempt in reading.attempts:
+        await attempt.gate.aend(attempt, ending)
