@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 MINUTE_US = 60_000_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
+SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 def us(at: datetime) -> int:
@@ -97,6 +97,12 @@ class Spec:
     per_run: bool = False
     enforce: bool = True
 
+    @property
+    def rolling_us(self) -> int:
+        """The length of a rolling window; 0 of all others."""
+        rolling = self.window.startswith("rolling")
+        return int(self.window[8:-1]) * SECONDS[self.window[-1]] * 1_000_000 if rolling else 0
+
 
 Key = tuple[str, str, int]  # the budget's name, the run ("" where the budget has one account), where the window begins
 
@@ -148,14 +154,16 @@ class Oracle:
     def reserved(self, key: Key) -> int:
         return sum(held.keys.get(key, 0) for held in self.reservations.values() if held.state == "open")
 
+    def leaves(self, move: Move, spec: Spec) -> int:
+        """When the move's bucket leaves a rolling window: when its end lies a whole length back."""
+        width_us = spec.rolling_us // 60
+        return (move.reserved_us // width_us + 1) * width_us + spec.rolling_us
+
     def spent(self, key: Key, now_us: int) -> int:
         spec = self.spec(key)
         moves = [move for move in self.moves if move.key == key]
-        if spec.window.startswith("rolling"):
-            length_us = int(spec.window[8:-1]) * SECONDS[spec.window[-1]] * 1_000_000
-            width_us = length_us // 60
-            # a bucket has left when its end lies a whole length back
-            moves = [m for m in moves if (m.reserved_us // width_us + 1) * width_us > now_us - length_us]
+        if spec.rolling_us:
+            moves = [move for move in moves if self.leaves(move, spec) > now_us]
         return sum(move.spent for move in moves)
 
     def overrun(self, key: Key) -> int:
