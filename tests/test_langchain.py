@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, UnknownPrice
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_langchain import BursarCallbackHandler, GuardedEmbeddings, LangChainBudgetExceeded, install
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CORE = tuple(int(part) for part in version("langchain-core").split(".")[:2])
 
 
@@ -468,7 +470,15 @@ print(json.dumps([time.process_time() - start, sorted(sys.modules)]))
     assert not {"langchain", "langgraph", "langchain_core.tracers.context", "bursar.prices.book"} & set(runs[0][1])
 
 
-def test_the_handler_warns_of_nothing(provider: Provider, guard: Bursar) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+def test_no_coroutine_of_the_handler_is_left_unawaited(provider: Provider, guard: Bursar) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         asyncio.run(chat(provider).ainvoke("hi", with_(BursarCallbackHandler(guard))))
+    assert not [warning for warning in caught if issubclass(warning.category, RuntimeWarning)]
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("langchain_*.py")), ids=lambda path: path.name)
+def test_an_example_runs(example: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

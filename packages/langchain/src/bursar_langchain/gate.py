@@ -131,7 +131,9 @@ class Gate:
         if slot is not None and slot.may_clamp and reservation.capped:
             assert slot.signal is not None
             slot.parked, slot.may_clamp = reservation, False
-            raise slot.signal()
+            raise slot.signal(
+                f"no error: the request comes again with at most {slot.max_output_tokens} tokens of output"
+            )
         opened.reservation = reservation
         if slot is not None:
             slot.keys.append(run_id.int)

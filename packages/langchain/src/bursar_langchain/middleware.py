@@ -32,7 +32,7 @@ _LIMIT_NAMES = {
 }
 
 
-class _Again(GraphBubbleUp):
+class AskForLess(GraphBubbleUp):
     """The request has to come again, with a smaller answer. A GraphBubbleUp, so that no retry on the way catches it."""
 
 
@@ -75,7 +75,7 @@ class BursarMiddleware(_Middleware):
         with self._inside(request.state, clamps=True) as slot:
             try:
                 return handler(request)
-            except _Again:
+            except AskForLess:
                 return handler(_smaller(request, slot))
 
     async def _acall_model(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -83,7 +83,7 @@ class BursarMiddleware(_Middleware):
         with self._inside(request.state, clamps=True) as slot:
             try:
                 return await handler(request)
-            except _Again:
+            except AskForLess:
                 return await handler(_smaller(request, slot))
 
     @contextmanager
@@ -91,7 +91,7 @@ class BursarMiddleware(_Middleware):
         """With the handler active, and with what the calls inside leave open ended on leaving."""
         outer = current_slot.get()
         run = outer.run if outer is not None and outer.run else _turn(state)
-        slot = Slot(_Again if clamps else None, run)
+        slot = Slot(AskForLess if clamps else None, run)
         handler_token, slot_token = active.set(self._handler), current_slot.set(slot)
         try:
             yield slot
