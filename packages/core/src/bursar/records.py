@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from bursar.accounts import Account, age
@@ -133,7 +134,7 @@ class UsageRecord:
 
 
 def _refusal(facts: Mapping[str, Any]) -> str:
-    budget, unit, _, scope, _ = json.loads(facts["account"])
+    budget, unit, _, scope, _ = _account(facts["account"])
     where = ", ".join(f"{tag}={value}" for tag, value in scope.items())
     asked, available = (
         f"${dollar_text(count)}" if unit == "USD" else f"{count} {unit}"
@@ -143,8 +144,14 @@ def _refusal(facts: Mapping[str, Any]) -> str:
 
 
 def _amount(key: str, count: int) -> dict[str, Any]:
-    budget, unit, _, scope, start_us = json.loads(key)
-    return {"budget": budget, "scope": scope, "unit": unit, "window_start": start_us, "amount": count}
+    budget, unit, _, scope, start_us = _account(key)
+    return {"budget": budget, "scope": dict(scope), "unit": unit, "window_start": start_us, "amount": count}
+
+
+@lru_cache(maxsize=4_096)
+def _account(key: str) -> tuple[Any, ...]:
+    """What an account's key says: budget, unit, window, scope, start. Every call's record names the same few."""
+    return tuple(json.loads(key))
 
 
 def facts_of(
