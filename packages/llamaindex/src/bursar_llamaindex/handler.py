@@ -11,6 +11,7 @@ from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayloa
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index_instrumentation import root_dispatcher
 
+from bursar.errors import InvalidInput
 from bursar_llamaindex.answer import failed, read_answer, unknown
 from bursar_llamaindex.calls import Call, drain
 from bursar_llamaindex.gate import Gate
@@ -135,6 +136,12 @@ def announce_llm(
     return Call(bursar, request, event_id, settings, kind.limit_name)
 
 
+def found_tags() -> dict[str, str]:
+    """Whose a call would be that is made now, as far as LlamaIndex knows."""
+    span = current()
+    return {} if span is None else span.tags()
+
+
 # -- the gate, just in time --------------------------------------------------------------------------------------
 
 installed: list[BursarCallbackHandler] = []  # what `install` guards every object with
@@ -173,6 +180,15 @@ def follow_spans() -> None:
     """Have LlamaIndex tell of every span."""
     if not any(handler is _spans for handler in root_dispatcher.span_handlers):
         root_dispatcher.add_span_handler(_spans)
+
+
+def installed_bursar(bursar: Bursar | None) -> Bursar:
+    """The guard given, else the installed one. Raises InvalidInput where there is neither."""
+    if bursar is not None:
+        return bursar
+    if not installed:
+        raise InvalidInput("There is no guard. Call install(bursar) before, or give one.", argument="bursar")
+    return installed[0].bursar
 
 
 def forget(handler: BursarCallbackHandler) -> None:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
-# Settings of the client: none of them reaches the prompt.
 _TOOL_FIELDS = ("built_in_tools", "tools")
+# Settings of the client, and what is read by itself: none of them is a further part of the prompt.
 _CLIENT_SETTINGS = frozenset(
-    "model model_name stream stream_options timeout extra_headers default_headers headers api_key api_base base_url"
+    "messages prompt model model_name stream stream_options timeout extra_headers default_headers headers api_key api_base base_url"
     " use_chat_completions formatted callback_manager max_retries".split()
 )
 _OPENAI_CHAT, _OPENAI_RESPONSES = "llama_index.llms.openai.base", "llama_index.llms.openai.responses"
