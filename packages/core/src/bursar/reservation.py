@@ -45,6 +45,12 @@ class Reservation:
         return limit or (None if price is None else price.max_output_tokens)
 
     @property
+    def covered_output_tokens(self) -> int | None:
+        """How much output of one answer the reserved amounts are for: less than the maximum where it is estimated; None for tools."""
+        estimate = self._call.estimate
+        return None if estimate is None else estimate.max_output_tokens
+
+    @property
     def capped(self) -> bool:
         return self._call.capped
 
@@ -190,7 +196,7 @@ class Block:
         return False
 
     def _leaving(self, error: BaseException | None) -> Ending | None:
-        if not self._reservation.is_open:
+        if not self._reservation.is_open or self._driver.keeper.keeps(self._call):
             return None
         if self._call.request is None:
             return self._reservation._settling(None, "completed" if error is None else "failed", "", None)
