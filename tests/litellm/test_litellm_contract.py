@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,16 +16,18 @@ from bursar.testing import AdapterContract  # noqa: E402
 from bursar_litellm import BursarLogger, install  # noqa: E402
 
 
-def options(url: str, prompt: str, **more: Any) -> dict[str, Any]:
-    retries, timeout_s = more.pop("retries", 0), more.pop("timeout_s", 30)
+def options(
+    url: str, prompt: str, *, max_tokens: int = 500, timeout_s: float = 30, n: int = 1, retries: int = 0
+) -> dict[str, Any]:
     return {
         "model": "openai/gpt-4o",
         "messages": [{"role": "user", "content": prompt}],
         "api_base": f"{url}/v1",
         "api_key": "any",
+        "max_tokens": max_tokens,
         "max_retries": retries,
         "timeout": timeout_s,
-        **more,
+        **({"n": n} if n > 1 else {}),
     }
 
 
@@ -60,22 +63,37 @@ class TestFunctions(AdapterContract):
 
 
 class TestRouter(TestFunctions):
-    """The same through a Router with one deployment."""
+    """The same through a Router with one deployment, whose retries are the Router's."""
 
-    def router(self, url: str, **more: Any) -> Any:
+    def router(self, url: str, prompt: str, *, retries: int = 0, **more: Any) -> tuple[Any, dict[str, Any]]:
         deployment = {"model": "openai/gpt-4o", "api_base": f"{url}/v1", "api_key": "any"}
-        return litellm.Router([{"model_name": "main", "litellm_params": deployment}], num_retries=0)
+        models = [{"model_name": "main", "litellm_params": deployment}]
+        settings = {**options(url, prompt, **more), "model": "main"}
+        for name in ("api_base", "api_key", "max_retries"):
+            del settings[name]
+        with _lock:
+            key = (url, retries)
+            if key not in _routers:
+                _routers[key] = litellm.Router(models, num_retries=retries, retry_after=0, disable_cooldowns=True)
+        return _routers[key], settings
 
     def call(self, url: str, prompt: str, **more: Any) -> Any:
-        return self.router(url).completion(**{**options(url, prompt, **more), "model": "main"})
+        router, settings = self.router(url, prompt, **more)
+        return router.completion(**settings)
 
     async def acall(self, url: str, prompt: str, **more: Any) -> Any:
-        return await self.router(url).acompletion(**{**options(url, prompt, **more), "model": "main"})
+        router, settings = self.router(url, prompt, **more)
+        return await router.acompletion(**settings)
 
     def stream(self, url: str, prompt: str, **more: Any) -> Iterator[Any]:
-        return self.router(url).completion(**{**options(url, prompt, **more), "model": "main"}, stream=True)
+        router, settings = self.router(url, prompt, **more)
+        return router.completion(**settings, stream=True)
 
     async def astream(self, url: str, prompt: str, **more: Any) -> AsyncIterator[Any]:
-        settings = {**options(url, prompt, **more), "model": "main"}
-        async for chunk in await self.router(url).acompletion(**settings, stream=True):
+        router, settings = self.router(url, prompt, **more)
+        async for chunk in await router.acompletion(**settings, stream=True):
             yield chunk
+
+
+_lock = threading.Lock()
+_routers: dict[tuple[str, int], Any] = {}

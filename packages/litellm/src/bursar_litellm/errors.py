@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bursar.errors import BudgetExceeded
+from typing import Any
+
+from bursar.errors import BudgetExceeded, BursarError, StoreError
 
 
 class LiteLLMBudgetExceeded(BudgetExceeded):
@@ -18,10 +20,9 @@ class LiteLLMBudgetExceeded(BudgetExceeded):
     param = "budget"
     llm_provider = ""
 
-    @property
-    def message(self) -> str:
-        """The text of the error, under the name that LiteLLM's errors have for it."""
-        return str(self)
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.message = message  # LiteLLM's Router adds to it which deployments were tried
 
 
 class BudgetStop(BaseException):
@@ -40,7 +41,9 @@ class BudgetStop(BaseException):
 
 
 def litellm_error(error: BaseException) -> BaseException:
-    """The same error; a refusal in the class that LiteLLM understands."""
-    if isinstance(error, BudgetExceeded) and not isinstance(error, LiteLLMBudgetExceeded):
-        return LiteLLMBudgetExceeded(str(error), **error.fields)
+    """The same error, as LiteLLM understands it: a refusal in its class, the others with a status that says whether to retry."""
+    if isinstance(error, BudgetExceeded):
+        return error if isinstance(error, LiteLLMBudgetExceeded) else LiteLLMBudgetExceeded(str(error), **error.fields)
+    if isinstance(error, BursarError) and not hasattr(error, "status_code"):
+        error.status_code = 503 if isinstance(error, StoreError) else 400
     return error

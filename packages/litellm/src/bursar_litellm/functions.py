@@ -37,6 +37,7 @@ def wrap_functions() -> None:
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        _arm()
         door = Door(is_mock=_is_mock(kwargs))
         token = current_door.set(door)
         try:
@@ -59,6 +60,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
+        _arm()
         door = Door(is_mock=_is_mock(kwargs))
         token = current_door.set(door)
         try:
@@ -76,6 +78,13 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
         return answer
 
     return call
+
+
+def _arm() -> None:
+    """Have LiteLLM announce what goes out, too: it does so to this list, and adds nothing to it beyond 100 callbacks."""
+    for callback in litellm.callbacks:
+        if hasattr(callback, "gate") and callback not in litellm.input_callback:
+            litellm.input_callback.append(callback)
 
 
 def _is_mock(kwargs: dict[str, Any]) -> bool:

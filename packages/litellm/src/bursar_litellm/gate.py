@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
@@ -35,7 +35,7 @@ class Attempt:
         self.door = door
         self.provider = ""
         self.reservation: Reservation | None = None
-        self.details: Mapping[str, Any] | None = None
+        self.details: dict[str, Any] | None = None
         self.characters = 0
         self.is_sent = False
 

@@ -26,6 +26,11 @@ def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
     if not attempts:
         return stream
     expect_orphans()
+    for attempt in attempts:
+        # LiteLLM's notes and the stream hold each other: it would die late, when the garbage collector comes by.
+        if attempt.details is not None and attempt.details.get("original_response") is stream:
+            attempt.details["original_response"] = None
+        attempt.details = None
     if not hasattr(stream, "__dict__"):  # a generator
         stream = _Generated(stream)
     # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.
