@@ -52,6 +52,8 @@ def count(value: Any) -> int:
     """A whole number from 0 to 2^48; None counts as 0. Some providers send counts as 6.0."""
     if value is None:
         return 0
+    if type(value) is int and 0 <= value <= MAX_COUNT:
+        return value
     exact = number(value)
     if exact.denominator != 1 or exact > MAX_COUNT:
         raise unreadable(f"{str(value)[:40]} is not a count")
