@@ -102,7 +102,7 @@ def items(data: Json, name: str) -> list[Json]:
 
 def total(data: Json, *names: str) -> int:
     """The largest of several names for the same count."""
-    return max((count(data.get(name)) for name in names), default=0)
+    return max([count(data[name]) for name in names if name in data], default=0)
 
 
 def word(value: Any) -> str | None:
