@@ -11,6 +11,7 @@ from bursar.errors import InvalidInput
 from bursar.estimate import Estimate, Request
 from bursar.prices import ModelPrice
 from bursar.scope import Scope
+from bursar.usage import Usage
 from bursar.waiting import Ticket
 
 MODEL_UNITS = ("USD", "tokens", "requests", "slots")
@@ -27,7 +28,8 @@ class CallOptions(TypedDict, total=False):
     request sets (it must be enforced), read from the body where not given. `n`: answers asked for; `retries`: the client's own;
     `endpoint`: the provider's path where it matters. `resize`: whether a smaller maximum output than asked for may be granted
     (default: only where none was set). `connection`: what the call goes through (default: the provider). `tags` win over the
-    scope's, `default_tags` do not. `id` makes the reservation repeatable; `ttl_s`: seconds until it expires (default 600).
+    scope's, `default_tags` do not. `usage`: what it will be billed where that is not tokens (images, seconds, characters); it is
+    believed, as `input_tokens` are. `id` makes the reservation repeatable; `ttl_s`: seconds until it expires (default 600).
     """
 
     messages: str | Sequence[Any] | None
@@ -37,6 +39,7 @@ class CallOptions(TypedDict, total=False):
     n: int
     retries: int
     endpoint: str | None
+    usage: Usage | None
     resize: bool | None
     connection: str | None
     tags: Mapping[str, str] | None
@@ -80,7 +83,7 @@ class Call:
     """One call and all that the guard knows of it.
 
     `state`: new, open, settled, released, or unguarded (the store was away and the policy is "open"). `amounts` are those of a
-    tool call; a model call's come from its `request`, `price` and estimate.
+    tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate.
     """
 
     __slots__ = (
@@ -104,6 +107,7 @@ class Call:
         "tool",
         "ttl_us",
         "units",
+        "usage",
     )
 
     def __init__(
@@ -118,6 +122,7 @@ class Call:
         self.ttl_us = int(ttl_s * 1e6)
         self.provider = self.model = self.tool = self.connection = ""
         self.request: Request | None = None
+        self.usage: Usage | None = None
         self.resize = False
         self.service_tier: str | None = None
         self.price: ModelPrice | None = None

@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from bursar.call import CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Step, ToolOptions
 from bursar.clock import Clock
@@ -22,6 +22,9 @@ from bursar.reservation import Block, Reservation, tool_cost
 from bursar.scope import Scope, check_tags, current, process_run
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.usage import Usage
+
+Client = TypeVar("Client")
 
 
 class Bursar:
@@ -132,6 +135,17 @@ class Bursar:
         """As `charge`, for async callers."""
         return await self._driver.arun(self._charging(cost, tool, **options))
 
+    def wrap(self, client: Client, provider: str | None = None) -> Client:
+        """A guarded twin of a client of the packages openai or anthropic (sync or async); the given one stays as it is.
+
+        Every call of the twin, and of its `with_options`, reserves before it is sent and settles to what was billed. What
+        nothing bounds (batches, live sessions, training) raises UnboundedEstimate. `provider`: who bills, where the base URL
+        does not tell. Raises InvalidInput for other objects. See docs/wrap.md.
+        """
+        from bursar.wrap import wrap_client
+
+        return wrap_client(self, client, provider)
+
     def release(self, id: str, reason: str = "released by an operator") -> UsageRecord | None:
         """Take an expired reservation off the books, when it is known that the provider did not bill it."""
         return Reservation(self._driver, Call(id, Scope({}), MODEL_UNITS, given_id=True)).release(reason)
@@ -148,12 +162,13 @@ class Bursar:
         id: str | None = None,
         ttl_s: float = 600.0,
         body: Mapping[str, Any] | None = None,
+        usage: Usage | None = None,
         **said: Any,
     ) -> Call:
         own = check_tags({"provider": provider, "model": model, "connection": connection or provider})
         call = self._call(MODEL_UNITS, tags, default_tags, id, ttl_s)
         call.provider, call.model, call.connection = own["provider"], own["model"], own["connection"]
-        call.request = Request(provider, model, body=body, **said)
+        call.request, call.usage = Request(provider, model, body=body, **said), usage
         call.resize = call.request.max_output_tokens is None if resize is None else resize
         tier = body.get("service_tier") if isinstance(body, Mapping) else None
         call.service_tier = tier if isinstance(tier, str) else None

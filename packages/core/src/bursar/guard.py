@@ -155,6 +155,8 @@ class Guard:
     def _learned(self, call: Call) -> dict[str, int]:
         assert call.request is not None
         assert call.price is not None
+        if call.usage is not None:
+            return _said(call, call.usage, call.price.cost_nanos(call.usage))
         estimate = call.estimate = self.learner.estimate(
             call.request,
             run=call.run,
@@ -172,6 +174,8 @@ class Guard:
         """The upper bound, per attempt and round of the provider's own tools, because context tiers count per request."""
         assert call.request is not None
         assert call.price is not None
+        if call.usage is not None:
+            return _said(call, call.usage, call.price.cost_nanos(call.usage) * call.attempts)
         estimate = call.estimate = strict(
             call.request,
             context_window=call.price.context_window,
@@ -219,7 +223,7 @@ class Guard:
     def _fit(self, call: Call, refused: Refused) -> int | None:
         """The largest maximum output with which the call would fit on every account, or None when none does."""
         request, price, estimate = call.request, call.price, call.estimate
-        if request is None or price is None or estimate is None:
+        if request is None or price is None or estimate is None or call.usage is not None:
             return None
         most = request.max_output_tokens or price.max_output_tokens or estimate.max_output_tokens
         for account, asked in refused.lines:
@@ -281,7 +285,7 @@ class Guard:
     def _worst(self, call: Call, known: Usage | None) -> Usage | None:
         """The usage of a call whose end nobody saw: a learned estimate of the output may lie below the maximum it had."""
         request, estimate = call.request, call.estimate
-        if request is None or estimate is None:
+        if request is None or estimate is None or call.usage is not None:
             return None
         output = max(estimate.output_tokens, (request.max_output_tokens or 0) * request.n)
         if known is None or not known.input_tokens:
@@ -308,7 +312,8 @@ class Guard:
         if type(command) is not Settle:
             call.state = "released"
             return None
-        amounts = {"USD": command.cost_nanos, "requests": 1, "calls": 1, "tokens": 0, **command.actuals}
+        tokens = command.usage.get("input_tokens", 0) + command.usage.get("output_tokens", 0)
+        amounts = {"USD": command.cost_nanos, "requests": 1, "calls": 1, "tokens": tokens, **command.actuals}
         return (
             yield from self.charge(
                 call,
@@ -336,32 +341,37 @@ class Guard:
         cost_nanos = amounts["USD"]
         if not call.draft:
             self._write_draft(call, cost_nanos, {})
-        for _ in range(MAX_RELOADS):
-            matched = self.matched(call, now_us)
-            lines = tuple((one.rule, amounts[one.rule.unit]) for one in matched if one.rule.unit in amounts)
-            answer: Answer = yield Charge(
-                call.id,
-                lines,
-                cost_nanos,
-                usage or {},
-                call.draft,
-                call.digest(cost_nanos),
-                estimated,
-                reason,
-                outcome,
-                self.max_accounts,
-            )
-            if type(answer) is Ended:
-                call.state = "settled"
-                return answer.entry
-            assert type(answer) is Rejected
-            now_us = yield from self._recover(call, answer)
-        raise StoreError("A charge could not be booked between windows. Try again.", fault="locked")
+        matched = self.matched(call, now_us)
+        answer: Answer = yield Charge(
+            call.id,
+            tuple((one.rule, amounts[one.rule.unit]) for one in matched if one.rule.unit in amounts),
+            cost_nanos,
+            usage or {},
+            call.draft,
+            call.digest(cost_nanos),
+            estimated,
+            reason,
+            outcome,
+            self.max_accounts,
+        )
+        if type(answer) is Rejected:
+            raise rejection(call.id, answer)
+        assert type(answer) is Ended
+        call.state = "settled"
+        return answer.entry
 
     def goes_unguarded(self, call: Call, now_us: int) -> bool:
         """Whether every budget of this call says that calls go on while the store is out of reach (I12)."""
         matched = self.matched(call, now_us)
         return bool(matched) and all(one.budget.on_unreachable == "open" for one in matched)
+
+
+def _said(call: Call, usage: Usage, cost_nanos: int) -> dict[str, int]:
+    """The amounts of what the caller said that the call will be billed."""
+    call.estimate = Estimate(
+        usage.input_tokens, usage.output_tokens, usage.output_tokens, 1, True, "the caller's count"
+    )
+    return _amounts(call, call.estimate, cost_nanos)
 
 
 def _amounts(call: Call, estimate: Estimate, cost_nanos: int) -> dict[str, int]:

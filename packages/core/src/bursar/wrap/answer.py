@@ -1,0 +1,330 @@
+"""One answer on its way to the caller: its bytes pass by, its usage is read, and its end settles the reservation."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import struct
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any, NamedTuple
+
+from bursar.answers import StreamReader
+from bursar.answers.plain import parse
+from bursar.errors import UnreadableAnswer
+from bursar.reservation import Reservation
+from bursar.wrap.doors import Visit
+
+MAX_HELD_BYTES = 64 * 2**20  # of one event, or of a body that is read piece by piece
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+# The last event of a stream, after which nothing more is billed.
+_LAST = frozenset(
+    {
+        "message_stop",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+        "response.cancelled",
+        "speech.audio.done",
+        "transcript.text.done",
+        "image_generation.completed",
+        "image_edit.completed",
+    }
+)
+
+log = logging.getLogger("bursar.wrap")
+
+
+class Ending(NamedTuple):
+    """How a reservation ends: a verb of it, its arguments and options."""
+
+    verb: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+SILENT = Ending("settle_unknown", ("the answer does not say what it costs",), {})
+
+
+class Answer:
+    """Reads what passes by, and says how the call ends.
+
+    `keep`, where given, takes the id of a response that goes on at the provider when nobody reads it any more.
+    """
+
+    def __init__(
+        self, reservation: Reservation, visit: Visit, response: Any, keep: Callable[[str], None] | None = None
+    ) -> None:
+        self.reservation = reservation
+        self.complete = False  # nothing more of it will be billed
+        self.is_reading = False  # its reader is at work, not waiting for the caller to ask for more
+        self._ended = False
+        self._headers = dict(response.headers)
+        self._visit = visit
+        self._keep = keep
+        self._is_kept = False
+        self._reader = StreamReader(visit.provider)
+        self._hides_usage = visit.hides_usage
+        self._held = b""
+        self._lost = False  # more was held than may be: what follows is not read
+        kind = response.headers.get("content-type", "")
+        if "event-stream" in kind:
+            self._take = self._events
+        elif "amazon.eventstream" in kind:
+            self._take = self._frames
+        elif "json" in kind:
+            self._take = self._whole
+        else:
+            self._take = self._nothing
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes; what of them the caller may see."""
+        return data if self._lost else self._take(data)
+
+    def finish(self) -> bytes:
+        """The body is at its end: what of it was still held back."""
+        left, self._held = self._held, b""
+        if self._take == self._whole:
+            self._reader.feed(left)
+        self.complete = True
+        return left if self._hides_usage else b""
+
+    def _hold(self, data: bytes) -> bytes:
+        self._held += data
+        if len(self._held) > MAX_HELD_BYTES:
+            left, self._held, self._lost = self._held, b"", True
+            return left
+        return b""
+
+    def _nothing(self, data: bytes) -> bytes:
+        return data
+
+    def _whole(self, data: bytes) -> bytes:
+        self._hold(data)
+        return data
+
+    def _events(self, data: bytes) -> bytes:
+        """Server-sent events. Source: WHATWG HTML, 9.2.6."""
+        passed = self._hold(data)
+        start = 0
+        shown: list[bytes] = [passed]
+        for end in _EVENT_END.finditer(self._held):
+            event = self._held[start : end.end()]
+            start = end.end()
+            if self._event(event):
+                shown.append(event)
+        self._held = self._held[start:]
+        return b"".join(shown) if self._hides_usage else data
+
+    def _event(self, event: bytes) -> bool:
+        """Read one event; False for the one that the caller did not ask for."""
+        lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+        text = b"\n".join(lines).decode("utf-8", "replace").strip()
+        if text == "[DONE]":
+            self.complete = True
+            return True
+        if not text.startswith(("{", "[")):
+            return True
+        try:
+            data = parse(text)
+        except UnreadableAnswer:
+            return True  # the client says so itself; the call then ends without its usage
+        self._reader.feed(data)
+        if not isinstance(data, dict):
+            return True
+        begun = data.get("response") if self._keep is not None and not self._is_kept else None
+        if isinstance(begun, dict) and isinstance(begun.get("id"), str):
+            assert self._keep is not None
+            self._keep(begun["id"])
+            self._is_kept = True
+        self.complete = self.complete or data.get("type") in _LAST
+        return not (self._hides_usage and data.get("usage") and data.get("choices") == [])
+
+    def _frames(self, data: bytes) -> bytes:
+        """AWS event streams: lengths of frame and headers, a checksum, headers, payload, a checksum.
+
+        Source: Amazon Transcribe developer guide, "Event stream encoding", which all AWS services share.
+        """
+        self._hold(data)
+        while len(self._held) >= 12:
+            size, headers = struct.unpack(">II", self._held[:8])
+            if size < 16 or len(self._held) < size:
+                break
+            payload = self._held[12 + headers : size - 4]
+            self._held = self._held[size:]
+            self._reader.feed(payload.decode("utf-8", "replace"))
+        return data
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def ending(self) -> Ending | None:
+        """How the reservation ends, asked once; None when it has ended already, or waits for another to read the answer."""
+        if self._ended:
+            return None
+        self._ended = True
+        try:
+            usage, partial = self._reader.usage(), self._reader.partial()
+        except UnreadableAnswer as error:
+            return Ending("settle_unknown", (str(error),), {})
+        usage = usage or self._visit.known
+        if usage is not None:
+            return Ending("settle", (usage,), {"headers": self._headers})
+        if self._is_kept and not self.complete:
+            return None
+        if self._visit.is_silent:
+            return SILENT
+        reason = "the answer says nothing of its usage" if self.complete else "the answer was not read to its end"
+        return Ending("settle_unknown", (reason,), {"known": partial})
+
+    def end(self) -> None:
+        """End the reservation, from wherever the answer was closed or forgotten."""
+        if self._ended:
+            return
+        if not _inside_bursar():
+            self.end_now()
+            return
+        _forgotten.put(self)
+        _start_ending()
+
+    def end_now(self) -> None:
+        """End the reservation in this thread."""
+        ending = self.ending()
+        if ending is not None:
+            with told_only():
+                getattr(self.reservation, ending.verb)(*ending.arguments, **ending.options)
+
+    async def aend(self) -> None:
+        """As `end_now`, for async callers."""
+        ending = self.ending()
+        if ending is not None:
+            with told_only():
+                await getattr(self.reservation, f"a{ending.verb}")(*ending.arguments, **ending.options)
+
+
+@contextlib.contextmanager
+def told_only() -> Generator[None]:
+    """What goes wrong while a call is ended is logged: raised, it would cost the caller the answer that was paid for.
+
+    After a store's failure the guard goes on trying by itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+
+
+# -- the response ------------------------------------------------------------------------------------------------
+
+
+def watch(response: Any, answer: Answer) -> None:
+    """Let the bytes of an open response (httpx, httpx2) pass by `answer`, which ends with it: read, closed or forgotten."""
+    response.__class__ = _watched(type(response))
+    response._bursar_answer = answer
+    weakref.finalize(response, answer.end).atexit = False  # at exit the store may be gone; the reservation expires
+
+
+class _Watched:
+    """What a watched response does otherwise. Every way of reading but `iter_raw` goes through `iter_bytes`."""
+
+    _bursar_answer: Answer
+
+    def iter_bytes(self, *arguments: Any, **options: Any) -> Iterator[bytes]:
+        answer = self._bursar_answer
+        rest: Any = super()
+        answer.is_reading = True
+        try:
+            for data in rest.iter_bytes(*arguments, **options):
+                shown = answer.feed(data)
+                if answer.complete:
+                    answer.end_now()  # before the caller sees the end, and asks for the next call
+                if shown:
+                    answer.is_reading = False
+                    yield shown
+                    answer.is_reading = True
+            left = answer.finish()
+            answer.end_now()
+            if left:
+                yield left
+        finally:
+            answer.is_reading = False
+            answer.end()
+
+    async def aiter_bytes(self, *arguments: Any, **options: Any) -> AsyncIterator[bytes]:
+        answer = self._bursar_answer
+        rest: Any = super()
+        answer.is_reading = True
+        try:
+            async for data in rest.aiter_bytes(*arguments, **options):
+                shown = answer.feed(data)
+                if answer.complete:
+                    await answer.aend()
+                if shown:
+                    answer.is_reading = False
+                    yield shown
+                    answer.is_reading = True
+            left = answer.finish()
+            await answer.aend()
+            if left:
+                yield left
+        finally:
+            answer.is_reading = False
+            await answer.aend()
+
+    def close(self) -> None:
+        rest: Any = super()
+        try:
+            rest.close()
+        finally:
+            if not self._bursar_answer.is_reading:  # else it is the reading itself that closes, and ends the call
+                self._bursar_answer.end()
+
+    async def aclose(self) -> None:
+        rest: Any = super()
+        try:
+            await rest.aclose()
+        finally:
+            if not self._bursar_answer.is_reading:
+                await self._bursar_answer.aend()
+
+
+def _watched(kind: type) -> type:
+    if kind not in _kinds:
+        _kinds[kind] = type(kind.__name__, (_Watched, kind), {"__module__": kind.__module__})
+    return _kinds[kind]
+
+
+_kinds: dict[type, type] = {}
+
+
+# -- answers that are forgotten ----------------------------------------------------------------------------------
+
+_forgotten: SimpleQueue[Answer] = SimpleQueue()
+_thread: threading.Thread | None = None
+_LOCKING = ("bursar.driver", "bursar.keeper", "bursar.stores", "bursar.waiting")
+
+
+def _inside_bursar() -> bool:
+    """Whether a garbage collection in the midst of Bursar's own work brought us here: its locks are held then."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(_LOCKING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _start_ending() -> None:
+    global _thread
+    if _thread is None or not _thread.is_alive():
+        _thread = threading.Thread(target=_end_forgotten, daemon=True, name="bursar-wrap")
+        _thread.start()
+
+
+def _end_forgotten() -> None:
+    while True:
+        _forgotten.get().end_now()
