@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -205,7 +204,7 @@ class Bursar:
 
     def _id(self) -> str:
         # Ids rise with time, so that records are appended where the table ends.
-        return self._new_id() if self._new_id is not None else f"{self.store.now_us():014x}-{secrets.token_hex(8)}"
+        return self._new_id() if self._new_id is not None else f"{self.store.now_us():014x}-{os.urandom(8).hex()}"
 
     def _scope(self, tags: Mapping[str, str] | None, defaults: Mapping[str, str] | None) -> Scope:
         scope = current.get()
