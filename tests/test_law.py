@@ -235,7 +235,7 @@ class World(RuleBasedStateMachine):
             length_us = self.oracle.spec(move.key).rolling_us
             if length_us:
                 leaves_us = self.oracle.leaves(move, self.oracle.spec(move.key))
-                edges |= {leaves_us, leaves_us - length_us, leaves_us - length_us // 2}
+                edges |= {leaves_us, leaves_us - length_us, leaves_us - length_us // 120}
         later = sorted(edge for edge in edges if edge + off > now_us)
         if later:
             self.clock.set(data.draw(st.sampled_from(later), label="edge") + off)

@@ -10,6 +10,7 @@ from bursar.errors import StoreError
 from bursar.guard import Guard, log
 from bursar.keeper import Keeper
 from bursar.stores.base import Store
+from bursar.waiting import WaitingRoom
 
 T = TypeVar("T")
 
@@ -74,12 +75,13 @@ class Driver:
 
         While the store is out of reach the call goes out unguarded where every budget of it says so (I12).
         """
-        self.keeper.start()
+        if self.keeper.start():
+            self.guard.room = WaitingRoom()  # who waited in the parent does not wait here
         now_us = self.store.now_us()
         try:
             yield from self.guard.reserve(call, now_us)
         except StoreError as error:
-            if error.fault == "accounts" or not self.guard.goes_unguarded(call, now_us):
+            if error.fault in ("accounts", "closed") or not self.guard.goes_unguarded(call, now_us):
                 raise
             log.error('%s Every budget of this call has on_unreachable="open": it goes out unguarded.', error)
             call.state, call.reserved_us = "unguarded", now_us

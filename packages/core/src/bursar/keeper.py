@@ -25,18 +25,22 @@ class Keeper:
         self._live: dict[str, tuple[Call, int]] = {}
         self._kept: dict[str, Command] = {}
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
         self._pid = 0
 
-    def start(self) -> None:
-        """Begin in the background, in this process; a fork's child begins anew."""
-        if self._thread is None or self._pid != os.getpid():
-            self._pid = os.getpid()
+    def start(self) -> bool:
+        """Begin in the background; True in a fork's child, which begins anew: its parent's calls are its parent's to tend."""
+        pid = os.getpid()
+        forked = self._pid not in (0, pid)
+        if forked:
+            self._live.clear()
+            self._kept.clear()
+        if self._pid != pid:
+            self._pid = pid
             self._stop = threading.Event()
-            self._thread = threading.Thread(
+            threading.Thread(
                 target=_keep, args=(weakref.ref(self), self._stop), daemon=True, name="bursar-keeper"
-            )
-            self._thread.start()
+            ).start()
+        return forked
 
     def watch(self, call: Call) -> None:
         """Extend this call until it is forgotten."""
@@ -45,6 +49,10 @@ class Keeper:
     def forget(self, call: Call) -> None:
         self._live.pop(call.id, None)
         self._kept.pop(call.id, None)
+
+    def keeps(self, call: Call) -> bool:
+        """Whether the end of this call waits for the store."""
+        return call.id in self._kept
 
     def keep(self, command: object) -> None:
         """Try an end that the store could not take again, until it can."""

@@ -344,7 +344,9 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
     puts: dict[str, Row] = {}
     accounts = []
     for rule, amount in command.lines:
-        account = _standing(read, rule, now_us, puts, command.max_accounts)
+        # what was incurred in a window belongs to it, however late it is told
+        in_window_us = now_us if rule.end_us is None else min(now_us, rule.end_us - 1)
+        account = _standing(read, rule, in_window_us, puts, command.max_accounts)
         if type(account) is not Account:
             return _reject(*account)
         uncovered = max(0, amount - max(0, age(account, now_us).available))

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from bursar.accounts import Account, Rule
-from bursar.errors import PolicyError
-from bursar.money import nanos
+from bursar.errors import InvalidInput, PolicyError
+from bursar.money import MAX_NANOS, NANOS_PER_USD, nanos
 from bursar.scope import Scope
 from bursar.windows import SECOND_US, Window, window
 
@@ -20,7 +20,9 @@ UNITS = ("USD", "tokens", "requests", "calls", "slots")
 NONE = "(none)"
 MAX_BUDGETS = 1_000
 MAX_WAIT_S = 600.0
-_LIMIT = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([A-Za-z]+)(?:\s*/\s*(second|minute|hour|day))?\s*")
+# commas only between thousands: "1,50 USD" is somebody's 1.50, and must not become 150
+_NUMBER = r"\d{1,3}(?:[,_]\d{3})+(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?"
+_LIMIT = re.compile(rf"\s*({_NUMBER})\s*([A-Za-z]+)(?:\s*/\s*(second|minute|hour|day))?\s*", re.ASCII)
 _WAIT = re.compile(r"wait(?: (\d+(?:\.\d+)?)(ms|s|m))?")
 _PERIODS_US = {name: s * SECOND_US for name, s in {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}.items()}
 _CHOICES = {
@@ -63,19 +65,28 @@ class Budget:
     owner: str | None = None
 
     def __post_init__(self) -> None:
-        per = (self.per,) if isinstance(self.per, str) else tuple(self.per)
-        object.__setattr__(self, "per", per)
         if not isinstance(self.name, str) or not 0 < len(self.name) <= 100 or not self.name.isprintable():
             raise _bad(self, "name", self.name, "Use 1 to 100 printable characters")
-        if len(set(per)) != len(per):
-            raise _bad(self, "per", self.per, "Name each tag once")
+        object.__setattr__(self, "per", _texts(self, "per", self.per))
+        _check_match(self)
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise _bad(self, key, getattr(self, key), f"Use one of {', '.join(choices)}")
-        rate = parse_limit(self).period_us
-        window(self.window, self.tz)
-        if rate and self.window != "total":
+        limit = parse_limit(self)
+        for key, value in (("window", self.window), ("tz", self.tz)):
+            if not isinstance(value, str):
+                raise _bad(self, key, value, "Use text")
+        try:
+            window(self.window, self.tz)
+        except InvalidInput as error:
+            key = "window" if "window" in error.fields else "tz"
+            raise PolicyError(f"The budget {self.name!r}: {error}", budget=self.name, key=key) from error
+        if limit.period_us and self.window != "total":
             raise _bad(self, "window", self.window, "A rate refills by itself: leave the window out")
+        if limit.unit == "slots" and self.window != "total":
+            raise _bad(self, "window", self.window, "Slots are free when calls end: leave the window out")
+        if self.owner is not None and not (isinstance(self.owner, str) and self.owner.isprintable()):
+            raise _bad(self, "owner", self.owner, "Use printable text")
         _ = self.wait_s
 
     @property
@@ -83,7 +94,7 @@ class Budget:
         """How long a call may wait for headroom, in seconds; 0 for "refuse"."""
         if self.on_exceed == "refuse":
             return 0.0
-        found = _WAIT.fullmatch(self.on_exceed)
+        found = _WAIT.fullmatch(self.on_exceed) if isinstance(self.on_exceed, str) else None
         if found is None:
             raise _bad(self, "on_exceed", self.on_exceed, 'Use "refuse", "wait" or "wait 30s"')
         seconds = float(found[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0}[found[2]] if found[1] else MAX_WAIT_S
@@ -104,6 +115,37 @@ def _bad(budget: Budget, key: str, value: object, remedy: str) -> PolicyError:
     return PolicyError(f"The budget {budget.name!r} has {key} = {value!r}. {remedy}.", budget=budget.name, key=key)
 
 
+def _texts(budget: Budget, key: str, given: object) -> tuple[str, ...]:
+    """One name or several, each once."""
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else None
+    if found is None or not all(isinstance(one, str) and one.isprintable() for one in found):
+        raise _bad(budget, key, given, "Use a text or a list of texts")
+    if len(set(found)) != len(found) or "" in found:
+        raise _bad(budget, key, given, "Name each once")
+    return found
+
+
+def _check_match(budget: Budget) -> None:
+    if budget.match is None:
+        return
+    if not isinstance(budget.match, Mapping) or not all(isinstance(tag, str) and tag for tag in budget.match):
+        raise _bad(budget, "match", budget.match, 'Write it like {"team": "research"} or {"model": ["gpt-*", "o*"]}')
+    for tag, value in budget.match.items():
+        if not _texts(budget, "match", value):
+            raise _bad(budget, "match", budget.match, f"Give {tag} a value, or leave it out")
+
+
+def _usd_rate(rates: Mapping[str, str], currency: str) -> Decimal:
+    """US dollars per unit of a currency, as Bursar was given it."""
+    rate = rates[currency]
+    found = re.fullmatch(r"\d{1,9}(\.\d{1,12})?", rate, re.ASCII) if isinstance(rate, str) else None
+    if found is None or not Decimal(rate):
+        raise PolicyError(
+            f'rates[{currency!r}] = {rate!r} is no rate. Write it like "1.08", US dollars each.', key="rates"
+        )
+    return Decimal(rate)
+
+
 def parse_limit(budget: Budget, rates: Mapping[str, str] | None = None) -> Limit:
     """The budget's limit as an integer amount in its unit; other currencies at `rates`, US dollars per unit of them.
 
@@ -118,7 +160,9 @@ def parse_limit(budget: Budget, rates: Mapping[str, str] | None = None) -> Limit
         if unit != "USD" and rates is not None:
             if unit not in rates:
                 raise _bad(budget, "limit", budget.limit, f'Give Bursar the rate: rates={{"{unit}": "1.08"}} USD each')
-            number *= Decimal(rates[unit])
+            number *= _usd_rate(rates, unit)
+        if number > MAX_NANOS // NANOS_PER_USD:
+            raise _bad(budget, "limit", budget.limit, f"An account holds up to {MAX_NANOS // NANOS_PER_USD} USD")
         amount, unit = nanos(number), "USD"
     elif unit in UNITS:
         if number != int(number) or number > 2**53:
@@ -270,6 +314,7 @@ class Policy:
         scoped = []
         for tags, limit in reversed(scope.limits):
             name = "scope " + " ".join(f"{tag}={value}" for tag, value in tags.items())
-            budget = Budget(name[:100], limit, match=tags, per=tuple(tags))
+            exact = {tag: re.sub(r"([*?[])", r"[\1]", value) for tag, value in tags.items()}  # values, not patterns
+            budget = Budget(name[:100], limit, match=exact, per=tuple(tags))
             scoped.append(_Compiled(budget, parse_limit(budget, self.rates)))
         return scoped

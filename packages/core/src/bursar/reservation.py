@@ -106,7 +106,7 @@ class Reservation:
     def _settling(self, answer: Any, outcome: str, reason: str, headers: Mapping[str, str] | None) -> Ending:
         call, driver = self._call, self._driver
         if call.request is None:
-            cost = None if answer is None else nanos(str(answer).removesuffix("USD").strip())
+            cost = tool_cost(answer)
             return (yield from self._ending(driver.guard.settle_tool(call, cost, outcome, driver.store.now_us())))
         try:
             usage = answer if isinstance(answer, Usage) else Usage.from_response(call.provider, answer)
@@ -219,7 +219,7 @@ def tool_cost(cost: str | None) -> int | None:
     """A tool's cost such as "0.002 USD" in nano-dollars. Raises InvalidInput."""
     if cost is None:
         return None
-    text = cost.strip()
+    text = cost.strip() if isinstance(cost, str) else ""
     if not text.endswith("USD"):
         raise InvalidInput(f'{cost!r} is no cost. Write it like "0.002 USD".', argument="cost", value=cost)
     found = nanos(text.removesuffix("USD").strip())
