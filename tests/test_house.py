@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
     "policy_file": _BASE | _LAW | {"prices", "policy"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
-PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices"}
+PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli"}
 # SQLModel is the tables' face, SQLAlchemy the engine below it; pydantic_core is pydantic's: the one always brings the other.
 BROUGHT_ALONG = {"sqlmodel": {"sqlalchemy"}, "pydantic": {"pydantic_core"}}
 # Modules that nobody has to install: they are loaded only to read an object of their own, so they are there.

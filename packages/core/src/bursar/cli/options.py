@@ -90,20 +90,16 @@ def _cell(value: Any) -> str:
 
 def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: str) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name, overflow="fold")
+    from bursar.cli.books import plain, table
+
+    made = table(title, *columns)
     for row in rows:
-        table.add_row(*(Text(_plain(row.get(name))) for name in columns))
-    Console().print(table)
+        made.add_row(*(plain(_said(row.get(name))) for name in columns))
+    Console().print(made)
 
 
-def _plain(value: Any) -> str:
-    """Text for a terminal: no control characters from tags or models."""
+def _said(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{key}={item}" for key, item in value.items())
-    text = "" if value is None else str(value)
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return "" if value is None else str(value)

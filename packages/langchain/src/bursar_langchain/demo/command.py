@@ -33,7 +33,8 @@ def play(url: str, model: str, live: bool) -> bool:
     from rich.console import Console
 
     from bursar import Bursar, PriceBook, UsageRecord
-    from bursar_langchain.demo import books
+    from bursar.cli.books import spending, stops
+    from bursar_langchain.demo.books import accounts
     from bursar_langchain.demo.scenes import BUDGETS, LIVE_SCENES, SCENES, TOOLS, Played, Stage
 
     # LangChain logs every refusal before it raises it; the table of stops says it once.
@@ -52,9 +53,9 @@ def play(url: str, model: str, live: bool) -> bool:
             console.print(f"  {end.said}", markup=False)
         records = [record for _, _, new in played for record in new]
         for tag in ("agent", "run", "tool", "model"):
-            console.print(books.spending(records, tag))
-        console.print(books.stops(records))
-        table, agrees = books.accounts(played)
+            console.print(spending(records, tag))
+        console.print(stops(records))
+        table, agrees = accounts(played)
         console.print(table)
         left = bursar.store.open_reservations()
     if not live:
