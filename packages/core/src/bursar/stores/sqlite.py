@@ -122,8 +122,13 @@ class SqliteStore:
 
     def _fault(self, error: sqlite3.Error) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_CANTOPEN and self.path.parent.is_dir() and not self._may_write():
+            code = sqlite3.SQLITE_READONLY
         fault, remedy = _FAULTS.get(code, ("unreachable", "Check the file and its disk, then try again."))
         return StoreError(f"The store {self.path} failed: {error}. {remedy}", fault=fault, path=str(self.path))
+
+    def _may_write(self) -> bool:
+        return os.access(self.path.parent, os.W_OK) and (not self.path.exists() or os.access(self.path, os.W_OK))
 
     def execute(self, command: Command) -> Answer:
         return self._commits.run(command)
@@ -157,6 +162,12 @@ class SqliteStore:
                 f"The store {self.path} cannot hold the amounts of {command.id!r}: a sum would pass 2^63. "
                 "Correct the amount, or give the budget a window.",
                 fault="overflow",
+                path=str(self.path),
+            )
+        elif isinstance(error, (ValueError, AssertionError)):
+            failure = StoreError(
+                f"The rows of {self.path} contradict each other: {error}. Stop all writers, and restore the file from a backup.",
+                fault="damaged",
                 path=str(self.path),
             )
         else:
