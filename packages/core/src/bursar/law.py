@@ -37,6 +37,7 @@ REFUSALS_PER_MINUTE = 60
 MINUTE_US = 60_000_000
 
 Read = Callable[[str], Row | None]
+_new = tuple.__new__  # half the time of a NamedTuple's own, on the paths that every call takes
 _NOTHING: dict[str, Row] = {}
 
 
@@ -77,8 +78,9 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
                 short = len(before) - 1
     if short >= 0:
         return _refuse(command, before, short, now_us, puts)
-    puts[id] = reservation = Reservation(id, tuple(held), now_us, now_us + ttl_us, on_expiry, digest, draft)
-    return Decision(Granted(reservation, tuple(after), shadowed), puts)
+    fields = (id, tuple(held), now_us, now_us + ttl_us, on_expiry, digest, draft)
+    puts[id] = reservation = _new(Reservation, fields)
+    return _new(Decision, (_new(Granted, (reservation, tuple(after), shadowed)), puts))
 
 
 def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
@@ -194,7 +196,7 @@ def _end(
     cost_nanos, usage, estimated = (
         (told.cost_nanos, told.usage, told.estimated) if type(told) is Settle else (0, {}, False)
     )
-    entry = Entry(
+    fields = (
         row.id,
         kind,
         None,
@@ -210,8 +212,8 @@ def _end(
         row.draft,
         told.facts,
     )
-    puts[row.id] = entry
-    return Decision(Ended(entry, tuple(accounts)), puts)
+    puts[row.id] = entry = _new(Entry, fields)
+    return _new(Decision, (_new(Ended, (entry, tuple(accounts), False)), puts))
 
 
 def _settle_late(read: Read, expired: Entry, command: Settle, now_us: int) -> Decision:
