@@ -1,10 +1,11 @@
-"""What the tests of the CrewAI adapter share: no telemetry, no network, and a folder of their own for CrewAI's files."""
+"""What the tests of the CrewAI adapter share: real clients and crews, without telemetry, network or files left behind."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,54 @@ os.environ.update(
     OTEL_SDK_DISABLED="true",
     LITELLM_LOCAL_MODEL_COST_MAP="True",
     OPENAI_API_KEY="replayed",
+    ANTHROPIC_API_KEY="replayed",
 )
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CREWAI_STORAGE_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    yield
+
+
+@pytest.fixture
+def client() -> Callable[..., Any]:
+    """client(url, **options): CrewAI's LLM for this URL, without retries of its SDK."""
+    from crewai import LLM
+
+    def make(url: str, *, model: str = "gpt-4o", max_retries: int = 0, max_tokens: int = 500, **options: Any) -> Any:
+        base_url = url if model.startswith("anthropic/") else f"{url}/v1"
+        settings = {"base_url": base_url, "api_key": "replayed", "max_retries": max_retries, "max_tokens": max_tokens}
+        return LLM(model=model, **settings, **options)
+
+    return make
+
+
+@pytest.fixture
+def crew() -> Callable[..., Any]:
+    """crew(llm, *tools, tasks=1, **options): a crew of the agent `planner`, who does all tasks."""
+    from crewai import Agent, Crew, Task
+
+    def make(llm: Any, *tools: Any, tasks: int = 1, agent: dict[str, Any] | None = None, **options: Any) -> Any:
+        planner = Agent(role="planner", goal="g", backstory="b", llm=llm, tools=list(tools), **(agent or {}))
+        todo = [Task(description=f"do {number}", expected_output="e", agent=planner) for number in range(tasks)]
+        return Crew(agents=[planner], tasks=todo, **options)
+
+    return make
+
+
+@pytest.fixture
+def search() -> Any:
+    """A tool that finds nothing, and remembers in `search.ran` what it was asked."""
+    from crewai.tools import BaseTool
+
+    class Search(BaseTool):
+        name: str = "search"
+        description: str = "Search the web."
+        ran: list[str] = []  # noqa: RUF012 - a field of a pydantic model, copied for each object
+
+        def _run(self, query: str) -> str:
+            self.ran.append(query)
+            return "nothing"
+
+    return Search()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,12 @@ import pytest
 
 pytest.importorskip("crewai")
 
+from crewai.tools import tool as as_tool
+
 from bursar import Bursar
 from bursar.testing import AdapterContract
 from bursar_crewai import install
 from crewai import LLM, Agent, Crew, Task
-from crewai.tools import tool as as_tool
 
 
 def client(url: str, *, retries: int = 0, timeout_s: float = 30, n: int = 1, **options: Any) -> Any:

@@ -12,8 +12,17 @@ from crewai.types.usage_metrics import UsageMetrics
 from bursar.errors import BursarError
 from bursar.usage import Usage
 
-_SUMMED = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens")
-_SUMMED += ("reasoning_tokens", "input_audio_tokens", "output_audio_tokens", "requests")
+_SUMMED = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_write_5m_tokens",
+    "cache_write_1h_tokens",
+    "reasoning_tokens",
+    "input_audio_tokens",
+    "output_audio_tokens",
+    "requests",
+)
 
 
 class Ending(NamedTuple):
@@ -82,7 +91,8 @@ def _read(provider: str, usage: Mapping[str, Any]) -> Usage | None:
         found = Usage.from_response(provider, {"usage": dict(usage)})
     except BursarError:
         return None  # booked at the reserved amount, as estimated
-    return found if found.input_tokens or found.output_tokens else None
+    # LiteLLM puts its own calculation where some providers state their bill.
+    return found.replace(stated_cost_nanos=None) if found.input_tokens or found.output_tokens else None
 
 
 def _plain(stated: Any) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +15,7 @@ from bursar.errors import BursarError
 from bursar_crewai.answer import Answers
 from bursar_crewai.errors import crew_error
 from bursar_crewai.frames import told_only
+from bursar_crewai.retries import delay_s
 
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 class Attempt:
     """One call under way: of which client, and what has been answered."""
 
-    __slots__ = ("answers", "client", "earlier_error", "messages", "service_tier")
+    __slots__ = ("answers", "client", "earlier_error", "messages", "service_tier", "streamed")
 
     def __init__(self, client: object, said: dict[str, Any]) -> None:
         self.client = client
@@ -28,6 +32,7 @@ class Attempt:
         tier = said["body"].get("service_tier")
         self.service_tier = tier if tier in ("flex", "priority") else None
         self.answers = Answers()
+        self.streamed = False
         self.earlier_error = sys.exc_info()[1]
 
     def end(self, reservation: Reservation, error: BaseException | None) -> None:
@@ -60,9 +65,46 @@ def note_answer(client: object, stated: Any) -> None:
         attempt.answers.add(stated)
 
 
-def run(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[], Any]) -> Any:
-    """Reserve, send, and end the reservation. Raises Bursar's errors before anything is sent, and none later."""
-    block, attempt = bursar.call(**said), Attempt(client, said)
+def note_chunk(client: object) -> None:
+    """A part of a streamed answer has reached the user's code: the call cannot be made again behind its back."""
+    attempt = _attempt.get()
+    if attempt is not None and attempt.client is client:
+        attempt.streamed = True
+
+
+def run(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[], Any], repeats: int = 0) -> Any:
+    """Reserve, send, and end the reservation; again, up to `repeats` times, where the client's SDK would have sent again.
+
+    Raises Bursar's errors before anything is sent, and none later.
+    """
+    for tried in itertools.count():
+        attempt = Attempt(client, said)
+        try:
+            return _run_once(bursar, attempt, said, send)
+        except Exception as error:
+            pause_s = delay_s(error, tried) if tried < repeats and not attempt.streamed else None
+            if pause_s is None:
+                raise
+        time.sleep(pause_s)
+
+
+async def arun(
+    bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[], Awaitable[Any]], repeats: int = 0
+) -> Any:
+    """As `run`; the event loop goes on while the call waits for headroom, for the store, or to be made again."""
+    for tried in itertools.count():
+        attempt = Attempt(client, said)
+        try:
+            return await _arun_once(bursar, attempt, said, send)
+        except Exception as error:
+            pause_s = delay_s(error, tried) if tried < repeats and not attempt.streamed else None
+            if pause_s is None:
+                raise
+        await asyncio.sleep(pause_s)
+
+
+def _run_once(bursar: Bursar, attempt: Attempt, said: dict[str, Any], send: Callable[[], Any]) -> Any:
+    block = bursar.call(**said)
     with gate():
         reservation = block.__enter__()
     token = _attempt.set(attempt)
@@ -77,9 +119,8 @@ def run(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[],
     return answer
 
 
-async def arun(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[], Awaitable[Any]]) -> Any:
-    """As `run`; the event loop goes on while the call waits for headroom or for the store."""
-    block, attempt = bursar.acall(**said), Attempt(client, said)
+async def _arun_once(bursar: Bursar, attempt: Attempt, said: dict[str, Any], send: Callable[[], Awaitable[Any]]) -> Any:
+    block = bursar.acall(**said)
     with gate():
         reservation = await block.__aenter__()
     token = _attempt.set(attempt)

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bursar_crewai.calls import note_answer, run
-from bursar_crewai.errors import BudgetExceeded
+from bursar_crewai.errors import CrewBudgetExceeded
 from bursar_crewai.frames import current
 from bursar_crewai.guard import guard_here
 
@@ -74,7 +74,7 @@ def _embed(send: Callable[[Any, Any], Any], function: Any, texts: Any, provider:
     used = _observed(function)
     try:
         return run(guard.bursar, function, said, lambda: send(used, texts))
-    except BudgetExceeded as refused:
+    except CrewBudgetExceeded as refused:
         if frame is not None:
             frame.root.refusal = refused  # memory goes on without embeddings; the next call tells
         raise
@@ -83,7 +83,7 @@ def _embed(send: Callable[[Any, Any], Any], function: Any, texts: Any, provider:
 def _observed(function: Any) -> Any:
     """A copy whose OpenAI client reports the usage of its answers, which the function drops."""
     client = getattr(function, "client", None)
-    if getattr(client, "embeddings", None) is None or not hasattr(client.embeddings, "create"):
+    if not hasattr(getattr(client, "embeddings", None), "create"):
         return function
     observed = copy.copy(function)
     observed.client = _Observed(client, function)

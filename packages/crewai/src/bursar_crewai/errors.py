@@ -32,12 +32,14 @@ def crew_error(error: BursarError) -> BursarError:
     """The same error in a class that CrewAI lets through."""
     if isinstance(error, HookAborted):
         return error
-    kind = CrewBudgetExceeded if isinstance(error, BudgetExceeded) else _crew_kind(type(error))
+    kind = CrewBudgetExceeded if isinstance(error, BudgetExceeded) else _crew_kind(type(error).__name__)
     return kind(str(error), **error.fields)
 
 
 @cache
-def _crew_kind(kind: type[BursarError]) -> type[BursarError]:
+def _crew_kind(name: str) -> type[BursarError]:
+    kind: type[BursarError] = getattr(errors, name)
+
     def __init__(self: Any, message: str, **fields: Any) -> None:
         kind.__init__(self, message, **fields)
         self.reason = message
@@ -49,11 +51,11 @@ def _crew_kind(kind: type[BursarError]) -> type[BursarError]:
         "code": _NOT_THROTTLING,
         "source": "bursar",
     }
-    return type(f"Crew{kind.__name__}", (kind, HookAborted), names)
+    return type(f"Crew{name}", (kind, HookAborted), names)
 
 
 def __getattr__(name: str) -> Any:
     kind = getattr(errors, name.removeprefix("Crew"), None)  # by this name it is found when it is unpickled
     if not name.startswith("Crew") or not isinstance(kind, type) or not issubclass(kind, BursarError):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _crew_kind(kind)
+    return _crew_kind(kind.__name__)

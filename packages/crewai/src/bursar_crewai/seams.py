@@ -9,21 +9,23 @@ from importlib import metadata
 from typing import Any
 
 from crewai.events import event_bus
-from crewai.events.types import agent_events, tool_usage_events
+from crewai.events.types import agent_events, llm_events, tool_usage_events
 from crewai.hooks import InterceptionPoint
 from crewai.hooks.dispatch import register
 from crewai.llms.base_llm import BaseLLM
 from crewai.rag.embeddings import factory
 
 from bursar.errors import InvalidInput
-from bursar_crewai.calls import arun, is_part, note_answer, run
+from bursar_crewai.calls import arun, is_part, note_answer, note_chunk, run
 from bursar_crewai.embeddings import guard_embedder
 from bursar_crewai.frames import clean, current, enter, find, leave
 from bursar_crewai.guard import BursarCrew, guard_here, guard_of
 from bursar_crewai.request import read_request
+from bursar_crewai.retries import give_back, take_over
 from bursar_crewai.tools import begin_tool, end_tool
 
 _MARK = "_bursar_guards"  # on a wrapped method: the class whose method it guards
+_EVENTS = "publish_stream_event"  # what the event bus calls with every event, in the emitting thread, first of all
 _lock = threading.Lock()
 _open = False
 
@@ -36,7 +38,7 @@ def open_seams() -> None:
             return
         _check_release()
         _guard_clients()
-        event_bus.publish_stream_event = _seen_by(event_bus.publish_stream_event)
+        setattr(event_bus, _EVENTS, _seen_by(getattr(event_bus, _EVENTS)))
         register(InterceptionPoint.EXECUTION_START, _begin_execution)
         register(InterceptionPoint.EXECUTION_END, _end_execution)
         build = factory.build_embedder_from_provider
@@ -53,7 +55,7 @@ def _check_release() -> None:
             (BaseLLM, "_track_token_usage_internal"),
             (BaseLLM, "call"),
             (BaseLLM, "acall"),
-            (event_bus, "publish_stream_event"),
+            (event_bus, _EVENTS),
             (factory, "build_embedder_from_provider"),
             (tool_usage_events, "ToolUsageStartedEvent"),
         )
@@ -85,11 +87,12 @@ def _guard_clients() -> None:
         else:
             inherited.__func__(cls, **options)  # CrewAI's retries come around the guard: each attempt is reserved
 
-    BaseLLM.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]
+    BaseLLM.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[method-assign, assignment, arg-type]
 
 
 def _below(kind: type) -> list[type]:
-    return [one for direct in kind.__subclasses__() for one in (direct, *_below(direct))]
+    below: list[type] = kind.__subclasses__()
+    return [one for direct in below for one in (direct, *_below(direct))]
 
 
 def _guard_client(kind: type) -> None:
@@ -111,8 +114,8 @@ def _guarded_call(kind: type, method: Callable[..., Any]) -> Callable[..., Any]:
         held = _held(kind, "call", self, messages, args, options)
         if held is None:
             return method(self, messages, *args, **options)
-        guard, said = held
-        return run(guard.bursar, self, said, lambda: method(self, messages, *args, **options))
+        guard, said, repeats = held
+        return run(guard.bursar, self, said, lambda: method(self, messages, *args, **options), repeats)
 
     return call
 
@@ -123,8 +126,8 @@ def _guarded_acall(kind: type, method: Callable[..., Any]) -> Callable[..., Any]
         held = _held(kind, "acall", self, messages, args, options)
         if held is None:
             return await method(self, messages, *args, **options)
-        guard, said = held
-        return await arun(guard.bursar, self, said, lambda: method(self, messages, *args, **options))
+        guard, said, repeats = held
+        return await arun(guard.bursar, self, said, lambda: method(self, messages, *args, **options), repeats)
 
     return acall
 
@@ -134,15 +137,20 @@ _POSITIONS = ("tools", "callbacks", "available_functions", "from_task", "from_ag
 
 def _held(
     kind: type, name: str, llm: Any, messages: Any, args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[BursarCrew, dict[str, Any]] | None:
-    """Whose budgets hold for this call, and what to say of it; None where none do, or where it is reserved already."""
+) -> tuple[BursarCrew, dict[str, Any], int] | None:
+    """Whose budgets hold for this call, what to say of it, and how often the guard is to try again.
+
+    None where no budgets hold, or where the call is reserved already.
+    """
     owner = next((one for one in type(llm).__mro__ if name in one.__dict__), kind)
     if owner is not kind or is_part(llm, messages):  # the call of a class above by `super()`, or a step of a call
         return None
     given = {**dict(zip(_POSITIONS, args, strict=False)), **options}
     agent, task = given.get("from_agent"), given.get("from_task")
+    is_async = name == "acall"
     guard = guard_here(agent)
     if guard is None:
+        give_back(llm, is_async=is_async)
         return None
     frame = current()
     if frame is not None and frame.root.refusal is not None:
@@ -150,7 +158,11 @@ def _held(
     own = clean({"agent": getattr(agent, "role", None), "task": getattr(task, "name", None)})
     tags = {**(guard.tags if frame is None else frame.tags), **own}
     said = read_request(llm, messages, given.get("tools"), given.get("response_model"))
-    return guard, {**said, "resize": False, "default_tags": tags}
+    repeats = take_over(llm, is_async=is_async)
+    said.update(resize=False, default_tags=tags)
+    if repeats is not None:
+        said["retries"] = 0
+    return guard, said, repeats or 0
 
 
 def _wrap_usage(kind: Any) -> None:
@@ -211,6 +223,7 @@ def _end_agent(source: Any, event: Any) -> None:
 
 
 _SEEN: dict[type, Callable[[Any, Any], None]] = {
+    llm_events.LLMStreamChunkEvent: lambda source, event: note_chunk(source),
     tool_usage_events.ToolUsageStartedEvent: begin_tool,
     tool_usage_events.ToolUsageFinishedEvent: lambda source, event: end_tool(event),
     tool_usage_events.ToolUsageErrorEvent: lambda source, event: end_tool(event),

@@ -10,7 +10,7 @@ from crewai.utilities.string_utils import sanitize_tool_name
 
 from bursar_crewai.calls import gate
 from bursar_crewai.frames import Frame, current, enter, leave, log
-from bursar_crewai.guard import BursarCrew, guard_here, guard_of
+from bursar_crewai.guard import guard_here
 
 _NEVER_RAN = ("usage_limit", "unknown_tool")
 
@@ -18,7 +18,7 @@ _NEVER_RAN = ("usage_limit", "unknown_tool")
 def begin_tool(source: Any, event: Any) -> None:
     """CrewAI is about to run a tool. Raises where a budget refuses: the tool then does not run, and the crew stops."""
     agent = getattr(source, "agent", None)
-    guard = guard_here(agent) or (guard_of(agent) if agent is not None else None)
+    guard = guard_here(agent)
     if guard is None:
         return
     role = event.agent_role or getattr(agent, "role", None)
