@@ -212,7 +212,7 @@ class Provider:
         if fault is not None and fault.kind == "refuse":
             entry = Served(id=id, status=fault.status, billed=False, fault="refuse", **common)
             headers = {} if fault.retry_after_s is None else {"Retry-After": f"{fault.retry_after_s:g}"}
-            body = wire.error(fault.status, f"Refused on demand with {fault.status}.")
+            body = wire.error(fault.status, fault.message or f"Refused on demand with {fault.status}.")
             return Reply(entry=entry, headers=headers, body=body, latency_s=self._latency(fault.latency_s))
         answer = step if isinstance(step, Answer) else (fault and fault.answer) or self._answer
         if isinstance(answer, Fault):

@@ -138,7 +138,8 @@ class Answer:
 class Fault:
     """One call that goes wrong.
 
-    - `refuse`: the answer is `status` (429, 500, ...), with `retry_after_s` as the header Retry-After; never billed.
+    - `refuse`: the answer is `status` (429, 500, ...), with `retry_after_s` as the header Retry-After and `message` as
+      its text (some clients go by it: "maximum context length"); never billed.
     - `drop`: the connection is cut after `after_events` events of a stream, or in the middle of a plain body.
     - `hang`: at that point nothing more comes, until the client goes or the provider stops.
     - `malformed`: at that point the JSON of the event, or of the plain body, is cut in half.
@@ -156,6 +157,7 @@ class Fault:
     answer: Answer | None = None
     billed: bool = True
     latency_s: float | None = None
+    message: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("refuse", "drop", "hang", "malformed", "no_usage"):
