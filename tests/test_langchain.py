@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import pickle
 import subprocess
@@ -22,9 +23,10 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
-from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, UnknownPrice
+from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, UnknownPrice, Usage
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_langchain import BursarCallbackHandler, GuardedEmbeddings, LangChainBudgetExceeded, install
+from bursar_langchain.answer import read_end
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CORE = tuple(int(part) for part in version("langchain-core").split(".")[:2])
@@ -165,6 +167,23 @@ def test_several_handlers_of_one_guard_reserve_once(provider: Provider, guard: B
     records = list(guard.records())
     assert [record.tags["team"] for record in records] == ["a", "a"]
     assert sum(record.cost_nanos for record in records) == provider.billed_nanos
+
+
+def test_two_guards_each_reserve_once(provider: Provider, guard: Bursar) -> None:
+    with Bursar("memory:", budgets=[Budget("other", limit="1 USD")]) as other:
+        chat(provider).invoke("hi", {"callbacks": [BursarCallbackHandler(guard), BursarCallbackHandler(other)]})
+        assert one_record(guard).cost_nanos == one_record(other).cost_nanos == provider.billed_nanos
+
+
+def test_a_refusal_by_the_second_guard_leaves_nothing_open_in_the_first(
+    provider: Provider, guard: Bursar, broke: Bursar
+) -> None:
+    first = BursarCallbackHandler(guard)
+    with pytest.raises(LangChainBudgetExceeded):
+        chat(provider).with_config(callbacks=[first, BursarCallbackHandler(broke)]).invoke("hi")
+    gc.collect()
+    assert first.drain()
+    assert (provider.requests, reserved(guard)) == (0, 0)
 
 
 def test_install_guards_every_thread_and_uninstall_ends_it(provider: Provider, broke: Bursar, guard: Bursar) -> None:
@@ -337,11 +356,42 @@ def test_a_connection_that_was_never_made_is_released(guard: Bursar) -> None:
     assert one_record(guard).kind == "release"
 
 
+@pytest.mark.parametrize("more", [{}, {"cost": 0.01}, {"service_tier": "flex"}], ids=["plain", "bill", "tier"])
+def test_both_readings_of_an_answer_agree(more: dict[str, Any]) -> None:
+    """LangChain's reading serves where the provider's own words say no more; where they do, theirs count."""
+    from langchain_core.messages import AIMessage
+    from langchain_core.outputs import ChatGeneration, LLMResult
+
+    usage = {
+        "prompt_tokens": 1_000,
+        "completion_tokens": 50,
+        "total_tokens": 1_050,
+        "prompt_tokens_details": {"cached_tokens": 200, "audio_tokens": 30},
+        "completion_tokens_details": {"reasoning_tokens": 10, "audio_tokens": 5, "rejected_prediction_tokens": 0},
+    }
+    facts = {"model_name": "gpt-4o-2024-08-06", **({"service_tier": "flex"} if "service_tier" in more else {})}
+    if "cost" in more:
+        usage["cost"] = more["cost"]
+    tokens = {
+        "input_tokens": 1_000,
+        "output_tokens": 50,
+        "total_tokens": 1_050,
+        "input_token_details": {"cache_read": 200, "audio": 30},
+        "output_token_details": {"reasoning": 10, "audio": 5},
+    }
+    message = AIMessage("", usage_metadata=tokens, response_metadata={**facts, "token_usage": usage})
+    provider = "openrouter" if "cost" in more else "openai"
+    read = read_end(provider, LLMResult(generations=[[ChatGeneration(message=message)]]))
+    stated = Usage.from_response(
+        provider,
+        {"model": facts["model_name"], "usage": usage, **{k: v for k, v in facts.items() if k == "service_tier"}},
+    )
+    assert read.args == (stated,)
+
+
 def test_a_completion_model_s_batch_is_counted_once(provider: Provider, guard: Bursar) -> None:
     """Its usage is told with the first prompt alone; the second's is in it."""
     from langchain_core.outputs import Generation, LLMResult
-
-    from bursar_langchain.answer import read_end
 
     usage = {"token_usage": {"prompt_tokens": 20, "completion_tokens": 8, "total_tokens": 28}, "model_name": "gpt"}
     whole = LLMResult(generations=[[Generation(text="a")], [Generation(text="b")]], llm_output=usage)

@@ -277,6 +277,26 @@ def test_no_retry_and_no_fallback_sends_a_refused_call(is_async: bool, name: str
         assert provider.requests == 0
 
 
+@both
+@pytest.mark.parametrize("name", ["ToolRetryMiddleware", "ToolErrorMiddleware"])
+def test_no_tool_middleware_swallows_a_refusal(
+    is_async: bool, name: str, provider: Provider, tools: Any, ran: list[str]
+) -> None:
+    if LANGCHAIN < (1, 4):
+        pytest.skip("before 1.4 they swallow every error, and the run goes on without the tool")
+    provider.script([asks("search")])
+    options: dict[str, Any] = {"max_retries": 2, "initial_delay": 0.0}
+    if name == "ToolErrorMiddleware":
+        options = {"on_error": lambda error, request: "swallowed"}
+    with guard_of("1 calls") as guard:
+        with guard.tool("another"):
+            assert guard.status()[0].reserved == 1
+        agent = create_agent(chat(provider), tools, middleware=[_middleware(name, **options)])
+        with pytest.raises(LangChainBudgetExceeded):
+            run(agent, is_async, {"callbacks": [BursarCallbackHandler(guard)]})
+    assert ran == []
+
+
 def test_a_graph_s_retry_policy_does_not_repeat_a_refusal(provider: Provider) -> None:
     attempts = []
     with guard_of("0.000001 USD") as guard:

@@ -9,6 +9,10 @@ from bursar.errors import BursarError, UnreadableAnswer
 from bursar.usage import Usage
 
 _MAYBE_SENT_STATUS = frozenset((408, 409, 499))  # a time-out or a client gone: generation may have begun
+_PLAIN = frozenset(
+    ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details")
+)
+_PLAIN_PARTS = frozenset(("cached_tokens", "audio_tokens", "reasoning_tokens"))
 _TIERS = ("priority", "flex")
 
 
@@ -43,7 +47,8 @@ def read_end(provider: str, result: Any, *, in_batch: bool = False) -> Ending:
         # A completion model's batch states its usage once, with the first prompt.
         return settled(Usage(requests=0), reason="counted with the first prompt of the batch")
     stated = {**(getattr(message, "response_metadata", None) or {}), **output}
-    usage = _stated(provider, stated) or _normalised(metadata, stated)
+    usage = None if _is_plain(stated) else _stated(provider, stated)
+    usage = usage or _normalised(metadata, stated) or _stated(provider, stated)
     if usage is None:
         return unknown(
             "the answer states no usage: a stream at another base URL does so with stream_usage=True, which the "
@@ -75,6 +80,17 @@ def _message(result: Any) -> Any:
     generations = getattr(result, "generations", None)
     first = generations[0] if generations else None
     return getattr(first[0], "message", None) if first else None
+
+
+def _is_plain(facts: Mapping[str, Any]) -> bool:
+    """Whether the provider's own words say no more than LangChain's `usage_metadata`, which is read in a tenth of the time."""
+    raw = facts.get("token_usage")
+    if not raw or facts.get("service_tier") not in (None, "default"):
+        return False
+    details = [raw.get("prompt_tokens_details") or {}, raw.get("completion_tokens_details") or {}]
+    more = [value for name, value in raw.items() if name not in _PLAIN]
+    more += [value for part in details for name, value in part.items() if name not in _PLAIN_PARTS]
+    return not any(more)
 
 
 def _stated(provider: str, facts: Mapping[str, Any]) -> Usage | None:

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from bursar.errors import BudgetExceeded
 from bursar_langchain.answer import Ending, released, unknown
 from bursar_langchain.errors import langchain_error
-from bursar_langchain.request import output_limit
 from bursar_langchain.runs import Runs
 
 if TYPE_CHECKING:
@@ -104,6 +103,8 @@ class Gate:
             return None
         with self._ended:
             self._unended += 1
+        if _thread is None:
+            _start_ending()
         # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
         # cancelled, abandoned or refused by a later handler, so its death ends the call (only queued here: a finaliser
         # may run anywhere, under any lock).
@@ -120,7 +121,7 @@ class Gate:
             self._count_end()
             if opened.batch is not None:
                 # One refusal ends the whole of `generate([a, b])` before anything is sent.
-                for key in [key for key, other in self._open.items() if other.batch is opened.batch]:
+                for key, _ in self.siblings(opened):
                     self.end_now(key, released("refused with another prompt of its batch"))
             if isinstance(error, BudgetExceeded):
                 raise langchain_error(error) from error
@@ -138,14 +139,12 @@ class Gate:
         if slot is not None:
             slot.keys.append(run_id.int)
 
-    def adopt(
-        self, slot: Slot | None, model: str, params: dict[str, Any], metadata: dict[str, Any]
-    ) -> Reservation | None:
+    def adopt(self, slot: Slot | None, model: str, limit: int | None) -> Reservation | None:
         """The slot's parked reservation, if this is the call it is for; another call gives it back."""
         if slot is None or slot.parked is None:
             return None
-        reservation = slot.parked
-        fits, slot.parked = slot.fits(model, output_limit(params, metadata)), None
+        reservation, fits = slot.parked, slot.fits(model, limit)
+        slot.parked = None
         if fits:
             return reservation
         reservation.release("the request did not come again as it was reserved")
@@ -199,13 +198,13 @@ class Gate:
         """End a call of which no event will come, in the background: for finalisers, done callbacks and the like."""
         if key in self._open:
             _orphans.put((self, key))
-            _start_ending()
 
     def siblings(self, opened: Open) -> list[tuple[int, bool]]:
         """The open calls of the same `generate`, and whether they came before this one."""
         if opened.batch is None:
             return []
-        return [(key, other.order < opened.order) for key, other in self._open.items() if other.batch is opened.batch]
+        everyone = list(self._open.items())
+        return [(key, other.order < opened.order) for key, other in everyone if other.batch is opened.batch]
 
     def end_children(self, run_id: UUID) -> None:
         """A run was torn down by a cancellation: so are the calls that it made."""
@@ -245,9 +244,10 @@ def _forsaken(gate: Gate, key: int, _: weakref.ref[UUID]) -> None:
 
 def _start_ending() -> None:
     global _thread
-    if _thread is None:
-        _thread = threading.Thread(target=_end_orphans, args=(_orphans,), daemon=True, name="bursar-langchain")
-        _thread.start()
+    with _lock:
+        if _thread is None:
+            _thread = threading.Thread(target=_end_orphans, args=(_orphans,), daemon=True, name="bursar-langchain")
+            _thread.start()
 
 
 def _end_orphans(orphans: SimpleQueue[tuple[Gate, int]]) -> None:

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from inspect import CO_COROUTINE
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -19,7 +19,7 @@ from bursar_langchain.runs import clean
 if TYPE_CHECKING:
     import asyncio
 
-    from bursar import Bursar
+    from bursar import Bursar, Reservation
 
 
 class _TwoWays:
@@ -36,6 +36,15 @@ class _TwoWays:
     def __get__(self, handler: object, owner: type | None = None) -> Any:
         is_async = sys._getframe(1).f_code.co_flags & CO_COROUTINE
         return (self._coroutine if is_async else self._plain).__get__(handler, owner)
+
+
+class _Announced(NamedTuple):
+    """A model call that a start event announces: what to reserve, or the reservation that waits for it."""
+
+    opened: Open
+    slot: Slot | None
+    request: dict[str, Any]
+    reservation: Reservation | None
 
 
 class BursarCallbackHandler(BaseCallbackHandler):
@@ -66,102 +75,56 @@ class BursarCallbackHandler(BaseCallbackHandler):
 
     # -- model calls ---------------------------------------------------------------------------------------------
 
-    def _model_call(
+    def _announced(
         self,
-        serialized: Mapping[str, Any] | None,
+        serialized: Any,
         inputs: Sequence[Any],
-        metadata: Mapping[str, Any],
+        run_id: UUID,
         parent_run_id: UUID | None,
-        params: Mapping[str, Any] | None,
-        slot: Slot | None,
-    ) -> dict[str, Any]:
-        request = read_start(serialized, inputs, params, metadata)
-        request["default_tags"] = self._tags(parent_run_id, metadata, slot)
-        request["resize"] = slot is not None and slot.may_clamp
-        return request
+        batch_size: int = 1,
+        invocation_params: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> _Announced | None:
+        """The call of a start event; None when another handler of the same guard has entered it already."""
+        params, metadata, slot = invocation_params or {}, metadata or {}, current_slot.get()
+        is_chat = not isinstance(inputs[0], str)  # a list of messages, or a prompt
+        # Only one `generate([a, b])` hands the same settings object to several calls.
+        batch = params if batch_size > 1 else None
+        opened = self._gate.begin(run_id, parent_run_id, batch=batch, is_chat=is_chat)
+        if opened is None:
+            return None
+        with self._gate.admission(run_id, opened):
+            request = read_start(serialized, inputs[0] if is_chat else inputs, params, metadata)
+            opened.provider = request["provider"]
+            request["default_tags"] = self._tags(parent_run_id, metadata, slot)
+            reservation = self._gate.adopt(slot, request["model"], request["max_output_tokens"])
+            request["resize"] = slot is not None and slot.may_clamp
+        return _Announced(opened, slot, request, reservation)
+
+    def _start(
+        self, serialized: Any, inputs: Sequence[Any], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        call = self._announced(serialized, inputs, run_id, parent_run_id, **more)
+        if call is not None:
+            with self._gate.admission(run_id, call.opened):
+                reservation = call.reservation or self.bursar.reserve(**call.request)
+                self._gate.admitted(run_id, call.opened, reservation, call.slot)
+
+    async def _astart(
+        self, serialized: Any, inputs: Sequence[Any], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        call = self._announced(serialized, inputs, run_id, parent_run_id, **more)
+        if call is not None:
+            with self._gate.admission(run_id, call.opened):
+                reservation = call.reservation or await self.bursar.areserve(**call.request)
+                self._gate.admitted(run_id, call.opened, reservation, call.slot)
+            _end_with_task(self._gate, run_id.int, call.opened)
 
     def _tags(self, parent_run_id: UUID | None, metadata: Mapping[str, Any], slot: Slot | None) -> dict[str, str]:
         found = self._gate.runs.tags(parent_run_id, metadata, None if slot is None else slot.run)
         own = metadata.get("bursar")
         return {**found, **self.tags, **(clean(own) if isinstance(own, Mapping) else {})}
-
-    def _begin(self, run_id: UUID, parent_run_id: UUID | None, is_chat: bool, more: Mapping[str, Any]) -> Open | None:
-        # Only one `generate([a, b])` hands the same settings object to several calls.
-        batch = more.get("invocation_params") if more.get("batch_size", 1) > 1 else None
-        return self._gate.begin(run_id, parent_run_id, batch=batch, is_chat=is_chat)
-
-    def _start_model(
-        self,
-        is_chat: bool,
-        serialized: Mapping[str, Any] | None,
-        inputs: Sequence[Any],
-        run_id: UUID,
-        parent_run_id: UUID | None,
-        more: dict[str, Any],
-    ) -> None:
-        opened = self._begin(run_id, parent_run_id, is_chat, more)
-        if opened is None:
-            return
-        slot, metadata, params = current_slot.get(), more.get("metadata") or {}, more.get("invocation_params") or {}
-        with self._gate.admission(run_id, opened):
-            request = self._model_call(serialized, inputs, metadata, parent_run_id, params, slot)
-            opened.provider = request["provider"]
-            reservation = self._gate.adopt(slot, request["model"], params, metadata)
-            reservation = reservation or self.bursar.reserve(**request)
-            self._gate.admitted(run_id, opened, reservation, slot)
-
-    async def _astart_model(
-        self,
-        is_chat: bool,
-        serialized: Mapping[str, Any] | None,
-        inputs: Sequence[Any],
-        run_id: UUID,
-        parent_run_id: UUID | None,
-        more: dict[str, Any],
-    ) -> None:
-        opened = self._begin(run_id, parent_run_id, is_chat, more)
-        if opened is None:
-            return
-        slot, metadata, params = current_slot.get(), more.get("metadata") or {}, more.get("invocation_params") or {}
-        with self._gate.admission(run_id, opened):
-            request = self._model_call(serialized, inputs, metadata, parent_run_id, params, slot)
-            opened.provider = request["provider"]
-            reservation = self._gate.adopt(slot, request["model"], params, metadata)
-            reservation = reservation or await self.bursar.areserve(**request)
-            self._gate.admitted(run_id, opened, reservation, slot)
-        _end_with_task(self._gate, run_id.int, opened)
-
-    def _chat_start(
-        self,
-        serialized: Any,
-        messages: list[list[Any]],
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        **more: Any,
-    ) -> None:
-        self._start_model(True, serialized, messages[0], run_id, parent_run_id, more)
-
-    async def _achat_start(
-        self,
-        serialized: Any,
-        messages: list[list[Any]],
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        **more: Any,
-    ) -> None:
-        await self._astart_model(True, serialized, messages[0], run_id, parent_run_id, more)
-
-    def _llm_start(
-        self, serialized: Any, prompts: list[str], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
-    ) -> None:
-        self._start_model(False, serialized, prompts, run_id, parent_run_id, more)
-
-    async def _allm_start(
-        self, serialized: Any, prompts: list[str], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
-    ) -> None:
-        await self._astart_model(False, serialized, prompts, run_id, parent_run_id, more)
 
     def _llm_end(self, response: Any, *, run_id: UUID, **more: Any) -> None:
         opened = self._gate.take(run_id.int)
@@ -189,8 +152,8 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if opened is not None:
             await self._gate.afinish(opened, _read(read_error, opened, error, response))
 
-    on_chat_model_start = _TwoWays(_chat_start, _achat_start)
-    on_llm_start = _TwoWays(_llm_start, _allm_start)
+    on_chat_model_start = _TwoWays(_start, _astart)
+    on_llm_start = _TwoWays(_start, _astart)
     on_llm_end = _TwoWays(_llm_end, _allm_end)
     on_llm_error = _TwoWays(_llm_error, _allm_error)
 
