@@ -11,14 +11,15 @@ import pytest
 
 pytest.importorskip("llama_index.core")
 
-from bursar import Bursar
-from bursar.testing import AdapterContract
-from bursar_llamaindex import BursarCallbackHandler, guard_llm, guard_tool, install
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import ChatMessage
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
+
+from bursar import Bursar
+from bursar.testing import AdapterContract
+from bursar_llamaindex import BursarCallbackHandler, guard_llm, guard_tool, install
 
 
 class TestInstalled(AdapterContract):

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from bursar.errors import BursarError
 from bursar.usage import Usage
 
-# Their streams send nothing before the first part is asked for (measured); others send when the stream is made.
-_LAZY_STREAMS = ("llama_index.llms.openai.base", "llama_index.llms.openai.responses")
 # What LlamaIndex's integrations call the counts where they keep no answer of the provider.
 _COUNTS = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"))
 
@@ -55,13 +53,6 @@ def read_drop(error: BaseException | None, *, was_sent: bool = True) -> Ending:
     return unknown("no end was told" if error is None else f"no end was told: {type(error).__name__}")
 
 
-def abandoned(instance: Any) -> Ending:
-    """The end of a stream that nobody has begun to read."""
-    if any(base.__module__ in _LAZY_STREAMS for base in type(instance).__mro__):
-        return released("its stream was never begun: nothing was sent")
-    return unknown("abandoned: its stream was never read")
-
-
 def _of_provider(provider: str, raw: Any) -> Usage | None:
     """The usage in the provider's own words. Anthropic's integration keeps a dict of SDK objects."""
     if raw is None:
@@ -80,7 +71,7 @@ def _of_counts(counts: Any) -> Usage | None:
     nested = counts.get("usage")
     for facts in (counts, nested if isinstance(nested, Mapping) else {}):
         for names in _COUNTS:
-            found = [facts.get(name) for name in names]
-            if all(type(count) is int and count >= 0 for count in found):
+            found = [count for name in names if type(count := facts.get(name)) is int and count >= 0]
+            if len(found) == len(names):
                 return Usage(input_tokens=found[0], output_tokens=found[1])
     return None

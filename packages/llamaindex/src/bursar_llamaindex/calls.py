@@ -11,17 +11,17 @@ from bursar_llamaindex.answer import Ending
 from bursar_llamaindex.spans import log
 
 if TYPE_CHECKING:
-    from bursar import Bursar, Reservation
+    from bursar import Bursar, Reservation, Usage
 
 
 class Call:
     """One call of a model. `request` are the arguments of `Bursar.reserve`; `event` is LlamaIndex's id of it.
 
     `settings` are the keyword arguments that LlamaIndex is about to send, and `limit_name` the one that limits the output,
-    where a smaller answer than was asked for may be granted.
+    where a smaller answer than was asked for may be granted. `usage`: what was heard of its cost before its end.
     """
 
-    __slots__ = ("_held", "bursar", "event", "limit_name", "request", "settings")
+    __slots__ = ("__weakref__", "_held", "bursar", "event", "limit_name", "request", "settings", "usage")
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Call:
         self.event = event
         self.settings = settings
         self.limit_name = limit_name
+        self.usage: Usage | None = None
         self._held: list[Reservation] = []
 
     @property
@@ -69,7 +70,7 @@ class Call:
             return
         try:
             getattr(reservation, ending.verb)(*ending.args, **ending.options)
-        except Exception as error:  # after a store's failure the guard goes on trying by itself
+        except Exception as error:  # noqa: BLE001 - after a store's failure the guard goes on trying by itself
             log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
 
     def end_soon(self, ending: Ending) -> None:

@@ -8,6 +8,7 @@ from llama_index.core.rate_limiter import BaseRateLimiter
 
 from bursar_llamaindex.answer import released
 from bursar_llamaindex.calls import Call
+from bursar_llamaindex.embedded import sending
 from bursar_llamaindex.spans import Span, current
 
 
@@ -27,6 +28,7 @@ class Gate(BaseRateLimiter):
         try:
             for call in calls:
                 call.reserve()
+            sending.set(tuple(calls))
         except BaseException:
             _give_back(calls)
             raise
@@ -38,6 +40,7 @@ class Gate(BaseRateLimiter):
         try:
             for call in calls:
                 await call.areserve()
+            sending.set(tuple(calls))
         except BaseException:
             _give_back(calls)
             raise

@@ -9,15 +9,17 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
+from llama_index.core.llms.custom import CustomLLM
 from llama_index_instrumentation import root_dispatcher
 
 from bursar.errors import InvalidInput
-from bursar_llamaindex.answer import failed, read_answer, unknown
+from bursar_llamaindex.answer import failed, read_answer, settled, unknown
 from bursar_llamaindex.calls import Call, drain
+from bursar_llamaindex.embedded import listen
 from bursar_llamaindex.gate import Gate
-from bursar_llamaindex.request import embedded_texts, kind_of, provider_of, read_embedding, read_llm, sends_nothing
+from bursar_llamaindex.request import embedded_texts, kind_of, read_embedding, read_llm, sends_nothing
 from bursar_llamaindex.serving import is_served
-from bursar_llamaindex.spans import Span, Spans, clean, current, log
+from bursar_llamaindex.spans import Span, Spans, clean, current
 
 if TYPE_CHECKING:
     from bursar import Bursar
@@ -26,7 +28,9 @@ _HEARD = (CBEventType.LLM, CBEventType.EMBEDDING)
 _IGNORED = [kind for kind in CBEventType if kind not in _HEARD]
 # The methods of embedding models that ask the rate limiter; those for images do not.
 _ASKING = frozenset(
-    f"{a}{name}" for a in ("", "a") for name in ("get_query_embedding", "get_text_embedding", "get_text_embedding_batch")
+    f"{a}{name}"
+    for a in ("", "a")
+    for name in ("get_query_embedding", "get_text_embedding", "get_text_embedding_batch")
 )
 
 
@@ -43,7 +47,9 @@ class BursarCallbackHandler(BaseCallbackHandler):
         self.bursar = bursar
         self.tags = clean(tags)
         self.is_active = True
-        self._calls: dict[str, Call] = {}
+        # A call lives as long as somebody can tell of its end: its span, or its stream.
+        self._calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
+        self._lazy: weakref.WeakValueDictionary[tuple[int, int], Call] = weakref.WeakValueDictionary()
         follow_spans()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BursarCallbackHandler:
@@ -68,13 +74,21 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if event_type not in _HEARD or not self.is_active:
             return event_id
         if span is None:
-            span = Span("", None, {}, None, {})  # a class of its own that traces nothing
+            if is_served(None):
+                return event_id
+            raise InvalidInput(
+                "LlamaIndex traces no span of this call, so what it calls is not known. Leave Bursar's span handler on the "
+                "root dispatcher, or call a copy made by guard_llm.",
+                argument="span_handlers",
+            )
         if (guard, event_id) in span.begun or span.is_nested(guard) or is_served(span.instance):
             return event_id
         call = self._call(event_type, span, payload or {}, event_id)
         if call is None:
             return event_id
         span.begun.append((guard, event_id))
+        if self._continues(span, call):
+            return event_id
         if span.waits:
             span.pending.append(call)
         else:
@@ -98,6 +112,19 @@ class BursarCallbackHandler(BaseCallbackHandler):
         call.request.update(tags)
         return call
 
+    def _continues(self, span: Span, call: Call) -> bool:
+        """Whether the call is one of those that LlamaIndex's own async streams make when they are first read, after their span.
+
+        They hand on the messages or the prompt as the very same object, and each makes one.
+        """
+        key = (id(span.instance), id(call.request.get("messages")))
+        if span.method in ("stream_chat", "stream_complete"):
+            return self._lazy.pop(key, None) is not None
+        inherited = getattr(type(span.instance), span.method, None)
+        if span.method.startswith("astream_") and getattr(inherited, "__module__", "") == CustomLLM.__module__:
+            self._lazy[key] = call
+        return False
+
     def on_event_end(
         self, event_type: CBEventType, payload: dict[str, Any] | None = None, event_id: str = "", **more: Any
     ) -> None:
@@ -111,7 +138,9 @@ class BursarCallbackHandler(BaseCallbackHandler):
         elif error is not None:
             call.end(failed(error))
         elif event_type is CBEventType.EMBEDDING:
-            call.end(unknown("LlamaIndex hands on no usage of embeddings"))
+            call.end(
+                unknown("LlamaIndex hands on no usage of embeddings") if call.usage is None else settled(call.usage)
+            )
         else:
             response = payload.get(EventPayload.RESPONSE) or payload.get(EventPayload.COMPLETION)
             call.end(read_answer(call.provider, response))
@@ -165,7 +194,11 @@ def _prepare(span: Span) -> None:
         return
     if not isinstance(instance.rate_limiter, Gate):
         instance.rate_limiter = Gate(instance.rate_limiter)
-    span.waits = isinstance(instance, BaseLLM) or (span.method in _ASKING and not _reads_cache(instance, span.method))
+    if isinstance(instance, BaseLLM):
+        span.waits = True
+    elif span.method in _ASKING and not _reads_cache(instance, span.method):
+        span.waits = True
+        listen(instance, is_async=span.method.startswith("a"))
 
 
 def _reads_cache(instance: BaseEmbedding, method: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.llms.llm import LLM
@@ -42,8 +42,7 @@ def guard_llm(
     limiter = getattr(llm, "rate_limiter", None)
     inner = limiter.limiter if isinstance(limiter, Gate) else limiter
     guarded.rate_limiter = _OwnGate(inner, installed_bursar(bursar), provider, clean(tags), stop_streams)
-    cls = type(llm)
-    object.__setattr__(guarded, "__class__", cls if issubclass(cls, _Guarded) else _guarded(cls))
+    object.__setattr__(guarded, "__class__", _guarded(type(llm)))
     return guarded
 
 
@@ -167,10 +166,16 @@ class _Guarded:
     astream_chat, astream_complete = _astream("astream_chat"), _astream("astream_complete")
 
 
-@lru_cache(maxsize=1024)
+_classes: dict[type, type] = {}
+
+
 def _guarded(cls: type) -> type:
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (_Guarded, cls), names)
+    if issubclass(cls, _Guarded):
+        return cls
+    if cls not in _classes:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _classes[cls] = types.new_class(cls.__name__, (_Guarded, cls), exec_body=lambda space: space.update(names))
+    return _classes[cls]
 
 
 class _Meter:
@@ -247,4 +252,8 @@ def _announce(llm: Any, method: str, args: tuple[Any, ...], settings: dict[str, 
     call.request["default_tags"] = {**gate.tags, **found_tags()}
     if gate.provider is not None:
         call.request["provider"] = gate.provider
+    if gate.stop_streams and "stream" in method:
+        call.request["resize"] = (
+            call.request["max_output_tokens"] is None
+        )  # the stream is stopped where it is granted less
     return call

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
 _TOOL_FIELDS = ("built_in_tools", "tools")
 # Settings of the client, and what is read by itself: none of them is a further part of the prompt.
-_CLIENT_SETTINGS = frozenset(
-    "messages prompt model model_name stream stream_options timeout extra_headers default_headers headers api_key api_base base_url"
-    " use_chat_completions formatted callback_manager max_retries".split()
-)
+_CLIENT_SETTINGS = frozenset((
+    "messages", "prompt", "model", "model_name", "stream", "stream_options", "timeout", "extra_headers", "default_headers",
+    "headers", "api_key", "api_base", "base_url", "use_chat_completions", "formatted", "callback_manager", "max_retries",
+))  # fmt: skip
 _OPENAI_CHAT, _OPENAI_RESPONSES = "llama_index.llms.openai.base", "llama_index.llms.openai.responses"
 _OPENAI_EMBEDDINGS = "llama_index.embeddings.openai.base"
 _NAMESPACES = ("llama_index.llms.", "llama_index.embeddings.", "llama_index.multi_modal_llms.")
@@ -47,9 +46,18 @@ class Kind(NamedTuple):
     retries_twice: bool
 
 
-@lru_cache(maxsize=1024)
+_kinds: dict[type, Kind] = {}
+
+
 def kind_of(cls: type) -> Kind:
     """Subclasses are of the integration that they build on; what belongs to none goes by its class's name."""
+    kind = _kinds.get(cls)
+    if kind is None:
+        kind = _kinds[cls] = _kind(cls)
+    return kind
+
+
+def _kind(cls: type) -> Kind:
     modules = [base.__module__ for base in cls.__mro__]
     integration = next(
         (name.removeprefix(space).split(".")[0] for name in modules for space in _NAMESPACES if name.startswith(space)),

@@ -21,4 +21,6 @@ def serving(instance: Any) -> Iterator[None]:
 
 
 def is_served(instance: Any) -> bool:
-    return id(instance) in _served.get()
+    """Whether this object is, or with None: any object."""
+    served = _served.get()
+    return id(instance) in served if instance is not None else bool(served)

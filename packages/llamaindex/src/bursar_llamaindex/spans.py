@@ -15,7 +15,7 @@ from llama_index_instrumentation.span import active_span_id
 from llama_index_instrumentation.span_handlers import NullSpanHandler
 from pydantic import PrivateAttr
 
-from bursar_llamaindex.answer import abandoned, read_drop
+from bursar_llamaindex.answer import read_drop, unknown
 
 if TYPE_CHECKING:
     from bursar_llamaindex.calls import Call
@@ -69,6 +69,8 @@ class Span:
         self.arguments = arguments
         self.parent = parent
         self.instrument_tags = tags
+        self.outermost: Outermost
+        self.tool: str | None
         self.waits = False
         self.begun: list[tuple[int, str]] = []
         self.calls: list[Call] = []
@@ -81,15 +83,16 @@ class Span:
         else:
             self.outermost = Outermost(unique or id, name.rpartition(".")[0])
         self.outermost.name(tags.get("llamaindex.run_id"))
-        self.tool = instance.metadata.name if isinstance(instance, BaseTool) else parent and parent.tool
+        self.tool = None if parent is None else parent.tool
+        if isinstance(instance, BaseTool):
+            self.tool = instance.metadata.name
         self.agent = self._agent()
 
     def _agent(self) -> str | None:
         """The agent whose turn it is. A step that runs its tools does not say whose they are: they are the last speaker's."""
         if self.method == "run_agent_step":
-            name = getattr(self.arguments.get("ev"), "current_agent_name", None) or getattr(self.instance, "name", None)
-            self.outermost.agent = name
-            return name
+            self.outermost.agent = getattr(self.arguments.get("ev"), "current_agent_name", None)
+            return self.outermost.agent
         if self.parent is None or self.parent.agent is None:
             return self.outermost.agent
         return self.parent.agent
@@ -156,8 +159,8 @@ class Spans(NullSpanHandler):
             if not call.is_open:
                 continue
             if isinstance(result, (Generator, AsyncGenerator)):
-                # A stream that nobody begins to read has no end that would be told of.
-                weakref.finalize(result, call.end_soon, abandoned(instance)).atexit = False
+                # A stream that nobody begins to read has no end that would be told of; some send all the same.
+                weakref.finalize(result, call.end_soon, unknown("its stream was not read to its end")).atexit = False
             else:
                 call.end(read_drop(None))
 
@@ -184,4 +187,3 @@ def clean(tags: Mapping[str, Any]) -> dict[str, str]:
                 text = "".join(sign if sign.isprintable() else "?" for sign in text)
             cleaned[name] = text[:_MAX_LENGTH]
     return cleaned
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.tools import AsyncBaseTool, BaseTool, FunctionTool, adapt_to_async_tool
@@ -38,8 +37,7 @@ def guard_tool(
         tool = FunctionTool.from_defaults(tool)
     guarded: Any = copy.copy(adapt_to_async_tool(tool))
     guarded.bursar_block = _Blocks(installed_bursar(bursar), cost, connection, clean(tags))
-    if not getattr(guarded, "is_guarded", False):
-        guarded.__class__ = _guarded(type(guarded))
+    guarded.__class__ = _guarded(type(guarded))
     follow_spans()
     return guarded  # type: ignore[no-any-return]
 
@@ -60,10 +58,19 @@ class _Blocks:
         return self._bursar.tool(name, cost=self._cost, connection=self._connection, default_tags=tags)
 
 
-@lru_cache(maxsize=1024)
+_classes: dict[type[AsyncBaseTool], type[AsyncBaseTool]] = {}
+
+
 def _guarded(cls: type[AsyncBaseTool]) -> type[AsyncBaseTool]:
+    if cls in _classes.values():
+        return cls
+    if cls not in _classes:
+        _classes[cls] = _subclass(cls)
+    return _classes[cls]
+
+
+def _subclass(cls: type[AsyncBaseTool]) -> type[AsyncBaseTool]:
     class Guarded(cls):  # type: ignore[valid-type, misc]
-        is_guarded = True
         bursar_block: _Blocks
 
         def call(self, *args: Any, **settings: Any) -> Any:
