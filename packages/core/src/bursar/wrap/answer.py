@@ -61,13 +61,13 @@ class Answer:
         self, reservation: Reservation, visit: Visit, response: Any, keep: Callable[[str], None] | None = None
     ) -> None:
         self.reservation = reservation
-        self.complete = False  # nothing more of it will be billed
+        self.complete = False  # its last event is there
         self.is_reading = False  # its reader is at work, not waiting for the caller to ask for more
         self._ended = False
         self._headers = dict(response.headers)
         self._visit = visit
         self._keep = keep
-        self._is_kept = False
+        self._is_kept = self._is_read = False
         self._reader = StreamReader(visit.provider)
         self._hides_usage = visit.hides_usage
         self._held = b""
@@ -91,7 +91,7 @@ class Answer:
         left, self._held = self._held, b""
         if self._take == self._whole:
             self._reader.feed(left)
-        self.complete = True
+        self._is_read = True
         return left if self._hides_usage else b""
 
     def _hold(self, data: bytes) -> bytes:
@@ -157,7 +157,8 @@ class Answer:
                 break
             payload = self._held[12 + headers : size - 4]
             self._held = self._held[size:]
-            self._reader.feed(payload.decode("utf-8", "replace"))
+            text = payload.decode("utf-8", "replace")
+            self._reader.feed(f'{{"chunk": {text}}}' if '"bytes"' in text else text)
         return data
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -178,7 +179,8 @@ class Answer:
             return None
         if self._visit.is_silent:
             return SILENT
-        reason = "the answer says nothing of its usage" if self.complete else "the answer was not read to its end"
+        read = self.complete or self._is_read
+        reason = "the answer says nothing of its usage" if read else "the answer was not read to its end"
         return Ending("settle_unknown", (reason,), {"known": partial})
 
     def end(self) -> None:

@@ -90,17 +90,26 @@ def wrap_client(bursar: Bursar, client: T, provider: str | None = None) -> T:
         raise InvalidInput(
             "The client is wrapped already: its calls would be charged twice. Wrap the plain one.", argument="client"
         )
-    doors = [getattr(kind, name, None) for name in ("request", "_process_response", "copy")]
-    if not all(map(callable, doors)) or not hasattr(client, "base_url"):
+    if not is_client(kind) or not hasattr(client, "base_url"):
         raise InvalidInput(
             f"{kind.__module__}.{kind.__qualname__} is no client that can be wrapped. Give one of the packages openai or "
             "anthropic, or use `with bursar.call(...)` around each call.",
             argument="client",
         )
+    plain: Any = client
+    return _as(twin_of(bursar, kind, provider), plain.copy())  # type: ignore[no-any-return]
+
+
+def is_client(kind: type) -> bool:
+    """Whether the class is made as those are whose calls all pass one door."""
+    return all(callable(getattr(kind, name, None)) for name in ("request", "_process_response", "copy"))
+
+
+def twin_of(bursar: Bursar, kind: Any, provider: str | None) -> type:
+    """The guarded class that stands for a client's class."""
     base = _AsyncTwin if iscoroutinefunction(kind._process_response) else _SyncTwin
     own = {"_bursar_gate": Gate(bursar, provider), "_bursar_plain": kind, "__module__": kind.__module__}
-    plain: Any = client
-    return _as(type(kind.__name__, (base, kind), own), plain.copy())  # type: ignore[no-any-return]
+    return type(kind.__name__, (base, kind), own)
 
 
 def _as(kind: type, client: Any) -> Any:
