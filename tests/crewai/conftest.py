@@ -42,12 +42,12 @@ def client() -> Callable[..., Any]:
 
 @pytest.fixture
 def crew() -> Callable[..., Any]:
-    """crew(llm, *tools, tasks=1, **options): a crew of the agent `planner`, who does all tasks."""
+    """crew(llm, *tools, do="do it", tasks=1, **options): a crew of the agent `planner`, who does all tasks."""
     from crewai import Agent, Crew, Task
 
-    def make(llm: Any, *tools: Any, tasks: int = 1, agent: dict[str, Any] | None = None, **options: Any) -> Any:
-        planner = Agent(role="planner", goal="g", backstory="b", llm=llm, tools=list(tools), **(agent or {}))
-        todo = [Task(description=f"do {number}", expected_output="e", agent=planner) for number in range(tasks)]
+    def make(llm: Any, *tools: Any, do: str = "do it", tasks: int = 1, **options: Any) -> Any:
+        planner = Agent(role="planner", goal="g", backstory="b", llm=llm, tools=list(tools))
+        todo = [Task(description=do, expected_output="e", agent=planner) for _ in range(tasks)]
         return Crew(agents=[planner], tasks=todo, **options)
 
     return make

@@ -147,14 +147,16 @@ def test_a_summarisation_storm_stops_at_the_budget(
     """One conversation that is too long becomes many calls at once, out of sight of CrewAI's hooks; most are refused."""
     provider.script([Fault("refuse", status=400, message="This model's maximum context length is exceeded.")])
     llm = client(provider.url)
-    object.__setattr__(
-        llm, "get_context_window_size", lambda: 200
-    )  # a small model: the conversation is cut in many parts
-    made = crew(llm, step_callback=capped(bursar).step_callback)
-    made.tasks[0].description = "long words " * 600
+    # A small model, so that the conversation is cut in many parts.
+    object.__setattr__(llm, "get_context_window_size", lambda: 560)
+    made = crew(llm, do="long words " * 600, step_callback=capped(bursar).step_callback)
     with pytest.raises(CrewBudgetExceeded):
         made.kickoff()
-    holds(bursar, provider)
+    provider.wait_idle()
+    assert provider.requests < 5
+    # What was cancelled on its way is booked as estimated.
+    assert provider.billed_nanos <= spent_nanos(bursar) <= CAP_NANOS
+    assert bursar.store.open_reservations() == 0
 
 
 # -- whose calls -------------------------------------------------------------------------------------------------------
