@@ -23,6 +23,8 @@ from bursar.stores.base import BudgetVersion
 from bursar.stores.group_commit import GroupCommit
 
 SWEEP_BATCH = 500
+# The log is folded into the file, with two fsyncs, when it is 16 MiB rather than 4: a fifth of a pair's time on a slow disk.
+CHECKPOINT_PAGES = 4_000
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)
 _FAULTS = {
@@ -96,6 +98,7 @@ class SqliteStore:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={_SYNCHRONOUS[self.durability]}")
+            connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         except BaseException:
             connection.close()
             raise
