@@ -7,6 +7,7 @@ ratios are taken within each round, and their median is shown.
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import sys
 import tempfile
@@ -75,6 +76,16 @@ def tasks(store: SqliteStore) -> float:
     return CALLERS * EACH / asyncio.run(all_of_them())
 
 
+def fsync_us(folder: Path) -> float:
+    """What one commit of 4 KiB costs this disk now."""
+    with (folder / "synced").open("wb", buffering=0) as file:
+        begun = time.perf_counter()
+        for _ in range(20):
+            file.write(b"\0" * 4_096)
+            os.fsync(file.fileno())
+        return (time.perf_counter() - begun) / 20 * 1_000_000
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = SqliteStore(Path(folder) / "full.db")
@@ -88,7 +99,9 @@ def main() -> None:
             f"{CALLERS} asyncio tasks": lambda: tasks(store),
         }
         found: dict[str, list[float]] = {name: [] for name in works}
+        synced = []
         for _ in range(ROUNDS):
+            synced.append(fsync_us(Path(folder)))
             for name, work in works.items():
                 found[name].append(work())
         executor = in_turns({"with": pair(store.execute), "without": pair(directly)}, 25, rounds=61)
@@ -97,7 +110,8 @@ def main() -> None:
     for (name, rates), least in zip(found.items(), (1, 4, 8), strict=True):
         ratio = statistics.median(rate / lone for rate, lone in zip(rates, found["a lone caller"], strict=True))
         rows.append((name, f"{statistics.median(rates):,.0f}", f"{ratio:.1f}", at_least(ratio, least)))
-    table("SQLite full: an fsync per commit, shared", ("callers", "pairs/s", "to the lone caller", "figure"), rows)
+    title = f"SQLite full: an fsync per commit, shared (one fsync here: {statistics.median(synced):.0f} us)"
+    table(title, ("callers", "pairs/s", "to the lone caller", "figure"), rows)
     share = executor["with"] / executor["without"]
     table(
         "SQLite full: what the executor costs its lone caller",
