@@ -10,7 +10,9 @@ from bursar.usage import Usage
 
 MAX_CHAIN = 10
 # LiteLLM gives errors of the connection a status of its own making; below them stands what really happened.
-_NEVER_SENT = frozenset(("ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError", "UnsupportedProtocol"))
+_NEVER_SENT = frozenset(
+    ("ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError", "UnsupportedProtocol")
+)
 
 
 class Ending(NamedTuple):

@@ -45,5 +45,5 @@ def litellm_error(error: BaseException) -> BaseException:
     if isinstance(error, BudgetExceeded):
         return error if isinstance(error, LiteLLMBudgetExceeded) else LiteLLMBudgetExceeded(str(error), **error.fields)
     if isinstance(error, BursarError) and not hasattr(error, "status_code"):
-        error.status_code = 503 if isinstance(error, StoreError) else 400
+        vars(error)["status_code"] = 503 if isinstance(error, StoreError) else 400
     return error

@@ -13,20 +13,20 @@ import litellm
 from bursar_litellm.answer import Ending, read_answer, read_error, unknown
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.gate import Attempt, Door, current_door
+from bursar_litellm.request import UNBOUNDED
 from bursar_litellm.streams import guard_stream, is_stream
 
 _NAMES = (
     *("completion", "text_completion", "embedding", "responses", "anthropic_messages", "image_generation"),
     *("image_edit", "image_variation", "transcription", "speech", "rerank", "ocr", "video_generation"),
 )
-_UNBOUNDED_NAMES = ("create_batch", "create_fine_tuning_job", "run_thread", "run_thread_stream")
 _lock = threading.Lock()
 
 
 def wrap_functions() -> None:
     """Wrap them in the module `litellm`, once; its Router and its own functions look them up there at every call."""
     with _lock:
-        for name in (*_NAMES, *(f"a{name}" for name in _NAMES)):
+        for name in (*_NAMES, *(f"a{name}" for name in _NAMES), *UNBOUNDED):
             function = getattr(litellm, name, None)
             if callable(function) and not hasattr(function, "__bursar__"):
                 wrapped = _awaited(function) if inspect.iscoroutinefunction(function) else _plain(function)
@@ -37,12 +37,12 @@ def wrap_functions() -> None:
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        _arm()
+        _arm(function.__name__)
         door = Door(is_mock=_is_mock(kwargs))
         token = current_door.set(door)
         try:
             answer = function(*args, **kwargs)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again, below
             for attempt, ending in _failed(door, error):
                 attempt.gate.end(attempt, ending)
             _raise(door, error)
@@ -60,12 +60,12 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
-        _arm()
+        _arm(function.__name__)
         door = Door(is_mock=_is_mock(kwargs))
         token = current_door.set(door)
         try:
             answer = await function(*args, **kwargs)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again, below
             for attempt, ending in _failed(door, error):
                 await attempt.gate.aend(attempt, ending)
             _raise(door, error)
@@ -80,11 +80,17 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _arm() -> None:
-    """Have LiteLLM announce what goes out, too: it does so to this list, and adds nothing to it beyond 100 callbacks."""
-    for callback in litellm.callbacks:
-        if hasattr(callback, "gate") and callback not in litellm.input_callback:
-            litellm.input_callback.append(callback)
+def _arm(name: str) -> None:
+    """Have LiteLLM announce what goes out, too: it does so to this list, and adds nothing to it beyond 100 callbacks.
+
+    Raises what the guard says of a function whose cost does not come with its answer.
+    """
+    callbacks: list[Any] = litellm.callbacks
+    for callback in callbacks:
+        if hasattr(callback, "gate"):
+            if callback not in litellm.input_callback:
+                litellm.input_callback.append(callback)
+            callback.check_bounded(name)
 
 
 def _is_mock(kwargs: dict[str, Any]) -> bool:

@@ -48,8 +48,9 @@ class Door:
     def __init__(self, *, is_mock: bool = False) -> None:
         self.attempts: list[Attempt] = []
         self.refusal: BaseException | None = None
-        self.outer = current_door.get()
-        self.is_mock = is_mock or (self.outer is not None and self.outer.is_mock)
+        outer: Door | None = current_door.get()
+        self.outer = outer
+        self.is_mock: bool = is_mock or (outer is not None and outer.is_mock)
 
     def refused(self, error: BaseException | None) -> None:
         """Remember a refusal here and further out, where it may come to light in another error's clothes; None: no more."""

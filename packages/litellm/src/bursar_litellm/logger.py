@@ -9,7 +9,7 @@ from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.errors import UnboundedEstimate
 from bursar_litellm.answer import read_answer, read_error
-from bursar_litellm.errors import BudgetStop
+from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Attempt, Gate, current_door
 from bursar_litellm.request import (
@@ -58,6 +58,10 @@ class BursarLogger(CustomLogger):
         """
         return self.gate.drain(timeout_s)
 
+    def check_bounded(self, function: str) -> None:
+        """Raise UnboundedEstimate for a function of `litellm` whose cost does not come with its answer."""
+        check_bounded(function)
+
     # -- before: awaited calls -----------------------------------------------------------------------------------
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
@@ -65,7 +69,7 @@ class BursarLogger(CustomLogger):
         kind, door = kind_of(call_type), current_door.get()
         if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_mock):
             return None  # a sync call is reserved for where it goes out; a mocked one never does
-        _check_bounded(kind)
+        check_bounded(kind)
         if kind not in ENDPOINTS:
             return None
         notes = kwargs.get("litellm_logging_obj")
@@ -174,13 +178,15 @@ def _read_answer(attempt: Attempt, answer: Any) -> Any:
     return read_answer(attempt.provider, answer, attempt.details, attempt.characters)
 
 
-def _check_bounded(kind: str) -> None:
+def check_bounded(kind: str) -> None:
+    """Raise UnboundedEstimate for a kind of call whose cost does not come with its answer."""
     reason = UNBOUNDED.get(kind)
     if reason is not None:
-        raise UnboundedEstimate(
+        refusal = UnboundedEstimate(
             f"{kind} cannot be held against a budget: {reason}. Make it outside of the guarded LiteLLM, and book its cost "
             "with charge().",
             reason=reason,
             provider="",
             model="",
         )
+        raise litellm_error(refusal)

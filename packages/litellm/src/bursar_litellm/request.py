@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import litellm
+from litellm.constants import openai_compatible_providers
 from litellm.types.utils import all_litellm_params
 
 # The calls that models are paid for, by the provider's path; the async ones have an `a` in front.
@@ -44,7 +45,7 @@ UNBOUNDED = {
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {"completion": "max_tokens", "text_completion": "max_tokens", "responses": "max_output_tokens"}
 _SETTINGS = frozenset(all_litellm_params) | frozenset(
-    "messages metadata user timeout base_url extra_headers organization file image mask".split()
+    ("messages", "metadata", "user", "timeout", "base_url", "extra_headers", "organization", "file", "image", "mask")
 )
 _LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 # LiteLLM drives these by their SDK, which tries twice more where nothing else is said; the others by plain HTTP.
@@ -136,17 +137,18 @@ def limit_output(kind: str, details: Mapping[str, Any], tokens: int) -> None:
 
 def ask_for_usage(details: Mapping[str, Any]) -> None:
     """Have a stream in OpenAI's format end with its usage; LiteLLM keeps it to itself where the user did not ask."""
-    body = wire_body(details)
-    if body.get("stream") is not True or not ("messages" in body or "prompt" in body):
-        return
-    options = body.get("stream_options")
-    if isinstance(options, dict):
-        body["stream_options"] = {**options, "include_usage": True}
-        return
     provider = str(details.get("custom_llm_provider") or "")
+    if not _speaks_openai(provider):
+        return
     supported = litellm.get_supported_openai_params(str(details.get("model") or ""), provider) or []
-    if _speaks_openai(provider) and (provider == "text-completion-openai" or "stream_options" in supported):
-        body["stream_options"] = {"include_usage": True}
+    if provider == "text-completion-openai" or "stream_options" in supported:
+        ask_for_usage_in(wire_body(details))
+
+
+def ask_for_usage_in(body: dict[str, Any]) -> None:
+    """The same for a body that is in OpenAI's format."""
+    if body.get("stream") is True and ("messages" in body or "prompt" in body):
+        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
 
 
 def _limit_name(kind: str, provider: str, body: Mapping[str, Any]) -> str | None:
@@ -161,7 +163,7 @@ def _limit_name(kind: str, provider: str, body: Mapping[str, Any]) -> str | None
 
 
 def _speaks_openai(provider: str) -> bool:
-    return provider in _SDKS or provider in litellm.openai_compatible_providers
+    return provider in _SDKS or provider in openai_compatible_providers
 
 
 def _base_model(settings: Mapping[str, Any]) -> str | None:

@@ -34,7 +34,8 @@ def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
     if not hasattr(stream, "__dict__"):  # a generator
         stream = _Generated(stream)
     # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.
-    stream.__class__ = _guarded(type(stream))
+    kind: type = type(stream)
+    stream.__class__ = _guarded(kind)
     stream._bursar = _Reading(attempts, is_cached(stream))
     return stream
 
@@ -153,7 +154,11 @@ class _Generated:
 @cache
 def _guarded(kind: type) -> type:
     """A subclass that ends the attempts of `_bursar`, with the methods that the stream's class has."""
-    members: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    members: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
     for name, make in (("__next__", _next), ("__anext__", _anext), ("close", _close), ("aclose", _aclose)):
         if hasattr(kind, name):
             members[name] = make(getattr(kind, name))

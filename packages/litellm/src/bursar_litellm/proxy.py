@@ -1,0 +1,143 @@
+"""The logger of the LiteLLM proxy: `callbacks: bursar_litellm.proxy.logger`, made from the environment when it is asked for."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import litellm
+
+from bursar import Bursar
+from bursar.errors import InvalidInput
+from bursar_litellm.answer import read_answer, read_error
+from bursar_litellm.logger import BursarLogger, check_bounded
+from bursar_litellm.request import ask_for_usage_in, kind_of, read_tags
+
+_ROUTE_MODEL = re.compile(r"/models?/([^/:?]+)")  # Google's and AWS's paths name the model
+_PROMPTS = ("messages", "contents", "prompt", "input", "inputText", "system")
+_GATEWAY = "gateway"  # whoever sells the model: its price is looked for at the makers'
+
+
+class ProxyLogger(BursarLogger):
+    """A BursarLogger for the proxy: it also holds the requests that the proxy passes on as they are, and says who asks.
+
+    What a virtual key, its team, user and organisation are goes into the tags `key`, `team`, `user` and `org`, the end
+    user into `customer`, LiteLLM's tags into `tag.NAME`; clients may add others by `metadata={"bursar": {...}}`.
+    """
+
+    async def async_pre_call_hook(
+        self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: Any
+    ) -> dict[str, Any] | None:
+        """Reserve for a request that is passed on as it is; refuse what cannot be held against a budget."""
+        check_bounded(kind_of(call_type))
+        if str(getattr(call_type, "value", call_type)) != "pass_through_endpoint":
+            return None
+        route = str(getattr(user_api_key_dict, "request_route", None) or "")
+        named = _ROUTE_MODEL.search(route)
+        model = data.get("model") or (named and named[1])
+        if not model and not any(name in data for name in _PROMPTS):
+            return None  # a list, a file, a lookup: no model is asked
+        attempt = self.gate.enter(_call_id(data))
+        if attempt is None:
+            return None
+        with self.gate.admission(attempt):
+            attempt.provider, model = _seller(route, str(model or ""))
+            body = {name: value for name, value in data.items() if not name.startswith("litellm_")}
+            attempt.reservation = await self.bursar.areserve(
+                attempt.provider,
+                model,
+                body=body,
+                endpoint=route,
+                resize=False,
+                default_tags=read_tags({"metadata": _identity(user_api_key_dict)}, self.tags),
+            )
+        if "chat/completions" in route or attempt.provider in ("openai", _GATEWAY):
+            ask_for_usage_in(data)
+        return data
+
+    async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """The end of a request that was passed on, in the provider's own words where they were kept."""
+        payload, attempt = kwargs.get("passthrough_logging_payload"), self.gate.find(kwargs.get("litellm_call_id"))
+        if not isinstance(payload, Mapping) or attempt is None:
+            await super().async_log_success_event(kwargs, response_obj, start_time, end_time)
+            return
+        answer = payload.get("response_body") or _told(response_obj)
+        await self.gate.aend(attempt, read_answer(attempt.provider, answer, None, 0))
+
+    async def async_post_call_failure_hook(
+        self,
+        request_data: dict[str, Any],
+        original_exception: Exception,
+        user_api_key_dict: Any,
+        traceback_str: str | None = None,
+    ) -> None:
+        """The failed end of a request that was passed on."""
+        attempt = self.gate.find(_call_id(request_data))
+        if attempt is not None and attempt.door is None:
+            await self.gate.aend(attempt, read_error(attempt.provider, original_exception, None))
+
+
+def _told(response_obj: Any) -> Any:
+    """The answer to a request that was passed on. A stream of a host that LiteLLM does not know comes as a list's text."""
+    text = response_obj.get("response") if isinstance(response_obj, Mapping) else None
+    if not isinstance(text, str):
+        return response_obj
+    _, is_list, lines = text.partition("Chunks=[")
+    if not is_list:
+        return text
+    try:
+        chunks = ast.literal_eval(f"[{lines}")
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text  # not the list after all: then no usage is read, and the worst case is booked
+    return [chunk for chunk in chunks if isinstance(chunk, str) and chunk.startswith("data:")]
+
+
+def _call_id(data: Mapping[str, Any]) -> str:
+    notes = data.get("litellm_logging_obj")
+    return str(getattr(notes, "litellm_call_id", None) or data.get("litellm_call_id"))
+
+
+def _seller(route: str, model: str) -> tuple[str, str]:
+    """Who is asked, by the first part of the route (`/anthropic/v1/messages`), else by the model's name; and the model."""
+    first = route.strip("/").partition("/")[0]
+    if first in litellm.provider_list:
+        return first, model
+    try:
+        plain, provider, _, _ = litellm.get_llm_provider(model)
+    except Exception:  # noqa: BLE001 - LiteLLM's error for a name it does not know; the price book may know it
+        return _GATEWAY, model
+    return provider, plain
+
+
+def _identity(key: Any) -> dict[str, Any]:
+    names = {"hash": "api_key", "alias": "key_alias", "org_id": "org_id"}
+    names |= {name: name for name in ("team_id", "team_alias", "user_id", "end_user_id")}
+    return {f"user_api_key_{name}": getattr(key, attribute, None) for name, attribute in names.items()}
+
+
+def make_logger() -> ProxyLogger:
+    """The logger that the environment describes.
+
+    BURSAR_POLICY is the path of a policy file; BURSAR_STORE overrides the store that it names, or stands alone, for a
+    store where the budgets are published already. Workers that share the store share the budgets. Raises InvalidInput
+    when neither is set, and what `Bursar.from_policy` raises.
+    """
+    policy, store = os.environ.get("BURSAR_POLICY"), os.environ.get("BURSAR_STORE")
+    if policy:
+        return ProxyLogger(Bursar.from_policy(policy))
+    if store:
+        return ProxyLogger(Bursar(store))
+    raise InvalidInput(
+        "The proxy's logger knows no budgets. Set BURSAR_POLICY to a policy file, or BURSAR_STORE to a store with budgets.",
+        argument="BURSAR_POLICY",
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name != "logger":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    logger = globals()["logger"] = make_logger()
+    return logger

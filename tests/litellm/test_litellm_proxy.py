@@ -1,0 +1,272 @@
+"""The LiteLLM proxy, run for real with two workers: refusals, settlements, who asked, and one budget for both workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("litellm")
+for needed in ("fastapi", "orjson", "uvicorn"):
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip("litellm is there without its proxy", allow_module_level=True)
+
+import httpx  # noqa: E402 - LiteLLM may not be there
+
+from bursar import Bursar, UsageRecord  # noqa: E402
+from bursar.testing.provider import Answer, Fault, Provider  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PROMPT = "abc " * 1_000
+COST_NANOS = 7_500_000
+
+CONFIG = """
+model_list:
+  - model_name: main
+    litellm_params: {{model: openai/gpt-4o, api_base: "{url}/v1", api_key: any}}
+  - model_name: claude
+    litellm_params: {{model: anthropic/claude-sonnet-4-5, api_base: "{url}", api_key: any}}
+  - model_name: small
+    litellm_params: {{model: openai/text-embedding-3-small, api_base: "{url}/v1", api_key: any}}
+router_settings:
+  disable_cooldowns: true
+  num_retries: 0
+litellm_settings:
+  callbacks: bursar_litellm.proxy.logger
+general_settings:
+  custom_auth: keys.check
+  pass_through_endpoints:
+    - path: "/raw/chat/completions"
+      target: "{url}/v1/chat/completions"
+      headers: {{Authorization: "bearer any"}}
+"""
+# Virtual keys need a database; keys of the form `key.TEAM.USER` tell the same of who asks.
+KEYS = """
+from litellm.proxy._types import UserAPIKeyAuth
+
+async def check(request, api_key):
+    key, team, user = api_key.split(".")
+    return UserAPIKeyAuth(api_key=key, team_id=team, user_id=user, org_id="acme")
+"""
+POLICY = """
+[[budget]]
+name = "teams"
+limit = "0.078 USD"
+per = "team"
+
+[[budget]]
+name = "broke"
+limit = "0.000001 USD"
+match = { team = "broke" }
+"""
+
+
+class Proxy:
+    """The proxy as its clients see it, and the books behind it."""
+
+    def __init__(self, url: str, provider: Provider, bursar: Bursar) -> None:
+        self.url, self.provider, self.bursar = url, provider, bursar
+
+    def client(self, team: str, user: str = "ann") -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer key.{team}.{user}"}, timeout=60)
+
+    def records(self, team: str) -> list[UsageRecord]:
+        return list(self.bursar.records(team=team))
+
+    def settled(self, team: str, count: int) -> list[UsageRecord]:
+        """The team's records, once there are so many: what the proxy passes on is settled after its answer."""
+        deadline = time.monotonic() + 20
+        turn = threading.Event()
+        while time.monotonic() < deadline:
+            found = self.records(team)
+            if len(found) >= count and not self.bursar.store.open_reservations():
+                return found
+            turn.wait(0.02)
+        raise AssertionError(f"{len(self.records(team))} of {count} records after 20 s")
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    home = tmp_path_factory.mktemp("proxy")
+    store = f"sqlite:///{home}/bursar.db"
+    with Provider(Answer(input_tokens=1_000, output_tokens=500)) as provider:
+        (home / "config.yaml").write_text(CONFIG.format(url=provider.url))
+        (home / "keys.py").write_text(KEYS)
+        (home / "bursar.toml").write_text(POLICY)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = {
+            "BURSAR_POLICY": str(home / "bursar.toml"),
+            "BURSAR_STORE": store,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "ANTHROPIC_API_BASE": provider.url,
+            "ANTHROPIC_API_KEY": "any",
+            "NO_PROXY": "*",
+        }
+        command = [Path(sys.executable).with_name("litellm"), "--config", home / "config.yaml", "--host", "127.0.0.1"]
+        # A worker that is still importing LiteLLM on a busy machine is not a dead one.
+        command += ["--port", str(port), "--num_workers", "2", "--timeout_worker_healthcheck", "120"]
+        with (home / "log").open("w") as log:
+            server = subprocess.Popen(
+                command, env={**os.environ, **told}, cwd=home, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_ready(url, server, home / "log")
+            with Bursar(store) as bursar:
+                yield Proxy(url, provider, bursar)
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def _wait_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline, turn = time.monotonic() + 200, threading.Event()
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(f"{url}/health/liveliness", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            turn.wait(0.2)
+    raise AssertionError(f"the proxy did not start: {log.read_text()[-2000:]}")
+
+
+MESSAGES = [{"role": "user", "content": PROMPT}]
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", {"model": "main", "messages": MESSAGES, "max_tokens": 500}),
+    "stream": ("/v1/chat/completions", {"model": "main", "messages": MESSAGES, "max_tokens": 500, "stream": True}),
+    "responses": ("/v1/responses", {"model": "main", "input": PROMPT, "max_output_tokens": 500}),
+    "responses-stream": ("/v1/responses", {"model": "main", "input": PROMPT, "max_output_tokens": 500, "stream": True}),
+    "messages-of-openai": ("/v1/messages", {"model": "main", "messages": MESSAGES, "max_tokens": 500}),
+    "pass-through": ("/raw/chat/completions", {"model": "gpt-4o", "messages": MESSAGES, "max_tokens": 500}),
+    "pass-through-stream": (
+        "/raw/chat/completions",
+        {"model": "gpt-4o", "messages": MESSAGES, "max_tokens": 500, "stream": True},
+    ),
+}
+OTHER_CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "embeddings": ("/v1/embeddings", {"model": "small", "input": [PROMPT]}),
+    "images": ("/v1/images/generations", {"model": "main", "prompt": PROMPT}),
+    "messages": ("/v1/messages", {"model": "claude", "messages": MESSAGES, "max_tokens": 500}),
+    "messages-stream": ("/v1/messages", {"model": "claude", "messages": MESSAGES, "max_tokens": 500, "stream": True}),
+    "anthropic-pass-through": (
+        "/anthropic/v1/messages",
+        {"model": "claude-sonnet-4-5", "messages": MESSAGES, "max_tokens": 500},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*CALLS, *OTHER_CALLS])
+def test_a_refusal_is_402_and_sends_nothing(name: str, proxy: Proxy) -> None:
+    path, body = (CALLS | OTHER_CALLS)[name]
+    sent = proxy.provider.requests
+    with proxy.client("broke") as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 402, answer.text
+    assert proxy.provider.requests == sent
+    assert "'broke' refused the call" in answer.text
+    if path != "/v1/messages":  # there LiteLLM speaks Anthropic's language, which has no such type
+        error = answer.json()["error"]
+        assert (error["type"], error["param"], error["code"]) == ("budget_exceeded", "budget", "402")
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_call_settles_to_what_the_provider_billed(name: str, proxy: Proxy) -> None:
+    path, body = CALLS[name]
+    team = f"settles-{name}"
+    with proxy.client(team) as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    (record,) = proxy.settled(team, 1)
+    assert (record.estimated, record.cost_nanos) == (False, COST_NANOS)
+    assert (record.tags["provider"], record.tags["model"]) == ("openai", "gpt-4o")
+    assert (record.tags["user"], record.tags["org"], record.tags["key"]) == ("ann", "acme", "key")
+
+
+def test_anthropics_format_is_settled_by_its_own_counts(proxy: Proxy) -> None:
+    with proxy.client("anthropic") as client:
+        for name in ("messages", "messages-stream", "anthropic-pass-through"):
+            path, body = OTHER_CALLS[name]
+            assert client.post(path, json=body).status_code == 200
+    records = proxy.settled("anthropic", 3)
+    assert [(one.estimated, one.cost_nanos) for one in records] == [(False, 10_500_000)] * 3
+
+
+def test_clients_may_add_tags_but_not_change_who_they_are(proxy: Proxy) -> None:
+    path, body = CALLS["chat"]
+    said = {"bursar": {"agent": "planner", "team": "rich", "user": "eve"}, "tags": ["night"]}
+    with proxy.client("honest") as client:
+        client.post(path, json={**body, "metadata": said, "user": "customer-7"})
+    (record,) = proxy.settled("honest", 1)
+    assert (record.tags["agent"], record.tags["tag.night"]) == ("planner", "yes")
+    assert (record.tags["team"], record.tags["user"]) == ("honest", "ann")
+    assert record.tags["customer"] == "customer-7"
+    assert record.tags["deployment"] == "main"
+
+
+def test_two_workers_and_twenty_clients_share_one_budget(proxy: Proxy) -> None:
+    """Never more than ten of a budget for ten, and the ledger is the provider's account."""
+    path, body = CALLS["chat"]
+    before = proxy.provider.billed_nanos
+
+    def one(_: int) -> int:
+        with proxy.client("crowd") as client:
+            return client.post(path, json=body).status_code
+
+    with ThreadPoolExecutor(20) as pool:
+        seen = list(pool.map(one, range(60)))
+    assert set(seen) == {200, 402}
+    billed = proxy.provider.billed_nanos - before
+    assert billed == seen.count(200) * COST_NANOS
+    assert billed <= 78_000_000
+    proxy.settled("crowd", seen.count(200))
+    records = [record for record in proxy.records("crowd") if record.outcome == "completed"]
+    assert sum(record.cost_nanos for record in records) == billed
+    (status,) = [one for one in proxy.bursar.status(team="crowd") if one.name == "teams"]
+    assert (status.reserved, int(status.spent * 10**9)) == (0, billed)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_is_billed(proxy: Proxy) -> None:
+    path, body = CALLS["stream"]
+    proxy.provider.script([Answer(input_tokens=1_000, output_tokens=500, chunks=200, event_delay_s=0.01)])
+    with proxy.client("leaver") as client, client.stream("POST", path, json=body) as answer:
+        next(answer.iter_lines())
+    (record,) = proxy.settled("leaver", 1)
+    assert record.cost_nanos > 0
+
+
+@pytest.mark.parametrize(("status", "estimated"), [(400, False), (500, True)])
+def test_a_failure_costs_nothing_only_when_it_is_clear(status: int, estimated: bool, proxy: Proxy) -> None:
+    for name in ("chat", "pass-through"):
+        path, body = CALLS[name]
+        team = f"fails-{status}-{name}"
+        proxy.provider.script([Fault("refuse", status=status)])
+        with proxy.client(team) as client:
+            assert client.post(path, json=body).status_code == status
+        (record,) = proxy.settled(team, 1)
+        assert (record.estimated, record.cost_nanos > 0) == (estimated, estimated), name
+
+
+def test_what_has_no_price_before_it_ran_is_refused(proxy: Proxy) -> None:
+    sent = proxy.provider.requests
+    batch = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    with proxy.client("batch") as client:
+        answer = client.post("/v1/batches", json=batch)
+    assert answer.status_code >= 400
+    assert proxy.provider.requests == sent
