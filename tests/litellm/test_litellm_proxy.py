@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -115,6 +116,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
             "ANTHROPIC_API_BASE": provider.url,
             "ANTHROPIC_API_KEY": "any",
             "NO_PROXY": "*",
+            "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(16)}",  # it does not start without one
         }
         command = [Path(sys.executable).with_name("litellm"), "--config", home / "config.yaml", "--host", "127.0.0.1"]
         # A worker that is still importing LiteLLM on a busy machine is not a dead one.
