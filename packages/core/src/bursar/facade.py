@@ -34,7 +34,8 @@ class Bursar:
     Budget; they are published to the store, where the newest version of a name is in force (None: all that are published
     there already). `prices`: a PriceBook with own rates. `rates`: US dollars per unit of other currencies used in limits.
     `on_expiry`: what becomes of a reservation whose process died, "charge" (booked as estimated) or "release".
-    `max_accounts`: how many accounts one budget may have. `clock` and `ids` are for tests and simulations.
+    `max_accounts`: how many accounts one budget may have. `tags`: on every call that has no such
+    tags of its own. `clock` and `ids` are for tests and simulations.
     Raises PolicyError, InvalidInput or StoreError.
     """
 
@@ -47,6 +48,7 @@ class Bursar:
         rates: Mapping[str, str] | None = None,
         on_expiry: str = "charge",
         max_accounts: int = 1_000_000,
+        tags: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         ids: Callable[[], str] | None = None,
     ) -> None:
@@ -55,6 +57,7 @@ class Bursar:
         self._rates = dict(rates or {})
         policy = Policy(budgets or (), rates=self._rates)
         self._names = None if budgets is None else [budget.name for budget in policy.budgets]
+        self._tags = check_tags(tags or {})
         self._new_id = ids
         self.guard = Guard(policy, prices or PriceBook.packaged(), on_expiry=on_expiry, max_accounts=max_accounts)
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
@@ -98,14 +101,16 @@ class Bursar:
         Raises BudgetExceeded, UnknownPrice, UnboundedEstimate, IdempotencyConflict, StoreError or InvalidInput.
         """
         call = self._model_call(provider, model, **options)
-        self._driver.run(self._driver.reserving(call))
-        return Reservation(self._driver, call)
+        reservation = Reservation(self._driver, call)
+        self._driver.reserve(call)
+        return reservation
 
     async def areserve(self, provider: str, model: str, **options: Unpack[CallOptions]) -> Reservation:
         """As `reserve`, for async callers."""
         call = self._model_call(provider, model, **options)
-        await self._driver.arun(self._driver.reserving(call))
-        return Reservation(self._driver, call)
+        reservation = Reservation(self._driver, call)
+        await self._driver.areserve(call)
+        return reservation
 
     def call(self, provider: str, model: str, **options: Unpack[CallOptions]) -> Block:
         """A block around one call (`with`, or `async with`): reserved on entering, extended while it lasts.
@@ -210,10 +215,12 @@ class Bursar:
         scope = current.get()
         if scope is None:
             scope = Scope({})
-        elif "run" in scope.tags and not tags and not defaults:
+        elif "run" in scope.tags and not (tags or defaults or self._tags):
             return scope
         # the innermost explicit scope's run, else the caller's (a framework's), else one per process
-        return scope.with_tags(check_tags(tags or {}), {"run": process_run(), **check_tags(defaults or {})})
+        return scope.with_tags(
+            check_tags(tags or {}), {"run": process_run(), **self._tags, **check_tags(defaults or {})}
+        )
 
     def _charging(self, cost: str, tool: str | None, **options: Any) -> Generator[Step, Any, UsageRecord]:
         cost_nanos = tool_cost(cost)

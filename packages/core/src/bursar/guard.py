@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 from bursar.accounts import Rule
-from bursar.call import Call, Pause, Post, Reload, Step, Steps
+from bursar.call import Call, Pause, Reload, Step, Steps
 from bursar.commands import Answer, Charge, Ended, Entry, Granted, Refused, Rejected, Release, Reserve, Settle
 from bursar.errors import StoreError, UnboundedEstimate
 from bursar.estimate import Estimate, Learner, strict
@@ -108,14 +108,14 @@ class Guard:
                 self.max_accounts,
                 quiet,
             )
+            call.state = "asking"
             try:
                 answer: Answer = yield command
             except StoreError:
+                call.state = "new"
                 raise
-            except BaseException:
-                # Interrupted or cancelled while the command was on its way: it may hold amounts, and nothing was sent.
-                yield Post(Release(call.id, "cancelled", "interrupted before dispatch"))
-                raise
+            if type(answer) is not Granted:
+                call.state = "new"
             if type(answer) is Rejected:
                 now_us = yield from self._recover(call, answer)
                 continue
@@ -168,7 +168,7 @@ class Guard:
             output_tokens=estimate.output_tokens,
             service_tier=call.service_tier,
         )
-        return _amounts(call, estimate, call.price.cost_nanos(usage))
+        return _amounts(estimate, call.price.cost_nanos(usage), requests=1)
 
     def _bound(self, call: Call) -> dict[str, int]:
         """The upper bound, per attempt and round of the provider's own tools, because context tiers count per request."""
@@ -188,7 +188,7 @@ class Guard:
             media=bool(call.request.media),
             service_tier=call.service_tier,
         )
-        return _amounts(call, estimate, cost_nanos + self._fees_bound(call))
+        return _amounts(estimate, cost_nanos + self._fees_bound(call), requests=call.attempts)
 
     def _fees_bound(self, call: Call) -> int:
         """What the provider's own tools may cost beside their tokens."""
@@ -371,12 +371,12 @@ def _said(call: Call, usage: Usage, cost_nanos: int) -> dict[str, int]:
     call.estimate = Estimate(
         usage.input_tokens, usage.output_tokens, usage.output_tokens, 1, True, "the caller's count"
     )
-    return _amounts(call, call.estimate, cost_nanos)
+    return _amounts(call.estimate, cost_nanos, requests=1)
 
 
-def _amounts(call: Call, estimate: Estimate, cost_nanos: int) -> dict[str, int]:
+def _amounts(estimate: Estimate, cost_nanos: int, *, requests: int) -> dict[str, int]:
     tokens = estimate.input_tokens + estimate.output_tokens
-    return {"USD": cost_nanos, "tokens": tokens, "requests": call.attempts, "slots": 1}
+    return {"USD": cost_nanos, "tokens": tokens, "requests": requests, "slots": 1}
 
 
 class _Queueing:

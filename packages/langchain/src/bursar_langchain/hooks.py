@@ -60,3 +60,8 @@ def install(bursar: Bursar, **tags: str) -> Callable[[], None]:
                 _installed.handler = None
 
     return uninstall
+
+
+def guards(module: str) -> bool:
+    """Whether calls by clients that this module of LangChain makes are seen: those of models are, embeddings' are not."""
+    return module.startswith("langchain") and (".chat_models" in module or ".llms" in module)

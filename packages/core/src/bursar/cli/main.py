@@ -15,6 +15,7 @@ _OWN = {
     "prices": "bursar.cli.prices",
     "policy": "bursar.cli.policy",
     "records": "bursar.cli.records",
+    "run": "bursar.cli.run",
     "status": "bursar.cli.status",
 }
 

@@ -1,0 +1,3 @@
+"""`bursar run`: guards a program that says nothing of budgets, by what it imports."""
+
+from __future__ import annotations

@@ -1,0 +1,171 @@
+"""`bursar run` guards programs that say nothing of budgets, shows their account, and says when it guarded nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bursar import Bursar
+from bursar.testing.provider import Answer, Provider
+
+BURSAR = str(Path(sysconfig.get_path("scripts")) / "bursar")
+LOOP = """
+    import openai
+
+    client = openai.OpenAI({more})
+    for _ in range(30):
+        client{with_}.chat.completions.create(
+            model="gpt-4o", max_completion_tokens=500, messages=[{{"role": "user", "content": "hello"}}]
+        )
+"""
+COST_NANOS = 7_500_000
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider(Answer(input_tokens=1_000, output_tokens=500)) as provider:
+        yield provider
+
+
+def run(
+    folder: Path, provider: Provider, program: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The program, under `bursar run`, against the provider."""
+    (folder / "agent.py").write_text(textwrap.dedent(program))
+    env = {**os.environ, "OPENAI_BASE_URL": f"{provider.url}/v1", "OPENAI_API_KEY": "any", **environment}
+    env |= {"ANTHROPIC_BASE_URL": provider.url, "ANTHROPIC_API_KEY": "any", "COLUMNS": "200"}
+    words = [BURSAR, "run", *(options or ("--budget", "0.05 USD")), "--", sys.executable, "agent.py"]
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("more", "with_"),
+    [("", ""), ("max_retries=1", ".with_options(timeout=20)")],
+    ids=["as it is", "copied"],
+)
+def test_a_plain_client_is_stopped_at_the_budget(tmp_path: Path, provider: Provider, more: str, with_: str) -> None:
+    done = run(tmp_path, provider, LOOP.format(more=more, with_=with_))
+    provider.wait_idle()
+    assert done.returncode != 0
+    assert "BudgetExceeded" in done.stderr
+    assert 1 <= provider.billed_calls <= 6
+    assert f"{provider.billed_calls} calls, ${provider.billed_calls * COST_NANOS / 1e9:g}, 1 refused" in done.stderr
+
+
+def test_the_modules_own_client_and_a_users_class_are_guarded(tmp_path: Path, provider: Provider) -> None:
+    program = """
+        import openai
+
+        class Mine(openai.OpenAI):
+            def __init__(self):
+                super().__init__(max_retries=0)
+                self.mine = True
+
+        said = dict(model="gpt-4o", max_completion_tokens=500, messages=[{"role": "user", "content": "hello"}])
+        openai.chat.completions.create(**said)
+        assert Mine().mine
+        Mine().chat.completions.create(**said)
+    """
+    done = run(tmp_path, provider, program, "--budget", "1 USD")
+    assert done.returncode == 0, done.stderr
+    assert f"2 calls, ${provider.billed_nanos / 1e9:g}, 0 refused" in done.stderr
+
+
+def test_a_stopped_program_that_ends_well_is_told_by_its_status(tmp_path: Path, provider: Provider) -> None:
+    program = """
+        import anthropic
+        from bursar import BudgetExceeded
+
+        try:
+            while True:
+                anthropic.Anthropic().messages.create(
+                    model="claude-haiku-4-5", max_tokens=500, messages=[{"role": "user", "content": "hello"}]
+                )
+        except BudgetExceeded:
+            print("said goodbye")
+    """
+    done = run(tmp_path, provider, program, "--budget", "0.01 USD")
+    assert done.stdout == "said goodbye\n"
+    assert done.returncode == 3
+
+
+def test_an_agent_its_tools_client_and_embeddings_are_each_charged_once(tmp_path: Path, provider: Provider) -> None:
+    """LangChain's handler guards its models; the plain clients of a tool, and of embeddings, are guarded as such."""
+    pytest.importorskip("langchain_openai")
+    program = """
+        import openai
+        from langchain.agents import create_agent
+        from langchain_core.tools import tool
+        from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+
+        @tool
+        def search(query: str) -> str:
+            "Search."
+            openai.OpenAI().chat.completions.create(
+                model="gpt-4o", max_completion_tokens=500, messages=[{"role": "user", "content": query}]
+            )
+            return "found"
+
+        OpenAIEmbeddings(check_embedding_ctx_length=False).embed_query("hello")
+        agent = create_agent(ChatOpenAI(model="gpt-4o", max_tokens=500), [search], name="planner")
+        agent.invoke({"messages": [("user", "search")]})
+    """
+    call = Answer(tool_calls=[("search", {"query": "x"})], input_tokens=1_000, output_tokens=500)
+    provider.script([Answer(input_tokens=10), call])
+    store = f"sqlite:///{tmp_path / 'run.db'}"
+    done = run(tmp_path, provider, program, "--budget", "1 USD", "--store", store)
+    assert done.returncode == 0, done.stderr
+    with Bursar(store) as bursar:
+        records = [record for record in bursar.records() if "tool" not in record.tags or "model" in record.tags]
+    assert len(records) == provider.billed_calls == 4
+    assert sum(record.cost_nanos for record in records if record.model == "gpt-4o") == 3 * COST_NANOS
+    assert {record.tags.get("agent") for record in records} == {None, "planner"}
+
+
+def test_a_policy_file_holds(tmp_path: Path, provider: Provider) -> None:
+    policy = tmp_path / "bursar.toml"
+    policy.write_text('[[budget]]\nname = "two"\nlimit = "2 requests"\n')
+    options = ("--policy", str(policy), "--store", f"sqlite:///{tmp_path / 'policy.db'}")
+    done = run(tmp_path, provider, LOOP.format(more="", with_=""), *options)
+    assert done.returncode != 0
+    assert "BudgetExceeded" in done.stderr, done.stderr
+    assert provider.billed_calls == 2
+
+
+def test_it_says_plainly_when_it_guarded_nothing(tmp_path: Path, provider: Provider) -> None:
+    done = run(tmp_path, provider, "print('hello')")
+    assert (done.returncode, done.stdout) == (0, "hello\n")
+    assert "nothing was guarded" in done.stderr
+
+
+def test_the_programs_own_status_is_kept(tmp_path: Path, provider: Provider) -> None:
+    assert run(tmp_path, provider, "raise SystemExit(7)").returncode == 7
+
+
+def test_a_sitecustomize_of_the_environment_still_runs(tmp_path: Path, provider: Provider) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("print('own')\n")
+    done = run(tmp_path, provider, "print('program')", PYTHONPATH=str(tmp_path / "own"))
+    assert done.stdout == "own\nown\nprogram\n"  # of the command itself, and of the program
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--budget", "5"), "Write it like"),
+        (("--budget", "5 USD", "--store", "memory:"), "ends with the program"),
+        (("--store", "sqlite:///x.db"), "Say what holds"),
+    ],
+)
+def test_a_wrong_order_runs_nothing(tmp_path: Path, provider: Provider, options: tuple[str, ...], said: str) -> None:
+    done = run(tmp_path, provider, "print('ran')", *options)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert done.stdout == ""
