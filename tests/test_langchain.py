@@ -167,6 +167,7 @@ def test_several_handlers_of_one_guard_reserve_once(provider: Provider, guard: B
     records = list(guard.records())
     assert [record.tags["team"] for record in records] == ["a", "a"]
     assert sum(record.cost_nanos for record in records) == provider.billed_nanos
+    assert reserved(guard) == 0
 
 
 def test_two_guards_each_reserve_once(provider: Provider, guard: Bursar) -> None:

@@ -123,6 +123,7 @@ def test_handler_installed_and_middleware_reserve_once(is_async: bool, provider:
             uninstall()
         assert len(list(guard.records())) == 3
         assert costs(guard) == provider.billed_nanos
+        assert nothing_is_reserved(guard)
 
 
 @both
