@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
-_TOOL_FIELDS = ("built_in_tools", "tools")
 # Settings of the client, and what is read by itself: none of them is a further part of the prompt.
 _CLIENT_SETTINGS = frozenset((
     "messages", "prompt", "model", "model_name", "stream", "stream_options", "timeout", "extra_headers", "default_headers",
@@ -38,12 +37,21 @@ _HOSTS = {
 
 
 class Kind(NamedTuple):
-    """What a class tells of the calls that its objects make. `limit_name`: the setting by which its output can be limited."""
+    """What a class tells of the calls that its objects make.
+
+    `limit_name`: the setting by which its output can be limited; `limits`, `tools`, `models`: those of its fields that say
+    such a thing, because asking pydantic's objects for fields that they do not have takes longer than all the rest.
+    """
 
     integration: str
     limit_name: str | None
     has_stream_options: bool
     retries_twice: bool
+    limits: tuple[str, ...]
+    tools: tuple[str, ...]
+    models: tuple[str, ...]
+    thinks: bool
+    continues: bool
 
 
 _kinds: dict[type, Kind] = {}
@@ -65,7 +73,23 @@ def _kind(cls: type) -> Kind:
     )
     chat, responses = _OPENAI_CHAT in modules, _OPENAI_RESPONSES in modules
     limit_name = "max_tokens" if chat else "max_output_tokens" if responses else None
-    return Kind(integration, limit_name, chat, chat or responses or _OPENAI_EMBEDDINGS in modules)
+    private = getattr(cls, "__private_attributes__", {})
+
+    def known(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in fields or hasattr(cls, name) or name in private)
+
+    fields = getattr(cls, "model_fields", {})
+    return Kind(
+        integration,
+        limit_name,
+        chat,
+        chat or responses or _OPENAI_EMBEDDINGS in modules,
+        known(*_OUTPUT_LIMITS),
+        known("built_in_tools", "tools"),
+        known("model", "model_name"),
+        bool(known("thinking_dict")),
+        bool(known("_previous_response_id")),
+    )
 
 
 def sends_nothing(instance: Any) -> bool:
@@ -88,7 +112,11 @@ def provider_of(instance: Any) -> str:
 def read_llm(instance: Any, method: str, conversation: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Bursar.reserve` for a call of an LLM. `conversation`: messages, or a prompt."""
     kind, own = kind_of(type(instance)), _mapping(instance, "additional_kwargs")
-    said = {**own, **_server_side(instance), **settings, "tools": _tools(instance, own, settings)}
+    said = {**own, **settings, "tools": _tools(instance, kind, own, settings)}
+    if kind.thinks:
+        said["thinking"] = instance.thinking_dict
+    if kind.continues:
+        said["previous_response_id"] = instance._previous_response_id
     body = {
         name: plain
         for name, value in said.items()
@@ -97,8 +125,8 @@ def read_llm(instance: Any, method: str, conversation: Any, settings: Mapping[st
         and value not in (None, [])
         and (plain := _plain(value)) is not None
     }
-    limit = _output_limit(instance, own, settings)
-    body["model"] = model = _model(instance, settings, own)
+    limit = _output_limit(instance, kind, own, settings)
+    body["model"] = model = _model(instance, kind, own, settings)
     return {
         "provider": provider_of(instance),
         "model": model,
@@ -132,20 +160,15 @@ def embedded_texts(arguments: Mapping[str, Any], batch: int, batch_size: int) ->
     return [text for name in ("text", "query") if isinstance(text := arguments.get(name), str)]
 
 
-def _model(instance: Any, settings: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    return _first_text(
-        own.get("model"),
-        settings.get("model"),
-        getattr(instance, "model", None),
-        getattr(instance, "model_name", None),
-        getattr(getattr(instance, "metadata", None), "model_name", None),
-    )
+def _model(instance: Any, kind: Kind, own: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    named = (own.get("model"), settings.get("model"), *(getattr(instance, name) for name in kind.models))
+    return _first_text(*named) if any(named) else _first_text(instance.metadata.model_name)
 
 
-def _output_limit(instance: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
+def _output_limit(instance: Any, kind: Kind, own: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
     """The largest maximum that is set anywhere: which of them wins differs from integration to integration."""
-    values = [source.get(name) for source in (own, settings) for name in _OUTPUT_LIMITS]
-    values += [getattr(instance, name, None) for name in _OUTPUT_LIMITS]
+    values = [source.get(name) for source in (own, settings) for name in _OUTPUT_LIMITS if name in source]
+    values += [getattr(instance, name) for name in kind.limits]
     return max((value for value in values if type(value) is int and value > 0), default=None)
 
 
@@ -157,18 +180,10 @@ def _retries(instance: Any, kind: Kind, *, streams: bool) -> int:
     return retries * (retries + 1) - 1 if kind.retries_twice and retries and not streams else retries
 
 
-def _tools(instance: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Any]:
+def _tools(instance: Any, kind: Kind, own: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Any]:
     """The tools of the request and of the object, which may be the provider's own."""
-    sources = (settings.get("tools"), own.get("tools"), *(getattr(instance, name, None) for name in _TOOL_FIELDS))
+    sources = (settings.get("tools"), own.get("tools"), *(getattr(instance, name) for name in kind.tools))
     return [tool for tools in sources if isinstance(tools, (list, tuple)) for tool in tools]
-
-
-def _server_side(instance: Any) -> dict[str, Any]:
-    """What the object itself adds to each request: thinking, the conversation of an earlier answer."""
-    return {
-        "thinking": getattr(instance, "thinking_dict", None),
-        "previous_response_id": getattr(instance, "_previous_response_id", None),
-    }
 
 
 def _plain(value: Any) -> Any:
