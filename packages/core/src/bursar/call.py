@@ -69,13 +69,7 @@ class Reload(NamedTuple):
     """Read the policy from the store again: another process has published a newer version."""
 
 
-class Post(NamedTuple):
-    """Have the command applied without waiting: the caller is being interrupted or cancelled."""
-
-    command: Command
-
-
-Step = Command | Pause | Reload | Post
+Step = Command | Pause | Reload
 Steps = Generator[Step, Any, Any]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-from bursar.call import Call, Pause, Post, Reload, Step
+from bursar.call import Call, Pause, Reload, Step
+from bursar.commands import Release
 from bursar.errors import StoreError
 from bursar.guard import Guard, log
 from bursar.keeper import Keeper
@@ -44,7 +46,7 @@ class Driver:
             step = next(steps)
             while True:
                 try:
-                    if isinstance(step, (Reload, Post)):
+                    if isinstance(step, Reload):
                         answer = self._do(step)
                     elif not isinstance(step, Pause):
                         answer = await self.store.aexecute(step)
@@ -66,11 +68,34 @@ class Driver:
             return self.store.now_us()
         if isinstance(step, Reload):
             return self._reload()
-        if isinstance(step, Post):
-            return self.store.post(step.command)
         return self.store.execute(step)
 
-    def reserving(self, call: Call, *, live: bool = False) -> Generator[Step, Any, Call]:
+    def reserve(self, call: Call, *, live: bool = False) -> None:
+        """Until the call may be sent. Whatever interrupts it before, nothing stays held."""
+        try:
+            self.run(self._reserving(call, live))
+        except BaseException:
+            self._undo(call)
+            raise
+
+    async def areserve(self, call: Call, *, live: bool = False) -> None:
+        """As `reserve`, for async callers."""
+        try:
+            await self.arun(self._reserving(call, live))
+        except BaseException:
+            self._undo(call)
+            raise
+
+    def _undo(self, call: Call) -> None:
+        """Interrupted or cancelled: the command on its way may hold amounts, and nothing was sent."""
+        self.keeper.forget(call)
+        if call.state in ("asking", "open"):
+            call.state = "released"
+            # The interrupt is what its caller must see; where the store is out of reach, expiry ends what is held.
+            with contextlib.suppress(StoreError):
+                self.store.post(Release(call.id, "cancelled", "interrupted before dispatch"))
+
+    def _reserving(self, call: Call, live: bool) -> Generator[Step, Any, Call]:
         """The guard's steps until the call may be sent; with `live`, it is extended from then on until it ends.
 
         While the store is out of reach the call goes out unguarded where every budget of it says so (I12).

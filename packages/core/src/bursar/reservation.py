@@ -170,7 +170,7 @@ class Block:
         self._reservation = Reservation(driver, call)
 
     def __enter__(self) -> Reservation:
-        self._driver.run(self._driver.reserving(self._call, live=True))
+        self._driver.reserve(self._call, live=True)
         return self._reservation
 
     def __exit__(
@@ -183,7 +183,7 @@ class Block:
         return False
 
     async def __aenter__(self) -> Reservation:
-        await self._driver.arun(self._driver.reserving(self._call, live=True))
+        await self._driver.areserve(self._call, live=True)
         return self._reservation
 
     async def __aexit__(

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from bursar.commands import Answer, Command
@@ -16,20 +18,25 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 512
 
-Apply = Callable[[Sequence[Command]], "list[Answer | BaseException]"]
+# The commands, and whether all of them come for the first time.
+Apply = Callable[[Sequence[Command], bool], "list[Answer | BaseException]"]
 
 
 class _Item:
-    """One command on its way: answered, or told to lead the next batch."""
+    """One command on its way, and its answer once there is one."""
 
-    __slots__ = ("answer", "command", "future", "gate", "loop")
+    __slots__ = ("answer", "command", "future", "gate", "loop", "tried")
 
     def __init__(self, command: Command) -> None:
         self.command = command
         self.answer: Answer | BaseException | None = None
-        self.gate: threading.Lock | None = None
+        self.tried = False
+        self.gate: SimpleQueue[None] | None = None  # where a thread waits until it is answered, or is to lead
         self.loop: asyncio.AbstractEventLoop | None = None
         self.future: asyncio.Future[Answer] | None = None
+
+    def waits(self) -> bool:
+        return self.answer is None
 
     def result(self) -> Answer:
         answer = self.answer
@@ -40,157 +47,135 @@ class _Item:
 
 
 class GroupCommit:
-    """Runs `apply(commands)` by one caller at a time.
+    """Runs `apply(commands, first time)` by one caller at a time.
 
-    A lone caller applies its own command and touches no other thread. While a batch runs, further commands queue; then
-    the first thread that waits applies them all. Commands of event loops are applied by a worker thread, which wakes
-    each loop once per batch.
+    A lone caller applies its own command and touches no other thread. While a batch runs, further commands queue; then the
+    first thread that waits applies them all. Commands of event loops are applied by a worker thread, which wakes each loop
+    once per batch.
+
+    An interrupt may come anywhere. So a command leaves the queue only after its answer stands: what a cut-off batch leaves
+    behind is applied by the worker, and the law gives a command that comes twice the same answer (I6).
     """
 
     def __init__(self, apply: Apply) -> None:
         self._apply = apply
-        self._mutex = threading.Lock()
         self._queue: deque[_Item] = deque()
-        self._busy = False
-        self._handed = False  # the worker is to lead
+        self._turn = threading.Lock()
+        self._starting = threading.Lock()
         self._worker: threading.Thread | None = None
         self._wake = threading.Semaphore(0)
+        self._awake = False
         self._closed = False
 
     def run(self, command: Command) -> Answer:
         """Apply one command and wait for its answer."""
-        item: _Item | None = None
-        with self._mutex:
-            self._check_open()
-            if self._busy:
-                item = _Item(command)
-                item.gate = threading.Lock()
-                item.gate.acquire()
-                self._queue.append(item)
-            else:
-                self._busy = True
-        if item is None:
-            return self._run_alone(command)
-        self._wait(item)
-        if item.answer is None:
-            self._lead(self._take(), item)
-        return item.result()
-
-    def _run_alone(self, command: Command) -> Answer:
+        self._check_open()
+        item = _Item(command)
+        item.gate = SimpleQueue()
         try:
-            (answer,) = self._apply((command,))
-        finally:
-            self._pass_on([])
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    def _wait(self, item: _Item) -> None:
-        """Until the item is answered or is to lead. An interrupted caller leaves the queue, and leads nobody."""
-        gate = item.gate
-        assert gate is not None
-        try:
-            gate.acquire()
+            self._queue.append(item)
+            if self._turn.locked() or not self._is_first(item):
+                item.gate.get()
+            if item.waits():
+                with self._turn:
+                    while item.waits():
+                        self._lead()
+                self._hand_over()
         except BaseException:
-            with self._mutex:
-                if item in self._queue:
-                    self._queue.remove(item)
-                chosen = gate.acquire(blocking=False) and item.answer is None
-            if chosen:
-                self._pass_on([])
+            self._wake_worker()  # nobody may wait for somebody who was interrupted
             raise
+        return item.result()
 
     async def arun(self, command: Command) -> Answer:
         """Apply one command on the worker thread; the event loop goes on."""
         import asyncio  # callers without an event loop need not load it
 
+        self._check_open()
         item = _Item(command)
         item.loop = asyncio.get_running_loop()
         item.future = item.loop.create_future()
-        self._enqueue(item)
+        self._queue.append(item)
+        self._wake_worker()
         return await item.future
 
     def post(self, command: Command) -> None:
         """Apply one command soon, on the worker thread; nobody waits for its answer."""
-        self._enqueue(_Item(command))
+        self._check_open()
+        self._queue.append(_Item(command))
+        self._wake_worker()
 
     def close(self) -> None:
-        """Refuse new commands, and wait until the queued ones are applied."""
-        with self._mutex:
-            self._closed = True
-            worker = self._worker
-        if worker is not None and worker is not threading.current_thread():
-            self._wake.release()
-            worker.join()
+        """Refuse new commands, and apply the queued ones."""
+        self._closed = True
+        while self._queue:
+            with self._turn:
+                self._lead()
+        self._wake.release()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
 
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
 
-    def _enqueue(self, item: _Item) -> None:
-        with self._mutex:
-            self._check_open()
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="bursar-store", daemon=True)
-                self._worker.start()
-            self._queue.append(item)
-            if not self._busy:
-                self._busy = self._handed = True
-                self._wake.release()
+    def _wake_worker(self) -> None:
+        if self._worker is None:
+            with self._starting:
+                if self._worker is None:
+                    worker = threading.Thread(target=self._work, name="bursar-store", daemon=True)
+                    worker.start()
+                    self._worker = worker
+        if not self._awake:
+            self._awake = True
+            self._wake.release()
 
     def _work(self) -> None:
-        while True:
+        while not self._closed:
             self._wake.acquire()
-            with self._mutex:
-                lead, self._handed = self._handed, False
-                if not lead and self._closed and not self._busy:
-                    return
-            if lead:
-                self._lead(self._take(), None)
+            self._awake = False
+            while self._queue:
+                with self._turn:
+                    self._lead()
 
-    def _take(self) -> list[_Item]:
-        with self._mutex:
-            return [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
-
-    def _lead(self, batch: list[_Item], own: _Item | None) -> None:
+    def _is_first(self, item: _Item) -> bool:
+        """Nobody goes before those who wait already: they would be left to a batch of their own."""
         try:
-            answers = self._apply([item.command for item in batch])
-            for item, answer in zip(batch, answers, strict=True):
+            return self._queue[0] is item
+        except IndexError:  # answered, and gone from the queue
+            return True
+
+    def _hand_over(self) -> None:
+        """Let the first thread that waits lead. After the turn was given up, so that nobody queues unseen in between."""
+        following = next((item for item in list(self._queue) if item.waits()), None)
+        if following is not None and following.gate is not None:  # of the others, the worker was told
+            following.gate.put(None)
+
+    def _lead(self) -> None:
+        """Apply what waits, by the one whose turn it is."""
+        batch = list(islice(self._queue, MAX_BATCH))
+        waiting = [item for item in batch if item.waits()]
+        if waiting:
+            first_time = not any(item.tried for item in waiting)
+            for item in waiting:
+                item.tried = True
+            answers = self._apply([item.command for item in waiting], first_time)
+            for item, answer in zip(waiting, answers, strict=True):
                 item.answer = answer
-        finally:
-            # An interrupt in this thread ends this caller alone: the others' commands go back to the queue's head.
-            self._deliver([item for item in batch if item.answer is not None])
-            self._pass_on([item for item in batch if item.answer is None and item is not own])
+        _deliver(batch)
+        for _ in batch:
+            self._queue.popleft()
 
-    def _deliver(self, answered: list[_Item]) -> None:
-        loops: dict[asyncio.AbstractEventLoop, list[_Item]] = {}
-        for item in answered:
-            if item.loop is not None:
-                loops.setdefault(item.loop, []).append(item)
-            elif item.gate is not None and item.gate.locked():
-                item.gate.release()
-        for loop, items in loops.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: its callers are gone, their answers stand
-                loop.call_soon_threadsafe(_resolve, items)
 
-    def _pass_on(self, unanswered: list[_Item]) -> None:
-        with self._mutex:
-            self._queue.extendleft(reversed(unanswered))
-            if not self._queue and not self._closed:
-                self._busy = False
-                return
-            leader = next((item for item in self._queue if item.gate is not None), None)
-            self._busy = bool(self._queue)
-            if leader is not None and leader.gate is not None:
-                # it takes the queue from its head, so it must stand there
-                self._queue.remove(leader)
-                self._queue.appendleft(leader)
-                leader.gate.release()
-            elif self._busy:
-                self._handed = True
-                self._wake.release()
-            elif self._closed:
-                self._wake.release()
+def _deliver(batch: list[_Item]) -> None:
+    loops: dict[asyncio.AbstractEventLoop, list[_Item]] = {}
+    for item in batch:
+        if item.gate is not None:
+            item.gate.put(None)
+        elif item.loop is not None:
+            loops.setdefault(item.loop, []).append(item)
+    for loop, items in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: its callers are gone, their answers stand
+            loop.call_soon_threadsafe(_resolve, items)
 
 
 def _resolve(items: list[_Item]) -> None:

@@ -63,7 +63,9 @@ class MemoryStore:
     def sweep(self) -> int:
         now_us = self.now_us()
         with self._lock:
-            due = [id for id in self._open if type(row := self._rows[id]) is Reservation and row.expires_us <= now_us]
+            due = [
+                id for id in self._open if type(row := self._rows.get(id)) is Reservation and row.expires_us <= now_us
+            ]
         return sum(type(self.execute(Expire(id))) is Ended for id in due)
 
     def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
@@ -87,7 +89,8 @@ class MemoryStore:
             return self._version(), dict(self._budgets)
 
     def open_reservations(self) -> int:
-        return len(self._open)
+        with self._lock:  # an interrupt may leave an id that is not open, or no longer
+            return sum(type(self._rows.get(id)) is Reservation for id in self._open)
 
     def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
         with self._lock:

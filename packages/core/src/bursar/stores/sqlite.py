@@ -142,13 +142,13 @@ class SqliteStore:
     def post(self, command: Command) -> None:
         self._commits.post(command)
 
-    def _apply(self, commands: Sequence[Command]) -> list[Answer | BaseException]:
+    def _apply(self, commands: Sequence[Command], trusting: bool) -> list[Answer | BaseException]:
         try:
             with self._using:
-                return self._commit(commands, trusting=True)
+                return self._commit(commands, trusting=trusting)
         except Exception as error:  # noqa: BLE001 - no caller may be left without an answer, nor take the blame of another
             if len(commands) > 1 and not _concerns_all(error):
-                return [answer for command in commands for answer in self._apply([command])]
+                return [answer for command in commands for answer in self._apply([command], trusting)]
             if not _is_constraint(error):
                 return [self._failure(error, commands[0]) for _ in commands]
         try:
