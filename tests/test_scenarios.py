@@ -125,7 +125,7 @@ def in_threads(count: int, work: Callable[[], object]) -> list[BaseException]:
 
 def check_books(guard: Bursar, provider: Provider, *, estimated: int = 0) -> None:
     """Nothing is open, and the ledger is the provider's account, or exceeds it by so many `estimated` records alone."""
-    provider.wait_idle()
+    provider.wait_idle(timeout_s=60)
     assert guard.store.open_reservations() == 0
     records = [record for record in guard.records(team="research") if record.kind != "refusal"]
     known = [record.cost_nanos for record in records if not record.estimated]
@@ -259,7 +259,7 @@ def test_a_killed_process_with_five_calls_in_flight(tmp_path: Path, provider: Pr
     client = client_of(provider.url)
     with guard_of(url) as guard, guard.scope(team="research"):
         victim = start("hang", url, provider.url, "given")
-        provider.wait_requests(5)
+        provider.wait_requests(5, timeout_s=60)
         victim.send_signal(signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
         assert guard.store.open_reservations() == 5
@@ -289,7 +289,7 @@ def test_a_parents_budget_holds_for_five_children(url: str, provider: Provider, 
         with guard.scope(team="research", crew="crew 1", run="parent"):
             assert not in_threads(5, child)
         check_billed(provider, mode)
-        provider.wait_idle()
+        provider.wait_idle(timeout_s=60)
         assert guard.store.open_reservations() == 0
         found = {(one.name, one.scope.get("run")): one for one in guard.status()}
         assert found["cap", None].spent * 10**9 == provider.billed_nanos
