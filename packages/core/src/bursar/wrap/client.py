@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.reservation import Block, Reservation
-from bursar.wrap.answer import SILENT, Answer, Ending, told_only, watch
+from bursar.wrap.answer import SILENT, Answer, Ending, told_only
 from bursar.wrap.doors import Visit, answer_id, is_free, path_of, visit
 from bursar.wrap.providers import provider_of
+from bursar.wrap.watch import watch
 
 if TYPE_CHECKING:
     from bursar.facade import Bursar

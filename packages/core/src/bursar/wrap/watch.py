@@ -1,0 +1,129 @@
+"""Open responses that are watched: what is read of them passes by, and their end is the end of the call."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any
+
+from bursar.wrap.answer import Answer
+
+
+def watch(response: Any, answer: Answer) -> None:
+    """Let the bytes of an open response (httpx, httpx2) pass by `answer`, which ends with it: read, closed or forgotten."""
+    response.__class__ = _watched(type(response))
+    response._bursar_answer = answer
+    weakref.finalize(response, end, answer).atexit = False  # at exit the store may be gone; the reservation expires
+
+
+class _Watched:
+    """What a watched response does otherwise. Every way of reading but `iter_raw` goes through `iter_bytes`."""
+
+    _bursar_answer: Answer
+
+    def iter_bytes(self, *arguments: Any, **options: Any) -> Iterator[bytes]:
+        answer = self._bursar_answer
+        rest: Any = super()
+        answer.is_reading = True
+        try:
+            for data in rest.iter_bytes(*arguments, **options):
+                shown = answer.feed(data)
+                if answer.complete:
+                    answer.end_now()  # before the caller sees the end, and asks for the next call
+                if shown:
+                    answer.is_reading = False
+                    yield shown
+                    answer.is_reading = True
+            left = answer.finish()
+            answer.end_now()
+            if left:
+                yield left
+        finally:
+            answer.is_reading = False
+            end(answer)
+
+    async def aiter_bytes(self, *arguments: Any, **options: Any) -> AsyncIterator[bytes]:
+        answer = self._bursar_answer
+        rest: Any = super()
+        answer.is_reading = True
+        try:
+            async for data in rest.aiter_bytes(*arguments, **options):
+                shown = answer.feed(data)
+                if answer.complete:
+                    await answer.aend()
+                if shown:
+                    answer.is_reading = False
+                    yield shown
+                    answer.is_reading = True
+            left = answer.finish()
+            await answer.aend()
+            if left:
+                yield left
+        finally:
+            answer.is_reading = False
+            await answer.aend()
+
+    def close(self) -> None:
+        rest: Any = super()
+        try:
+            rest.close()
+        finally:
+            if not self._bursar_answer.is_reading:  # else it is the reading itself that closes, and ends the call
+                end(self._bursar_answer)
+
+    async def aclose(self) -> None:
+        rest: Any = super()
+        try:
+            await rest.aclose()
+        finally:
+            if not self._bursar_answer.is_reading:
+                await self._bursar_answer.aend()
+
+
+def _watched(kind: type) -> type:
+    if kind not in _kinds:
+        _kinds[kind] = type(kind.__name__, (_Watched, kind), {"__module__": kind.__module__})
+    return _kinds[kind]
+
+
+_kinds: dict[type, type] = {}
+
+
+_forgotten: SimpleQueue[Answer] = SimpleQueue()
+_thread: threading.Thread | None = None
+_LOCKING = ("bursar.driver", "bursar.keeper", "bursar.stores", "bursar.waiting")
+
+
+def end(answer: Answer) -> None:
+    """End the call, from wherever its answer was closed or forgotten."""
+    if not _inside_bursar():
+        answer.end_now()
+        return
+    _forgotten.put(answer)
+    _start_ending()
+
+
+def _inside_bursar() -> bool:
+    """Whether a garbage collection in the midst of Bursar's own work brought us here: its locks are held then."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(_LOCKING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _start_ending() -> None:
+    global _thread
+    if _thread is None or not _thread.is_alive():
+        _thread = threading.Thread(target=_end_forgotten, daemon=True, name="bursar-wrap")
+        _thread.start()
+
+
+def _end_forgotten() -> None:
+    while True:
+        _forgotten.get().end_now()
