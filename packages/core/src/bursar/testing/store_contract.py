@@ -616,13 +616,20 @@ class StoreContract:
         answer = run(Release("a"))
         assert type(answer) is Ended
 
-    def test_entries_are_found_by_their_tags_in_the_order_of_ids(self, store: Store, run: Run) -> None:
+    def test_entries_are_found_by_their_tags_in_the_order_of_ids(self, store: Store) -> None:
         dollar = rule("b", 10**9)
+        reserves, settles = [], []
         for number in range(1_205):
             tags = {"run": f"r{number % 3}", "colour": "red" if number % 2 else 'a "quoted" blue'}
             draft = {"path": [], "tags": tags, "cost_nanos": 1, "usage": {}}
-            store.execute(reserve(f"{number:05}", (dollar, 1), draft=draft))
-            store.execute(settle(f"{number:05}", 1))
+            reserves.append(reserve(f"{number:05}", (dollar, 1), draft=draft))
+            settles.append(settle(f"{number:05}", 1))
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*map(store.aexecute, reserves))
+            await asyncio.gather(*map(store.aexecute, settles))
+
+        asyncio.run(all_of_them())
         ids = [entry.id for entry in store.entries({})]
         assert ids == sorted(ids)
         assert len(ids) == 1_205
