@@ -55,9 +55,7 @@ def llm_at(provider: Provider, **options: Any) -> OpenAI:
 
 
 def embedding_at(provider: Provider) -> OpenAIEmbedding:
-    return OpenAIEmbedding(
-        model="text-embedding-3-small", api_base=f"{provider.url}/v1", api_key="any", max_retries=0
-    )
+    return OpenAIEmbedding(model="text-embedding-3-small", api_base=f"{provider.url}/v1", api_key="any", max_retries=0)
 
 
 def run(agent: Any, text: str = "go", **options: Any) -> Any:

@@ -43,9 +43,7 @@ def open_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     def open_(store: str, *budgets: Budget, warm: bool = False) -> Bursar:
         guard = Bursar(store, budgets=budgets)
         for _ in range(50 if warm else 0):
-            known = guard.reserve(
-                "openai", "gpt-4o", messages=MESSAGES, max_output_tokens=500, tags={"phase": "warm"}
-            )
+            known = guard.reserve("openai", "gpt-4o", messages=MESSAGES, max_output_tokens=500, tags={"phase": "warm"})
             known.settle(Usage(input_tokens=1_000, output_tokens=500))
         undo.extend([install(guard, phase="test"), guard.close])
         return guard

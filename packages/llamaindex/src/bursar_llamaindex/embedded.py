@@ -27,6 +27,12 @@ def listen(instance: Any, *, is_async: bool) -> None:
         hooks["response"].append(hook)
 
 
+def announce_sending(calls: list[Call]) -> None:
+    """What this thread or task sends from here on is for these calls."""
+    if calls and calls[0].settings is None:  # LLMs state their usage, and a conversation is not to be kept for longer
+        sending.set(tuple(calls))
+
+
 def _heard(response: Any) -> None:
     if sending.get() and response.status_code == 200:
         response.read()

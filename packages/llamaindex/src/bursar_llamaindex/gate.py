@@ -8,8 +8,8 @@ from llama_index.core.rate_limiter import BaseRateLimiter
 
 from bursar_llamaindex.answer import released
 from bursar_llamaindex.calls import Call
-from bursar_llamaindex.embedded import sending
-from bursar_llamaindex.spans import Span, current
+from bursar_llamaindex.embedded import announce_sending
+from bursar_llamaindex.spans import current
 
 
 class Gate(BaseRateLimiter):
@@ -28,7 +28,7 @@ class Gate(BaseRateLimiter):
         try:
             for call in calls:
                 call.reserve()
-            sending.set(tuple(calls))
+            announce_sending(calls)
         except BaseException:
             _give_back(calls)
             raise
@@ -40,7 +40,7 @@ class Gate(BaseRateLimiter):
         try:
             for call in calls:
                 await call.areserve()
-            sending.set(tuple(calls))
+            announce_sending(calls)
         except BaseException:
             _give_back(calls)
             raise
@@ -52,21 +52,8 @@ class Gate(BaseRateLimiter):
 
 
 def _announced() -> list[Call]:
-    """The calls of the next announced event of this span: one for each guard. A batch announces all its events first."""
     span = current()
-    if span is None or not span.pending:
-        return []  # a call inside of a call that is reserved already, or one that no guard is for
-    if span.failed is not None:
-        _forget_first(span)
-        raise span.failed  # the rest of a batch of which a part was refused or failed
-    return _forget_first(span)
-
-
-def _forget_first(span: Span) -> list[Call]:
-    calls = [span.pending.popleft()]
-    while span.pending and span.pending[0].event == calls[0].event:
-        calls.append(span.pending.popleft())
-    return calls
+    return [] if span is None else span.next_pending()
 
 
 def _give_back(calls: list[Call]) -> None:

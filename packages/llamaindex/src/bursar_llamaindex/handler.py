@@ -15,7 +15,7 @@ from llama_index_instrumentation import root_dispatcher
 from bursar.errors import InvalidInput
 from bursar_llamaindex.answer import failed, read_answer, settled, unknown
 from bursar_llamaindex.calls import Call, drain
-from bursar_llamaindex.embedded import listen
+from bursar_llamaindex.embedded import listen, sending
 from bursar_llamaindex.gate import Gate
 from bursar_llamaindex.request import embedded_texts, kind_of, read_embedding, read_llm, sends_nothing
 from bursar_llamaindex.serving import is_served

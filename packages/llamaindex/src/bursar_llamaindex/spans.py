@@ -56,7 +56,7 @@ class Span:
     """
 
     __slots__ = (
-        "agent", "arguments", "begun", "calls", "failed", "instance", "instrument_tags", "method", "outermost", "parent",
+        "agent", "arguments", "begun", "calls", "failed", "id", "instance", "instrument_tags", "method", "outermost", "parent",
         "pending", "tool", "waits",
     )  # fmt: skip
 
@@ -64,6 +64,7 @@ class Span:
         self, id: str, instance: Any, arguments: Mapping[str, Any], parent: Span | None, tags: Mapping[str, Any]
     ) -> None:
         name, _, unique = id.partition("-")
+        self.id = id
         self.method = name.rpartition(".")[2]
         self.instance = instance
         self.arguments = arguments
@@ -105,6 +106,19 @@ class Span:
                 return True
             above = above.parent
         return False
+
+    def next_pending(self) -> list[Call]:
+        """The calls of the next announced event: one for each guard. Raises the error that has ended the rest of their batch."""
+        if not self.pending:
+            return []  # a call inside of a call that is reserved already, or one that no guard is for
+        calls = [self.pending.popleft()]
+        while self.pending and self.pending[0].event == calls[0].event:
+            calls.append(self.pending.popleft())
+        if self.failed is not None:
+            if not self.pending:
+                _open.pop(self.id, None)
+            raise self.failed
+        return calls
 
     def tags(self) -> dict[str, str]:
         """Whose the call is, as far as the framework knows."""
@@ -173,8 +187,8 @@ class Spans(NullSpanHandler):
         span.failed = err or RuntimeError("the call was dropped")
         for call in span.calls:
             call.end(read_drop(err, was_sent=span.waits))
-        if not span.pending:  # else the gate finds the error when the rest of a batch comes to it
-            _open.pop(id_, None)
+        if not span.pending or span.method != "aget_text_embedding_batch":
+            _open.pop(id_, None)  # else the gate finds the error when the rest of the batch comes to it
 
 
 def clean(tags: Mapping[str, Any]) -> dict[str, str]:
