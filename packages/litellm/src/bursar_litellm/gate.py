@@ -25,9 +25,24 @@ MAX_OPEN = 100_000  # beyond it the oldest are left to their expiry
 
 
 class Attempt:
-    """One dispatch. `details` are LiteLLM's notes on it, `door` the call of a function of `litellm` that it happens in."""
+    """One dispatch. `details` are LiteLLM's notes on it, `door` the call of a function of `litellm` that it happens in.
 
-    __slots__ = ("characters", "details", "door", "gate", "is_sent", "key", "provider", "reservation")
+    `moment`: when LiteLLM says that it was sent; `characters`: of a text to be spoken, where they are what is billed;
+    `hides_usage`: the stream's usage was switched on here, and is kept from the user.
+    """
+
+    __slots__ = (
+        "characters",
+        "details",
+        "door",
+        "gate",
+        "hides_usage",
+        "is_sent",
+        "key",
+        "moment",
+        "provider",
+        "reservation",
+    )
 
     def __init__(self, gate: Gate, key: str, door: Door | None) -> None:
         self.gate = gate
@@ -36,7 +51,9 @@ class Attempt:
         self.provider = ""
         self.reservation: Reservation | None = None
         self.details: dict[str, Any] | None = None
+        self.moment: object = None
         self.characters = 0
+        self.hides_usage = False
         self.is_sent = False
 
 

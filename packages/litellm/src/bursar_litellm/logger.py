@@ -12,6 +12,7 @@ from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Attempt, Gate, current_door
+from bursar_litellm.media import spoken_characters
 from bursar_litellm.request import (
     ENDPOINTS,
     LIMITS,
@@ -69,6 +70,8 @@ class BursarLogger(CustomLogger):
         kind, door = kind_of(call_type), current_door.get()
         if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_mock):
             return None  # a sync call is reserved for where it goes out; a mocked one never does
+        if kwargs.get("fallbacks"):
+            return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
         if kind not in ENDPOINTS:
             return None
@@ -99,7 +102,9 @@ class BursarLogger(CustomLogger):
         if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_mock):
             return
         key = str(details.get("litellm_call_id"))
-        attempt = self.gate.find(key)
+        attempt, moment = self.gate.find(key), details.get("api_call_start_time")
+        if attempt is not None and attempt.is_sent and attempt.moment is moment:
+            return  # told by another logger of the same guard
         if attempt is None or attempt.is_sent:
             attempt = self.gate.enter(key)
             assert attempt is not None
@@ -111,15 +116,15 @@ class BursarLogger(CustomLogger):
                 limit_output(kind, details, attempt.reservation.max_output_tokens)
         if isinstance(details.get("original_response"), str):
             details["original_response"] = None  # an earlier attempt's
-        attempt.details, attempt.is_sent = details, True
-        ask_for_usage(details)
+        attempt.details, attempt.moment, attempt.is_sent = details, moment, True
+        attempt.hides_usage = ask_for_usage(details)
 
     def _prepare(
         self, attempt: Attempt, kind: str, request: dict[str, Any], settings: Mapping[str, Any]
     ) -> dict[str, Any]:
         attempt.provider = request["provider"]
-        text = request["body"].get("input")
-        attempt.characters = len(text) if kind == "speech" and isinstance(text, str) else 0
+        if "usage" in request:
+            attempt.characters = spoken_characters(kind, request["body"])
         request["default_tags"] = read_tags(settings, self.tags)
         return request
 

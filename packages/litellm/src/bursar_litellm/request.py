@@ -11,6 +11,8 @@ import litellm
 from litellm.constants import openai_compatible_providers
 from litellm.types.utils import all_litellm_params
 
+from bursar_litellm.media import read_media
+
 # The calls that models are paid for, by the provider's path; the async ones have an `a` in front.
 ENDPOINTS = {
     "completion": "",
@@ -27,11 +29,6 @@ ENDPOINTS = {
     "speech": "audio/speech",
     "rerank": "rerank",
     "ocr": "ocr",
-    "video_generation": "videos",
-    "create_video": "videos",
-    "video_remix": "videos",
-    "video_edit": "videos",
-    "video_extension": "videos",
 }
 # What costs money later, or elsewhere, than in the answer to the call.
 UNBOUNDED = {
@@ -41,6 +38,11 @@ UNBOUNDED = {
     "run_thread_stream": "a run of an assistant is billed when it has ended",
     "_realtime": "a live session has no end that is known before",
     "_responses_websocket": "a live session has no end that is known before",
+    "video_generation": "a film is billed by the second, when it is made",
+    "create_video": "a film is billed by the second, when it is made",
+    "video_remix": "a film is billed by the second, when it is made",
+    "video_edit": "a film is billed by the second, when it is made",
+    "video_extension": "a film is billed by the second, when it is made",
 }
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {"completion": "max_tokens", "text_completion": "max_tokens", "responses": "max_output_tokens"}
@@ -53,6 +55,8 @@ _SDK_RETRIES = 2
 _SDKS = frozenset({"openai", "azure", "text-completion-openai"})
 _MAX_LENGTH = 512  # of a tag's value
 _NAME = re.compile(r"[^A-Za-z0-9_.:/-]")
+# What LiteLLM puts before a model's name to choose the format in which it is asked.
+_FORMATS = ("responses/", "converse/", "converse_like/", "invoke/", "o_series/", "gpt5_series/")
 _IDENTITY = frozenset({"org", "team", "user", "customer", "key"})
 
 
@@ -83,15 +87,16 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
     limit = LIMITS.get(kind)
-    return {
+    request = {
         "provider": provider,
-        "model": _base_model(kwargs) or model,
+        "model": _base_model(kwargs) or _plain(model),
         "messages": kwargs.get("messages"),
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
         "resize": limit is not None and not any(kwargs.get(name) for name in _LIMIT_NAMES),
     }
+    return request | read_media(kind, request, kwargs.get("file"))
 
 
 def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,21 +104,25 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
     provider = str(details.get("custom_llm_provider") or "")
     settings = details.get("litellm_params") or {}
     optional = details.get("optional_params") or {}
-    body = wire_body(details)
+    body = dict(wire_body(details))
+    sound = body.pop("file", None)
     messages = details.get("messages")
     if not body:
         body = {name: value for name, value in optional.items() if name not in _SETTINGS}
         if not isinstance(messages, list):
             body["input"] = details.get("input")
-    return {
+    if kind == "speech":
+        body["input"] = details.get("input")  # the text itself is left out of what LiteLLM notes
+    request = {
         "provider": provider,
-        "model": _base_model({**optional, **settings}) or str(details.get("model") or ""),
+        "model": _base_model({**optional, **settings}) or _plain(str(details.get("model") or "")),
         "messages": messages if isinstance(messages, (list, str)) else None,
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, {**optional, **settings}),
         "resize": _limit_name(kind, provider, body) is not None and not any(body.get(name) for name in _LIMIT_NAMES),
     }
+    return request | read_media(kind, request, sound)
 
 
 def wire_body(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,20 +144,24 @@ def limit_output(kind: str, details: Mapping[str, Any], tokens: int) -> None:
     body[name] = tokens
 
 
-def ask_for_usage(details: Mapping[str, Any]) -> None:
-    """Have a stream in OpenAI's format end with its usage; LiteLLM keeps it to itself where the user did not ask."""
+def ask_for_usage(details: Mapping[str, Any]) -> bool:
+    """Have a stream in OpenAI's format end with its usage; whether it was not asked for already."""
     provider = str(details.get("custom_llm_provider") or "")
     if not _speaks_openai(provider):
-        return
+        return False
     supported = litellm.get_supported_openai_params(str(details.get("model") or ""), provider) or []
-    if provider == "text-completion-openai" or "stream_options" in supported:
-        ask_for_usage_in(wire_body(details))
+    if provider != "text-completion-openai" and "stream_options" not in supported:
+        return False
+    return ask_for_usage_in(wire_body(details))
 
 
-def ask_for_usage_in(body: dict[str, Any]) -> None:
+def ask_for_usage_in(body: dict[str, Any]) -> bool:
     """The same for a body that is in OpenAI's format."""
-    if body.get("stream") is True and ("messages" in body or "prompt" in body):
-        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    options = body.get("stream_options") or {}
+    if body.get("stream") is not True or not ("messages" in body or "prompt" in body) or options.get("include_usage"):
+        return False
+    body["stream_options"] = {**options, "include_usage": True}
+    return True
 
 
 def _limit_name(kind: str, provider: str, body: Mapping[str, Any]) -> str | None:
@@ -164,6 +177,12 @@ def _limit_name(kind: str, provider: str, body: Mapping[str, Any]) -> str | None
 
 def _speaks_openai(provider: str) -> bool:
     return provider in _SDKS or provider in openai_compatible_providers
+
+
+def _plain(model: str) -> str:
+    for form in _FORMATS:
+        model = model.removeprefix(form)
+    return model
 
 
 def _base_model(settings: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,8 @@ def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
         if attempt.details is not None and attempt.details.get("original_response") is stream:
             attempt.details["original_response"] = None
         attempt.details = None
+        if attempt.hides_usage and hasattr(stream, "send_stream_usage"):
+            stream.send_stream_usage, stream.stream_options = False, None
     if not hasattr(stream, "__dict__"):  # a generator
         stream = _Generated(stream)
     # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.

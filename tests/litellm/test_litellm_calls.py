@@ -1,0 +1,640 @@
+"""LiteLLM's other doors: responses, messages, bridges, media, fallbacks, caches, retries, functions imported too early."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+import pytest
+
+litellm = pytest.importorskip("litellm")
+
+from litellm import acompletion as early_acompletion  # noqa: E402 - before the guard wraps them
+from litellm import completion as early_completion  # noqa: E402
+from litellm.integrations.custom_logger import CustomLogger  # noqa: E402
+
+from bursar import Budget, BudgetExceeded, Bursar  # noqa: E402
+from bursar.errors import InvalidInput, StoreError, UnboundedEstimate, UnknownPrice  # noqa: E402
+from bursar.testing.provider import Answer, Fault, Provider  # noqa: E402
+from bursar_litellm import BudgetStop, BursarLogger, LiteLLMBudgetExceeded, install  # noqa: E402
+
+PROMPT = "abc " * 1_000
+MESSAGES = [{"role": "user", "content": PROMPT}]
+COST_NANOS = 7_500_000
+CLAUDE_NANOS = 10_500_000
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider(Answer(input_tokens=1_000, output_tokens=500, chunks=10)) as provider:
+        yield provider
+
+
+@contextmanager
+def guarded(*budgets: Budget) -> Iterator[Bursar]:
+    with Bursar("memory:", budgets or [Budget("ample", "100 USD")]) as bursar:
+        uninstall = install(bursar)
+        try:
+            yield bursar
+        finally:
+            uninstall()
+            gc.collect()
+            assert BursarLogger(bursar).drain()
+            assert bursar.store.open_reservations() == 0
+
+
+@contextmanager
+def broke() -> Iterator[Bursar]:
+    with guarded(Budget("cap", "0.000001 USD")) as bursar:
+        yield bursar
+
+
+def openai(provider: Provider, **more: Any) -> dict[str, Any]:
+    return {"model": "openai/gpt-4o", "api_base": f"{provider.url}/v1", "api_key": "any", "max_retries": 0, **more}
+
+
+def claude(provider: Provider, **more: Any) -> dict[str, Any]:
+    return {"model": "anthropic/claude-sonnet-4-5", "api_base": provider.url, "api_key": "any", **more}
+
+
+def run(call: Any) -> Any:
+    async def awaited() -> Any:
+        answer = await call
+        return [chunk async for chunk in answer] if hasattr(type(answer), "__anext__") else answer
+
+    return asyncio.run(awaited())
+
+
+def read(answer: Any) -> Any:
+    return list(answer) if hasattr(type(answer), "__next__") else answer
+
+
+DOORS: dict[str, tuple[Any, int]] = {
+    "responses": (lambda p: litellm.responses(**openai(p), input=PROMPT, max_output_tokens=500), COST_NANOS),
+    "responses-stream": (
+        lambda p: read(litellm.responses(**openai(p), input=PROMPT, max_output_tokens=500, stream=True)),
+        COST_NANOS,
+    ),
+    "aresponses": (lambda p: run(litellm.aresponses(**openai(p), input=PROMPT, max_output_tokens=500)), COST_NANOS),
+    "aresponses-stream": (
+        lambda p: run(litellm.aresponses(**openai(p), input=PROMPT, max_output_tokens=500, stream=True)),
+        COST_NANOS,
+    ),
+    "messages": (
+        lambda p: run(litellm.anthropic_messages(**claude(p), messages=MESSAGES, max_tokens=500)),
+        CLAUDE_NANOS,
+    ),
+    "messages-stream": (
+        lambda p: run(litellm.anthropic_messages(**claude(p), messages=MESSAGES, max_tokens=500, stream=True)),
+        CLAUDE_NANOS,
+    ),
+    "anthropic": (lambda p: litellm.completion(**claude(p), messages=MESSAGES, max_tokens=500), CLAUDE_NANOS),
+    "anthropic-stream": (
+        lambda p: read(litellm.completion(**claude(p), messages=MESSAGES, max_tokens=500, stream=True)),
+        CLAUDE_NANOS,
+    ),
+    "anthropic-astream": (
+        lambda p: run(litellm.acompletion(**claude(p), messages=MESSAGES, max_tokens=500, stream=True)),
+        CLAUDE_NANOS,
+    ),
+    # bridges: one of LiteLLM's functions serves another, and both announce the call
+    "responses-by-chat": (
+        lambda p: litellm.responses(**claude(p), input=PROMPT, max_output_tokens=500),
+        CLAUDE_NANOS,
+    ),
+    "aresponses-by-chat": (
+        lambda p: run(litellm.aresponses(**claude(p), input=PROMPT, max_output_tokens=500)),
+        CLAUDE_NANOS,
+    ),
+    "aresponses-by-chat-stream": (
+        lambda p: run(litellm.aresponses(**claude(p), input=PROMPT, max_output_tokens=500, stream=True)),
+        CLAUDE_NANOS,
+    ),
+    "messages-by-responses": (
+        lambda p: run(litellm.anthropic_messages(**openai(p), messages=MESSAGES, max_tokens=500)),
+        COST_NANOS,
+    ),
+    "chat-by-responses": (
+        lambda p: litellm.completion(
+            **openai(p) | {"model": "openai/responses/gpt-4o"}, messages=MESSAGES, max_tokens=500
+        ),
+        COST_NANOS,
+    ),
+    "achat-by-responses": (
+        lambda p: run(
+            litellm.acompletion(**openai(p) | {"model": "openai/responses/gpt-4o"}, messages=MESSAGES, max_tokens=500)
+        ),
+        COST_NANOS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(DOORS))
+def test_every_door_is_counted_once(name: str, provider: Provider) -> None:
+    call, cost_nanos = DOORS[name]
+    with guarded() as bursar:
+        call(provider)
+    (record,) = bursar.records()
+    assert (record.outcome, record.estimated, record.cost_nanos) == ("completed", False, cost_nanos)
+    assert provider.billed_calls == 1
+
+
+@pytest.mark.parametrize("name", list(DOORS))
+def test_every_door_refuses_before_anything_is_sent(name: str, provider: Provider) -> None:
+    with broke() as bursar, pytest.raises(LiteLLMBudgetExceeded) as caught:
+        DOORS[name][0](provider)
+    assert provider.requests == 0
+    assert caught.value.status_code == 402
+    assert [record.outcome for record in bursar.records()] == ["blocked"]
+
+
+def test_anthropics_cached_tokens_are_booked_as_such(provider: Provider) -> None:
+    """Reads and both kinds of writes, in a plain answer; in a stream LiteLLM passes on the sum of the writes."""
+    provider.script(
+        Answer(
+            input_tokens=1_000,
+            output_tokens=10,
+            cache_read_tokens=400,
+            cache_write_5m_tokens=100,
+            cache_write_1h_tokens=hour,
+        )
+        for hour in (200, 0)
+    )
+    with guarded() as bursar:
+        litellm.completion(**claude(provider), messages=MESSAGES, max_tokens=50)
+        read(litellm.completion(**claude(provider), messages=MESSAGES, max_tokens=50, stream=True))
+    plain, streamed = bursar.records()
+    assert (plain.usage["cache_write_1h_tokens"], plain.usage["cache_write_5m_tokens"]) == (200, 100)
+    assert plain.usage["cache_read_tokens"] == streamed.usage["cache_read_tokens"] == 400
+    assert streamed.usage["cache_write_5m_tokens"] == 100
+    assert plain.usage["input_tokens"] == streamed.usage["input_tokens"] == 1_000
+
+
+# -- what is not a chat ------------------------------------------------------------------------------------------
+
+
+class _Media(BaseHTTPRequestHandler):
+    """The endpoints that the provider for tests does not serve, answered in the words of the real ones."""
+
+    ANSWERS: ClassVar[dict[str, Any]] = {
+        "/v1/images/generations": {
+            "created": 1,
+            "data": [{"b64_json": "AAAA"}],
+            "usage": {
+                "input_tokens": 50,
+                "output_tokens": 1_000,
+                "total_tokens": 1_050,
+                "input_tokens_details": {"text_tokens": 50, "image_tokens": 0},
+            },
+        },
+        "/v1/audio/transcriptions": {
+            "text": "hello",
+            "usage": {
+                "type": "tokens",
+                "input_tokens": 100,
+                "output_tokens": 20,
+                "total_tokens": 120,
+                "input_token_details": {"audio_tokens": 100, "text_tokens": 0},
+            },
+        },
+        "/v1/completions": {
+            "id": "c",
+            "object": "text_completion",
+            "created": 1,
+            "model": "gpt-3.5-turbo-instruct",
+            "choices": [{"text": "x", "index": 0, "finish_reason": "stop", "logprobs": None}],
+            "usage": {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500},
+        },
+        "/v2/rerank": {
+            "id": "r",
+            "results": [{"index": 0, "relevance_score": 0.5}],
+            "meta": {"billed_units": {"search_units": 1}},
+        },
+        "/v1/moderations": {"id": "m", "model": "omni-moderation-latest", "results": [{"flagged": False}]},
+    }
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests += 1  # type: ignore[attr-defined]
+        body = b"sound" if "speech" in self.path else json.dumps(self.ANSWERS[self.path]).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "audio/mpeg" if "speech" in self.path else "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the test's output is for the test."""
+
+
+@pytest.fixture
+def media() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Media)
+    server.requests = 0  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def media_calls(server: ThreadingHTTPServer) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    at = {"api_base": f"{url}/v1", "api_key": "any"}
+    sound = ("a.wav", b"RIFF0000WAVE", "audio/wav")
+    return {
+        "image": lambda: litellm.image_generation(model="gpt-image-1", prompt="a cat", **at),
+        "aimage": lambda: run(litellm.aimage_generation(model="gpt-image-1", prompt="a cat", **at)),
+        "speech": lambda: litellm.speech(model="openai/tts-1", input="x" * 1_000, voice="alloy", **at),
+        "aspeech": lambda: run(litellm.aspeech(model="openai/tts-1", input="x" * 1_000, voice="alloy", **at)),
+        "transcription": lambda: litellm.transcription(model="openai/gpt-4o-transcribe", file=sound, **at),
+        "atranscription": lambda: run(litellm.atranscription(model="openai/gpt-4o-transcribe", file=sound, **at)),
+        "text": lambda: litellm.text_completion(model="gpt-3.5-turbo-instruct", prompt=PROMPT, max_tokens=500, **at),
+        "atext": lambda: run(
+            litellm.atext_completion(model="gpt-3.5-turbo-instruct", prompt=PROMPT, max_tokens=500, **at)
+        ),
+        "rerank": lambda: litellm.rerank(
+            model="cohere/rerank-v3.5", query="q", documents=["a"], api_base=url, api_key="any"
+        ),
+        "arerank": lambda: run(
+            litellm.arerank(model="cohere/rerank-v3.5", query="q", documents=["a"], api_base=url, api_key="any")
+        ),
+    }
+
+
+MEDIA_NANOS = {
+    "image": 40_250_000,  # 50 x $5 + 1,000 x $40 per million
+    "speech": 15_000_000,  # 1,000 characters x $15 per million
+    "transcription": 800_000,  # 100 audio x $6 + 20 x $10 per million
+    "text": 2_500_000,  # 1,000 x $1.50 + 500 x $2 per million
+    "rerank": 2_000_000,  # one search, $2 per thousand
+}
+
+
+@pytest.mark.parametrize("name", [f"{is_async}{name}" for name in MEDIA_NANOS for is_async in ("", "a")])
+def test_images_sound_texts_and_reranking_are_settled(name: str, media: ThreadingHTTPServer) -> None:
+    with guarded() as bursar:
+        media_calls(media)[name]()
+    (record,) = bursar.records()
+    plain = name if name in MEDIA_NANOS else name[1:]
+    assert (record.estimated, record.cost_nanos) == (False, MEDIA_NANOS[plain])
+
+
+@pytest.mark.parametrize("name", [f"{is_async}{name}" for name in MEDIA_NANOS for is_async in ("", "a")])
+def test_images_sound_texts_and_reranking_are_refused(name: str, media: ThreadingHTTPServer) -> None:
+    spent = Budget("cap", "1 requests")
+    with guarded(spent) as bursar:
+        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).settle(
+            {"model": "gpt-4o", "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+        )
+        with pytest.raises(BudgetExceeded):
+            media_calls(media)[name]()
+    assert media.requests == 0  # type: ignore[attr-defined]
+
+
+def test_moderation_is_free(media: ThreadingHTTPServer) -> None:
+    url = f"http://127.0.0.1:{media.server_address[1]}/v1"
+    with broke() as bursar:
+        litellm.moderation(input="hello", model="omni-moderation-latest", api_base=url, api_key="any")
+    assert not list(bursar.records())
+
+
+def test_what_is_billed_later_is_refused_with_a_reason() -> None:
+    batch = {"completion_window": "24h", "endpoint": "/v1/chat/completions", "input_file_id": "f", "api_key": "any"}
+    with guarded():
+        with pytest.raises(UnboundedEstimate, match="a batch is billed when it has run"):
+            litellm.create_batch(**batch)
+        with pytest.raises(UnboundedEstimate, match="a batch is billed when it has run"):
+            run(litellm.acreate_batch(**batch))
+        with pytest.raises(UnboundedEstimate, match="live session"):
+            run(litellm._arealtime(model="openai/gpt-4o-realtime-preview", websocket=None, api_key="any"))
+
+
+def test_an_unknown_price_is_refused(provider: Provider) -> None:
+    """I11; and no retry of the Router takes it up."""
+    unknown = openai(provider) | {"model": "openai/nobody-knows"}
+    router = litellm.Router([{"model_name": "main", "litellm_params": unknown}], num_retries=2)
+    with guarded():
+        with pytest.raises(UnknownPrice):
+            litellm.completion(**unknown, messages=MESSAGES)
+        with pytest.raises(UnknownPrice):
+            run(router.acompletion(model="main", messages=MESSAGES))
+    assert provider.requests == 0
+
+
+# -- functions that were imported before the guard ---------------------------------------------------------------
+
+
+def test_an_early_import_cannot_pass_the_gate(provider: Provider) -> None:
+    """Sync code meets an error that no `except Exception` of LiteLLM swallows; awaited code the usual one."""
+    call = openai(provider, messages=MESSAGES, max_tokens=500)
+    with broke() as bursar:
+        with pytest.raises(BudgetStop) as caught:
+            early_completion(**call)
+        assert isinstance(caught.value.error, BudgetExceeded)
+        with pytest.raises(LiteLLMBudgetExceeded):
+            run(early_acompletion(**call))
+    assert provider.requests == 0
+    assert [record.outcome for record in bursar.records()] == ["blocked"] * 2
+
+
+def test_an_early_import_is_settled_by_litellms_events(provider: Provider) -> None:
+    call = openai(provider, messages=MESSAGES, max_tokens=500)
+
+    async def streamed() -> None:
+        async for _ in await early_acompletion(**call, stream=True):
+            pass
+        while bursar.store.open_reservations():  # LiteLLM tells of a stream's end in a task of its own
+            await asyncio.sleep(0)
+
+    with guarded() as bursar:
+        early_completion(**call)
+        assert BursarLogger(bursar).drain()
+        read(early_completion(**call, stream=True))
+        assert BursarLogger(bursar).drain()
+        run(early_acompletion(**call))
+        asyncio.run(streamed())
+    assert [(one.estimated, one.cost_nanos) for one in bursar.records()] == [(False, COST_NANOS)] * 4
+
+
+def test_a_logger_among_the_callbacks_is_enough(provider: Provider) -> None:
+    with Bursar("memory:", [Budget("cap", "0.000001 USD")]) as bursar:
+        logger = BursarLogger(bursar)
+        litellm.callbacks.append(logger)
+        try:
+            for stream in (False, True):
+                with pytest.raises(BudgetExceeded):
+                    litellm.completion(**openai(provider), messages=MESSAGES, stream=stream)
+                with pytest.raises(BudgetExceeded):
+                    run(litellm.acompletion(**openai(provider), messages=MESSAGES, stream=stream))
+        finally:
+            for name in ("callbacks", "input_callback", "success_callback", "failure_callback"):
+                if logger in getattr(litellm, name):
+                    getattr(litellm, name).remove(logger)
+    assert provider.requests == 0
+
+
+def test_libraries_that_replace_the_callbacks_cannot_switch_it_off(provider: Provider) -> None:
+    """CrewAI sets litellm.callbacks at every call."""
+    with broke():
+        before, litellm.callbacks = litellm.callbacks, []
+        try:
+            with pytest.raises(BudgetExceeded):
+                litellm.completion(**openai(provider), messages=MESSAGES)
+            with pytest.raises(BudgetExceeded):
+                run(litellm.acompletion(**openai(provider), messages=MESSAGES))
+        finally:
+            litellm.callbacks = before
+    assert provider.requests == 0
+
+
+def test_two_loggers_of_one_guard_count_once(provider: Provider) -> None:
+    with guarded() as bursar:
+        uninstall = install(bursar, team="again")
+        litellm.completion(**openai(provider), messages=MESSAGES, max_tokens=500)
+        run(litellm.acompletion(**openai(provider), messages=MESSAGES, max_tokens=500))
+        uninstall()
+        with Bursar("memory:") as other, pytest.raises(InvalidInput, match="Uninstall it first"):
+            install(other)
+    assert [record.cost_nanos for record in bursar.records()] == [COST_NANOS] * 2
+
+
+def test_uninstalled_it_does_nothing(provider: Provider) -> None:
+    with Bursar("memory:", [Budget("cap", "0.000001 USD")]) as bursar:
+        install(bursar)()
+        litellm.completion(**openai(provider), messages=MESSAGES)
+        run(litellm.acompletion(**openai(provider), messages=MESSAGES))
+        assert provider.requests == 2
+        assert not list(bursar.records())
+
+
+# -- fallbacks, retries, caches ----------------------------------------------------------------------------------
+
+
+def small_and_main(provider: Provider, **more: Any) -> Any:
+    models = [
+        {"model_name": name, "litellm_params": openai(provider) | {"model": f"openai/{model}"}}
+        for name, model in (("main", "gpt-4o"), ("small", "gpt-4o-mini"))
+    ]
+    return litellm.Router(models, disable_cooldowns=True, retry_after=0, **more)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_refused_model_is_not_retried_and_its_fallback_may_fit(is_async: bool, provider: Provider) -> None:
+    router = small_and_main(provider, num_retries=3, fallbacks=[{"main": ["small"]}])
+    call = {"model": "main", "messages": MESSAGES, "max_tokens": 500}
+    with guarded(Budget("dear", "0.000001 USD", match={"model": "gpt-4o"})) as bursar:
+        run(router.acompletion(**call)) if is_async else router.completion(**call)
+    refused, served = bursar.records()
+    assert (refused.outcome, refused.tags["model"]) == ("blocked", "gpt-4o")
+    assert (served.outcome, served.tags["model"], served.estimated) == ("completed", "gpt-4o-mini", False)
+    assert [one.model for one in provider.account] == ["gpt-4o-mini"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_failed_model_and_its_fallback_are_two_calls(is_async: bool, provider: Provider) -> None:
+    provider.script([Fault("refuse", status=429)])
+    call = openai(provider, messages=MESSAGES, max_tokens=500, fallbacks=["openai/gpt-4o-mini"])
+    with guarded() as bursar:
+        run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    failed, served = bursar.records()
+    assert (failed.kind, failed.cost_nanos) == ("release", 0)
+    assert (served.tags["model"], served.cost_nanos, served.estimated) == ("gpt-4o-mini", 450_000, False)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_refusal_comes_out_of_fallbacks_as_itself(is_async: bool, provider: Provider) -> None:
+    call = openai(provider, messages=MESSAGES, max_tokens=500, fallbacks=["openai/gpt-4o-mini"])
+    with broke() as bursar, pytest.raises(BudgetExceeded) as caught:
+        run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    assert caught.value.budget == "cap"
+    assert provider.requests == 0
+    assert [record.tags["model"] for record in bursar.records()] == ["gpt-4o", "gpt-4o-mini"]
+
+
+def test_the_routers_retries_are_calls_of_their_own(provider: Provider) -> None:
+    provider.script([Fault("refuse", status=500), Fault("refuse", status=429)])
+    with guarded() as bursar:
+        run(small_and_main(provider, num_retries=2).acompletion(model="main", messages=MESSAGES, max_tokens=500))
+    unknown, refused, served = bursar.records()
+    assert (unknown.estimated, unknown.cost_nanos > 0) == (True, True)
+    assert refused.kind == "release"
+    assert (served.estimated, served.cost_nanos) == (False, COST_NANOS)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_answer_from_the_cache_costs_nothing(is_async: bool, provider: Provider) -> None:
+    pytest.importorskip("fastapi")  # LiteLLM's cache needs it
+    litellm.cache = litellm.Cache(type="local")
+    call = openai(provider, messages=MESSAGES, max_tokens=500)
+    try:
+        with guarded() as bursar:
+            for _ in range(2):
+                run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    finally:
+        litellm.cache = None
+    assert provider.requests == 1
+    assert sum(record.cost_nanos for record in bursar.records()) == COST_NANOS
+
+
+def test_a_mocked_answer_costs_nothing(provider: Provider) -> None:
+    with broke() as bursar:
+        litellm.completion(**openai(provider), messages=MESSAGES, mock_response="hello")
+        run(litellm.acompletion(**openai(provider), messages=MESSAGES, mock_response="hello"))
+    assert provider.requests == 0
+    assert not list(bursar.records())
+
+
+def test_an_answer_that_fails_its_schema_is_billed_all_the_same(provider: Provider) -> None:
+    provider.script([Answer(text="not json", input_tokens=1_000, output_tokens=500)])
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    with guarded() as bursar, pytest.raises(litellm.JSONSchemaValidationError):
+        litellm.completion(
+            **openai(provider), messages=MESSAGES, response_format=form, enable_json_schema_validation=True
+        )
+    (record,) = bursar.records()
+    assert (record.outcome, record.estimated, record.cost_nanos) == ("failed", False, COST_NANOS)
+
+
+def test_a_connection_that_was_never_made_costs_nothing() -> None:
+    with guarded() as bursar, pytest.raises(litellm.InternalServerError):
+        litellm.completion("openai/gpt-4o", MESSAGES, api_base="http://127.0.0.1:9/v1", api_key="any", max_retries=0)
+    (record,) = bursar.records()
+    assert (record.kind, record.cost_nanos) == ("release", 0)
+
+
+# -- what the user's program sees --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["call", "acall", "stream", "astream"])
+def test_an_answer_is_made_to_fit_where_no_maximum_was_set(style: str, provider: Provider) -> None:
+    """What is left admits a smaller answer: its maximum is on the wire, and the budget holds."""
+    call = openai(provider, messages=[{"role": "user", "content": "hi"}])
+    with guarded(Budget("cap", "0.002 USD")) as bursar:
+        if style.startswith("a"):
+            run(litellm.acompletion(**call, stream=style == "astream"))
+        else:
+            read(litellm.completion(**call, stream=style == "stream"))
+        assert all(status.overrun == 0 or status.spent for status in bursar.status())
+    sent = provider.account[0].request
+    limit = sent.get("max_tokens") or sent.get("max_completion_tokens")
+    assert isinstance(limit, int)
+    assert 16 <= limit <= 200
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_usage_is_switched_on_and_not_shown(is_async: bool, provider: Provider) -> None:
+    call = openai(provider, messages=MESSAGES, max_tokens=500)
+    unguarded = (
+        run(litellm.acompletion(**call, stream=True)) if is_async else read(litellm.completion(**call, stream=True))
+    )
+    with guarded():
+        stream = (
+            run(litellm.acompletion(**call, stream=True)) if is_async else read(litellm.completion(**call, stream=True))
+        )
+    assert [one.request.get("stream_options") for one in provider.account] == [None, {"include_usage": True}]
+    assert len(stream) == len(unguarded)
+    assert [getattr(chunk, "usage", None) for chunk in stream] == [None] * len(stream)
+
+
+def test_streams_keep_their_kind(provider: Provider) -> None:
+    with guarded() as bursar:
+        stream = litellm.completion(**openai(provider), messages=MESSAGES, max_tokens=500, stream=True)
+        assert isinstance(stream, litellm.CustomStreamWrapper)
+        answer = litellm.stream_chunk_builder(list(stream))
+        assert answer.choices[0].message.content
+    assert [record.cost_nanos for record in bursar.records()] == [COST_NANOS]
+
+
+def test_who_asks_is_told_by_scope_metadata_and_arguments(provider: Provider) -> None:
+    said = {"bursar": {"agent": "planner", "team": "by-metadata"}, "session_id": "s-1", "tags": ["night"]}
+    with guarded() as bursar, bursar.scope(team="by-scope"):
+        for call in (litellm.completion, lambda **more: run(litellm.acompletion(**more))):
+            call(**openai(provider), messages=MESSAGES, max_tokens=500, user="customer-7", metadata=said)
+    for record in bursar.records():
+        tags = {name: record.tags[name] for name in ("agent", "team", "run", "customer", "tag.night", "connection")}
+        assert tags == {
+            "agent": "planner",
+            "team": "by-scope",
+            "run": "s-1",
+            "customer": "customer-7",
+            "tag.night": "yes",
+            "connection": "openai",
+        }
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_store_out_of_reach_sends_nothing(is_async: bool, provider: Provider) -> None:
+    """I12."""
+    call = openai(provider, messages=MESSAGES, max_tokens=500)
+    with Bursar("memory:", [Budget("ample", "100 USD")]) as bursar:
+        uninstall = install(bursar)
+        bursar.store.close()
+        try:
+            with pytest.raises(StoreError):
+                run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+        finally:
+            uninstall()
+    assert provider.requests == 0
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_defect_of_ours_sends_nothing(is_async: bool, provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I12: whatever goes wrong before the call, LiteLLM does not send it."""
+    call = openai(provider, messages=MESSAGES, max_tokens=500)
+    with guarded():
+        monkeypatch.setattr("bursar_litellm.logger.read_tags", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    assert provider.requests == 0
+
+
+def test_a_failing_settlement_does_not_cost_the_answer(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
+    class Closing(CustomLogger):
+        def log_post_api_call(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+            bursar.store.close()
+
+    with Bursar("memory:", [Budget("ample", "100 USD")]) as bursar:
+        uninstall = install(bursar)
+        litellm.callbacks.append(Closing())
+        try:
+            answer = litellm.completion(**openai(provider), messages=MESSAGES, max_tokens=500)
+        finally:
+            litellm.callbacks.pop()
+            litellm.input_callback.clear()
+            uninstall()
+    assert answer.choices[0].message.content
+    assert "while ending a call" in caplog.text
+
+
+def test_an_abandoned_stream_that_was_complete_is_booked_exactly(provider: Provider) -> None:
+    """Many programs stop reading when the finish reason has come: where the usage came with it, nothing is estimated."""
+    with guarded() as bursar:
+        for chunk in litellm.completion(**claude(provider), messages=MESSAGES, max_tokens=500, stream=True):
+            if chunk.choices[0].finish_reason:
+                break
+        del chunk
+    (record,) = bursar.records()
+    assert (record.estimated, record.cost_nanos) == (False, CLAUDE_NANOS)
+
+
+def test_it_comes_as_fast_as_litellm_itself() -> None:
+    """Importing the adapter adds at most 50 ms to importing LiteLLM."""
+    code = (
+        "import time, litellm; start = time.perf_counter(); import bursar_litellm;"
+        "print((time.perf_counter() - start) * 1_000)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) <= 50, times
