@@ -204,8 +204,8 @@ class Bursar:
         id: str | None,
         ttl_s: float,
     ) -> Call:
-        given = id is not None
-        return Call(id or self._id(), self._scope(tags, default_tags), units, ttl_s=ttl_s, given_id=given)
+        scope = self._scope(tags, default_tags)
+        return Call(self._id() if id is None else id, scope, units, ttl_s=ttl_s, given_id=id is not None)
 
     def _id(self) -> str:
         # Ids rise with time, so that records are appended where the table ends.

@@ -21,6 +21,7 @@ from bursar.waiting import Ticket, WaitingRoom
 MIN_OUTPUT_TOKENS = 16  # a smaller answer than this is refused rather than cut
 MAX_RELOADS = 8
 MAX_LOOKS = 100_000
+LOOK_S = 1.0  # how long a waiting call sleeps at most: a limit may be raised, or a clock set, meanwhile
 
 Lines = tuple[tuple[Rule, int], ...]
 
@@ -402,7 +403,7 @@ class _Queueing:
 
     def pause(self, seconds: float) -> Pause:
         assert self._ticket is not None
-        return Pause(self._ticket, seconds)
+        return Pause(self._ticket, min(seconds, LOOK_S))
 
     def after(self, refused: Refused, matched: tuple[Matched, ...], now_us: int) -> Pause | None:
         """The pause before the next look, in the queue of the account that refused; None when waiting does not help."""

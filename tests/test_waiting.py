@@ -1,0 +1,212 @@
+"""Waiting for headroom: first come, first served on each account, by threads and tasks alike, and cancellably."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bursar import Budget, BudgetExceeded, Bursar, Reservation
+from bursar.testing import ManualClock
+
+FLIGHT = Budget("flight", "1 slots", on_exceed="wait 60s")
+
+
+def reserve(bursar: Bursar, **options: Any) -> Reservation:
+    return bursar.reserve("openai", "gpt-4o", **{"input_tokens": 10, "max_output_tokens": 10} | options)
+
+
+@pytest.fixture(params=["memory:", "sqlite:///FILE?durability=process"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(request.param).replace("FILE", f"/{tmp_path}/bursar.db")
+
+
+@pytest.fixture
+def bursar(url: str) -> Iterator[Bursar]:
+    with Bursar(url, [FLIGHT]) as bursar:
+        yield bursar
+
+
+def waiting(bursar: Bursar) -> int:
+    return sum(len(queue) for queue in list(bursar.guard.room._queues.values()))
+
+
+class Crowd:
+    """Callers that come one after another, each seen in the queue before the next comes."""
+
+    def __init__(self, bursar: Bursar) -> None:
+        self.bursar = bursar
+        self.served: list[int] = []
+        self.threads: list[threading.Thread] = []
+        self.failures: list[Exception] = []
+
+    def come(self, number: int, work: Callable[[Callable[[], None]], object]) -> None:
+        """`work` is told to call back when it is served, while it still holds what it waited for."""
+
+        def run() -> None:
+            try:
+                work(lambda: self.served.append(number))
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                self.failures.append(error)
+
+        before = waiting(self.bursar)
+        self.threads.append(threading.Thread(target=run))
+        self.threads[-1].start()
+        while waiting(self.bursar) == before:
+            assert self.threads[-1].is_alive(), self.failures
+
+    def go(self) -> None:
+        for thread in self.threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def by_thread(bursar: Bursar, served: Callable[[], None], **options: Any) -> None:
+    reservation = reserve(bursar, **options)
+    served()
+    reservation.release()
+
+
+def by_task(bursar: Bursar, served: Callable[[], None]) -> None:
+    async def one() -> None:
+        reservation = await bursar.areserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        served()
+        await reservation.arelease()
+
+    asyncio.run(one())
+
+
+@pytest.mark.parametrize("kinds", [[by_thread], [by_task], [by_thread, by_task]], ids=["threads", "tasks", "mixed"])
+def test_who_came_first_is_served_first(bursar: Bursar, kinds: list[Callable[..., None]]) -> None:
+    holder = reserve(bursar)
+    crowd = Crowd(bursar)
+    for number in range(8):
+        crowd.come(number, functools.partial(kinds[number % len(kinds)], bursar))
+    holder.release()
+    crowd.go()
+    assert crowd.served == list(range(8))
+    assert crowd.failures == []
+    assert not bursar.guard.room
+
+
+def test_a_small_call_does_not_overtake_a_large_one_that_waits(url: str) -> None:
+    with Bursar(url, [Budget("tokens", "100 tokens", on_exceed="wait 60s", estimate="strict")]) as bursar:
+        hold = bursar.reserve("openai", "gpt-4o", input_tokens=40, max_output_tokens=30)
+        crowd = Crowd(bursar)
+        for number, output in enumerate((60, 5)):  # the second would fit beside the holder
+            crowd.come(number, functools.partial(by_thread, bursar, max_output_tokens=output))
+        assert crowd.served == []
+        hold.release()
+        crowd.go()
+        assert crowd.served == [0, 1]
+
+
+def test_who_is_cancelled_leaves_the_queue_to_the_next(bursar: Bursar) -> None:
+    async def everything() -> list[int]:
+        served: list[int] = []
+
+        async def one(number: int) -> None:
+            reservation = await bursar.areserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+            served.append(number)
+            await reservation.arelease()
+
+        holder = await bursar.areserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        tasks = []
+        for number in range(5):
+            tasks.append(asyncio.ensure_future(one(number)))
+            while waiting(bursar) <= number:
+                await asyncio.sleep(0)
+        for number in (0, 2):
+            tasks[number].cancel()
+        await asyncio.gather(tasks[0], tasks[2], return_exceptions=True)
+        await holder.arelease()
+        await asyncio.gather(tasks[1], tasks[3], tasks[4])
+        return served
+
+    assert asyncio.run(everything()) == [1, 3, 4]
+    assert not bursar.guard.room
+
+
+def test_patience_ends_with_an_error_that_has_the_facts(url: str) -> None:
+    clock = ManualClock()
+    with Bursar(url, [Budget("flight", "1 slots", on_exceed="wait 30s", owner="ops@acme")], clock=clock) as bursar:
+        holder = reserve(bursar)
+        failed: list[BudgetExceeded] = []
+
+        def work(_: Callable[[], None]) -> None:
+            with pytest.raises(BudgetExceeded) as caught:
+                reserve(bursar)
+            failed.append(caught.value)
+
+        crowd = Crowd(bursar)
+        crowd.come(0, work)
+        clock.advance(29)
+        assert waiting(bursar) == 1
+        clock.advance(1)
+        crowd.go()
+        (error,) = failed
+        assert (error.budget, error.unit, error.limit, error.reserved, error.asked) == (
+            "flight", "slots", Decimal(1), Decimal(1), Decimal(1),
+        )  # fmt: skip
+        assert "ask ops@acme" in str(error)
+        holder.release()
+        assert sorted(record.kind for record in bursar.records()) == ["refusal", "release"]
+
+
+def test_waiting_for_time_alone(url: str) -> None:
+    """A rate gives room by itself: the call goes out as soon as it does, and not before."""
+    clock = ManualClock()
+    with Bursar(url, [Budget("rate", "2 requests/minute", on_exceed="wait 2m")], clock=clock) as bursar:
+        for _ in range(2):
+            reserve(bursar)
+        crowd = Crowd(bursar)
+        crowd.come(0, functools.partial(by_thread, bursar))
+        clock.advance(29.9)
+        assert waiting(bursar) == 1
+        clock.advance(0.1)
+        crowd.go()
+        assert crowd.served == [0]
+
+
+def test_who_cannot_be_served_in_time_is_refused_at_once(url: str) -> None:
+    with Bursar(url, [Budget("rate", "2 requests/hour", on_exceed="wait 60s")]) as bursar:
+        for _ in range(2):
+            reserve(bursar)
+        with pytest.raises(BudgetExceeded) as caught:
+            reserve(bursar)
+        assert caught.value.retry_after == pytest.approx(1_800, abs=60)
+
+
+def test_a_budget_that_refuses_at_once_is_not_waited_for(url: str) -> None:
+    budgets = [FLIGHT, Budget("dollars", "0.001 USD")]
+    with Bursar(url, budgets) as bursar, pytest.raises(BudgetExceeded) as caught:
+        bursar.reserve("openai", "gpt-4o", input_tokens=100_000, max_output_tokens=10, resize=False)
+    assert caught.value.budget == "dollars"
+
+
+def test_what_another_process_frees_is_noticed(tmp_path: Path) -> None:
+    url = f"sqlite:////{tmp_path}/bursar.db?durability=process"
+    with Bursar(url, [FLIGHT]) as here, Bursar(url, [FLIGHT]) as there:
+        holder = reserve(there)
+        crowd = Crowd(here)
+        crowd.come(0, functools.partial(by_thread, here))
+        holder.release()
+        crowd.go()
+        assert crowd.served == [0]
+
+
+def test_a_limit_that_is_raised_meanwhile_is_noticed(tmp_path: Path) -> None:
+    url = f"sqlite:////{tmp_path}/bursar.db?durability=process"
+    with Bursar(url, [FLIGHT]) as here:
+        reserve(here)
+        crowd = Crowd(here)
+        crowd.come(0, functools.partial(by_thread, here))
+        Bursar(url, [Budget("flight", "2 slots", on_exceed="wait 60s")]).close()
+        crowd.go()
+        assert crowd.served == [0]
