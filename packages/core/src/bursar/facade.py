@@ -82,11 +82,15 @@ class Bursar:
     def scope(self, *, budget: str | None = None, **tags: str | None) -> Generator[Scope]:
         """Tags for every call inside the block, in this thread or task and what it starts. Scopes nest.
 
-        The accounts of outer scopes hold for inner calls too. `budget`: a limit of this scope's own, such as "0.20 USD".
+        The accounts of outer scopes hold for inner calls too. `budget`: a limit of this scope's own, such as "0.20 USD";
+        it belongs to the scope's tags, without any to this block alone.
         """
-        scope = Scope(check_tags(tags), current.get(), budget)
+        own = check_tags(tags)
         if budget is not None:
             self.guard.policy.check_limit(budget)
+            # a name for this block, else all blocks without tags would share one limit
+            own = own or {"scope": self._id()}
+        scope = Scope(own, current.get(), budget)
         token = current.set(scope)
         try:
             yield scope

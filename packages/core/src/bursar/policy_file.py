@@ -111,7 +111,7 @@ class PolicyFile(_Strict):
                 or not re.fullmatch(r"\d{1,9}(\.\d{1,12})?", rate)
                 or not float(rate)
             ):
-                raise ValueError(f'{currency} = {rate!r} is no rate. Write it like EUR = "1.08", US dollars each')
+                raise _Wrong(f'{currency} = {rate!r} is no rate. Write it like EUR = "1.08", US dollars each', currency)
         return rates
 
     @model_validator(mode="after")
@@ -130,12 +130,20 @@ class PolicyFile(_Strict):
         return PriceBook.packaged().with_overrides([entry.make() for entry in self.price], ceiling, self.tools)
 
 
+class _Wrong(ValueError):
+    """What is wrong, and under which key of the entry, where that is known."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def _checked(make: Any) -> None:
     """Bursar's own errors inside a validator, as pydantic wants them; it then adds the key."""
     try:
         make()
     except BursarError as error:
-        raise ValueError(str(error)) from error
+        raise _Wrong(str(error), error.fields.get("key")) from error
 
 
 def read_policy(path: str | Path) -> PolicyFile:
@@ -177,6 +185,9 @@ def _policy_error(path: Path, error: ValidationError, lines: Lines) -> PolicyErr
     first: tuple[str, int | None] | None = None
     for fault in error.errors(include_url=False)[:20]:
         where = tuple(fault["loc"])
+        within = getattr(fault.get("ctx", {}).get("error"), "key", None)
+        if isinstance(within, str) and (*where, within) in lines:
+            where = (*where, within)
         key = ".".join(str(part) for part in where) or "policy"
         line = next((lines[where[:size]] for size in range(len(where), 0, -1) if where[:size] in lines), None)
         message = fault["msg"].removeprefix("Value error, ").rstrip(".")
@@ -218,7 +229,10 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("anchors and aliases are not allowed in a policy")
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed in a policy",
+                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
         return super().compose_node(parent, index)
 
 
