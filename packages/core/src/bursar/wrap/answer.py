@@ -17,6 +17,11 @@ from bursar.wrap.doors import Visit
 
 MAX_HELD_BYTES = 64 * 2**20  # of one event, or of a body that is read piece by piece
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+# Pieces of text, which are most of a stream and tell nothing of its usage, need not be parsed: those whose name says so,
+# and OpenAI's chunks without any of what a chunk can tell.
+_PIECE = re.compile(rb"event: ?(?:content_block_delta|[a-z_.]+\.delta)[\r\n]")
+_CHUNK = b'"chat.completion.chunk"'
+_TELLING = re.compile(rb'"usage"\s*:\s*\{|"(?:error|x_groq|executed_tools|usage_breakdown)"')
 # The last event of a stream, after which nothing more is billed.
 _LAST = frozenset(
     {
@@ -118,6 +123,8 @@ class Answer:
 
     def _event(self, event: bytes) -> bool:
         """Read one event; False for the one that the caller did not ask for."""
+        if self._reader.events and (_PIECE.match(event) or (_CHUNK in event and not _TELLING.search(event))):
+            return True
         lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
         text = b"\n".join(lines).decode("utf-8", "replace").strip()
         if text == "[DONE]":
@@ -164,7 +171,8 @@ class Answer:
             return None
         self._ended = True
         try:
-            usage, partial = self._reader.usage(), self._reader.partial()
+            usage = self._reader.usage()
+            partial = self._reader.partial() if usage is None else None
         except UnreadableAnswer as error:
             return Ending("settle_unknown", (str(error),), {})
         usage = usage or self._visit.known

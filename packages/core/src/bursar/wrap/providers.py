@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 # A host, or the end of one, -> the provider's name in the price book.
@@ -38,6 +39,7 @@ _HOSTS = {
 _CLASSES = {"Azure": "azure", "Foundry": "azure", "Bedrock": "bedrock", "Vertex": "vertex", "GoogleCloud": "vertex"}
 
 
+@lru_cache(maxsize=1_024)
 def provider_of(kind: type, base_url: str) -> str:
     """The provider behind a client class and its base URL.
 
