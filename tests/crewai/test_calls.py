@@ -224,7 +224,9 @@ def test_a_denial_by_another_hook_costs_nothing(provider: Provider, bursar: Burs
     assert (record.cost_nanos, provider.requests) == (0, 0)
 
 
-def test_a_store_that_fails_while_settling_costs_no_answer(provider: Provider, bursar: Bursar, client: Make) -> None:
+def test_a_store_that_fails_while_settling_costs_no_answer(
+    provider: Provider, bursar: Bursar, client: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     llm = client(provider.url)
     provider.script([Answer(text="slow", latency_s=0.05)])
     closing = asyncio.new_event_loop()
@@ -236,6 +238,7 @@ def test_a_store_that_fails_while_settling_costs_no_answer(provider: Provider, b
         return await call
 
     assert closing.run_until_complete(meanwhile()) == "slow"
+    assert "while booking a call" in caplog.text
     closing.close()
 
 

@@ -55,15 +55,22 @@ class TestCrewAI(AdapterContract):
 
     def stream(self, url: str, prompt: str, *, max_tokens: int = 500, timeout_s: float = 30) -> Iterator[Any]:
         llm = client(url, timeout_s=timeout_s, max_tokens=max_tokens)
-        return iter(crew(llm, prompt, stream=True).kickoff())
+        output = crew(llm, prompt, stream=True).kickoff()
+        try:
+            yield from output
+        finally:
+            output.close()  # it waits for CrewAI's thread, which goes on reading
 
     async def astream(
         self, url: str, prompt: str, *, max_tokens: int = 500, timeout_s: float = 30
     ) -> AsyncIterator[Any]:
         llm = client(url, timeout_s=timeout_s, max_tokens=max_tokens)
         output = await crew(llm, prompt, stream=True).akickoff()
-        async for chunk in output:
-            yield chunk
+        try:
+            async for chunk in output:
+                yield chunk
+        finally:
+            await output.aclose()
 
     def agent(self, url: str, prompt: str, tool: Callable[[str], str]) -> Any:
         def search(query: str) -> str:

@@ -22,10 +22,11 @@ def begin_tool(source: Any, event: Any) -> None:
     if guard is None:
         return
     role = event.agent_role or getattr(agent, "role", None)
-    frame = enter(guard, event.tool_name, tool=event.tool_name, agent=role)
+    name = sanitize_tool_name(event.tool_name)  # a ReAct agent's start says "Search the web", its end "search_the_web"
+    frame = enter(guard, name, tool=name, agent=role)
     try:
         if not _is_cached(source, event):
-            block = guard.bursar.tool(event.tool_name, default_tags=_without_tool(frame))
+            block = guard.bursar.tool(name, default_tags=_without_tool(frame))
             with gate():
                 frame.hold(block.__enter__())
     except BaseException:
@@ -35,8 +36,9 @@ def begin_tool(source: Any, event: Any) -> None:
 
 def end_tool(event: Any) -> None:
     """The tool has ended. One that was answered from the cache, or that never ran, costs nothing."""
+    name = sanitize_tool_name(event.tool_name)
     frame: Frame | None = current()
-    while frame is not None and frame.subject != event.tool_name:
+    while frame is not None and frame.subject != name:
         frame = frame.outer
     if frame is None:
         return
