@@ -77,7 +77,9 @@ def blocks(document: Document) -> Iterable[Region]:
 
 def run_page(page: Path) -> int:
     """Run the blocks of a page in order, in one namespace; say how many there were."""
-    examples = list(Sybil(parsers=[blocks]).parse(page).examples())
+    document = Sybil(parsers=[blocks]).parse(page)
+    document.namespace["__name__"] = page.stem  # classes that a page defines belong to a module, as in a program
+    examples = list(document.examples())
     for example in examples:
         example.evaluate()
     return len(examples)
