@@ -107,7 +107,7 @@ class Call:
     def __init__(
         self, id: str, scope: Scope, units: tuple[str, ...], *, ttl_s: float = TTL_S, given_id: bool = False
     ) -> None:
-        if not 1 <= ttl_s <= MAX_TTL_S:
+        if not isinstance(ttl_s, (int, float)) or not 1 <= ttl_s <= MAX_TTL_S:
             raise InvalidInput(f"ttl_s must be from 1 to {MAX_TTL_S:.0f} seconds, got {ttl_s!r}.", argument="ttl_s")
         self.id = check_id(id) if given_id else id
         self.given_id = given_id

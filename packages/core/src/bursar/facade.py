@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
@@ -54,6 +54,10 @@ class Bursar:
     ) -> None:
         if on_expiry not in ("charge", "release"):
             raise InvalidInput(f'{on_expiry!r} is no on_expiry. Use "charge" or "release".', argument="on_expiry")
+        if type(max_accounts) is not int or max_accounts < 1:
+            raise InvalidInput(
+                f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
+            )
         self._rates = dict(rates or {})
         policy = Policy(budgets or (), rates=self._rates)
         self._names = None if budgets is None else [budget.name for budget in policy.budgets]
@@ -173,7 +177,13 @@ class Bursar:
         usage: Usage | None = None,
         **said: Any,
     ) -> Call:
-        own = check_tags({"provider": provider, "model": model, "connection": connection or provider})
+        own = _texts(provider=provider, model=model, connection=connection or provider)
+        messages = said.get("messages")
+        if messages is not None and not isinstance(messages, (str, Sequence)):
+            raise InvalidInput(
+                f"messages cannot be {str(messages)[:40]!r}. Give the text, or the list of messages, as it will be sent.",
+                argument="messages",
+            )
         call = self._call(MODEL_UNITS, tags, default_tags, id, ttl_s)
         call.provider, call.model, call.connection = own["provider"], own["model"], own["connection"]
         call.request, call.usage = Request(provider, model, body=body, **said), usage
@@ -194,7 +204,7 @@ class Bursar:
         ttl_s: float = 600.0,
     ) -> Call:
         price = tool_cost(cost)
-        own = check_tags({"tool": name, "connection": connection or name})
+        own = _texts(tool=name, connection=connection or name)
         call = self._call(TOOL_UNITS, tags, default_tags, id, ttl_s)
         call.tool, call.connection = own["tool"], own["connection"]
         call.amounts = {"USD": (self.guard.book.tool_price(name) or 0) if price is None else price}
@@ -227,7 +237,7 @@ class Bursar:
         )
 
     def _charging(self, cost: str, tool: str | None, **options: Any) -> Generator[Step, Any, UsageRecord]:
-        cost_nanos = tool_cost(cost)
+        cost_nanos = tool_cost(cost or "")
         assert cost_nanos is not None
         call = self._tool_call(tool or "charge", cost=cost, **options)
         if tool is None:
@@ -281,3 +291,11 @@ class Bursar:
         budgets = [Budget(**newest[name].definition) for name in (newest if self._names is None else self._names)]
         self.guard.policy = Policy(budgets, version=version, rates=self._rates)
         return self.store.now_us()
+
+
+def _texts(**given: object) -> dict[str, str]:
+    """Names that a call cannot do without, checked as the tags that they become. Raises InvalidInput."""
+    for argument, value in given.items():
+        if not isinstance(value, str):
+            raise InvalidInput(f"{argument} cannot be {str(value)[:40]!r}. Give its name as text.", argument=argument)
+    return check_tags(given)

@@ -249,6 +249,10 @@ class Policy:
         self.budgets = tuple(budgets)
         self.version = version
         self.rates = dict(rates or {})
+        if not all(isinstance(budget, Budget) for budget in self.budgets):
+            raise PolicyError('A policy holds budgets. Write each as Budget("name", limit="5 USD").', key="budgets")
+        for currency in self.rates:
+            _usd_rate(self.rates, currency)
         names = [budget.name for budget in self.budgets]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -33,6 +33,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,63}")
 def check_tags(tags: Mapping[str, object]) -> dict[str, str]:
     """The tags as text, without those that are None. Raises InvalidInput for names and values that no store should hold."""
     checked: dict[str, str] = {}
+    if not isinstance(tags, Mapping):
+        raise InvalidInput(f'Tags cannot be {str(tags)[:40]!r}. Give them as {{"team": "research"}}.', argument="tags")
     for name, value in tags.items():
         if value is None:
             continue

@@ -1,0 +1,419 @@
+"""The life of one guarded call: what it settles to, what it is refused with, and what nobody can talk it into."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bursar import (
+    Budget,
+    BudgetExceeded,
+    Bursar,
+    BursarError,
+    IdempotencyConflict,
+    InvalidInput,
+    ReservationEnded,
+    UnknownPrice,
+    Usage,
+)
+from bursar.testing import ManualClock
+
+ANSWER = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "model": "gpt-4o-2024-08-06",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 1_000, "completion_tokens": 100, "total_tokens": 1_100},
+}
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "model": "gpt-4o-2024-08-06"}
+STREAM = [
+    {**CHUNK, "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}], "usage": None},
+    {**CHUNK, "choices": [], "usage": ANSWER["usage"]},
+]
+COST_NANOS = 3_500_000  # 1,000 x $2.50 + 100 x $10 per million tokens
+
+
+class Mime:
+    """An SDK's answer object, as pydantic models are."""
+
+    def model_dump(self, **_: Any) -> dict[str, Any]:
+        return ANSWER
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture(params=["memory:", "sqlite:///FILE?durability=process"])
+def bursar(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> Iterator[Bursar]:
+    url = request.param.replace("FILE", f"/{tmp_path}/bursar.db")
+    with Bursar(url, [Budget("b", "1 USD"), Budget("flight", "9 slots")], clock=clock) as bursar:
+        yield bursar
+
+
+def call(bursar: Bursar, **options: Any) -> Any:
+    return bursar.call("openai", "gpt-4o", **{"input_tokens": 1_000, "max_output_tokens": 500} | options)
+
+
+def spent(bursar: Bursar) -> tuple[Decimal, Decimal]:
+    status = next(status for status in bursar.status() if status.name == "b")
+    return status.spent, status.reserved
+
+
+def only_record(bursar: Bursar) -> Any:
+    (record,) = bursar.records()
+    return record
+
+
+# -- what a call settles to ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ANSWER,
+        json.dumps(ANSWER),
+        json.dumps(ANSWER).encode(),
+        STREAM,
+        Mime(),
+        Usage(input_tokens=1_000, output_tokens=100),
+    ],
+    ids=["dict", "text", "bytes", "stream", "object", "usage"],
+)
+def test_a_call_settles_to_the_answer_in_any_shape(bursar: Bursar, answer: Any) -> None:
+    with call(bursar) as open_call:
+        record = open_call.settle(answer)
+    assert (record.cost_nanos, record.estimated, record.outcome) == (COST_NANOS, False, "completed")
+    assert (record.usage["input_tokens"], record.usage["output_tokens"]) == (1_000, 100)
+    assert spent(bursar) == (Decimal("0.0035"), 0)
+    assert only_record(bursar) == record
+
+
+@pytest.mark.parametrize("answer", [{}, "", b"\xff", [], "<html>502</html>", {"usage": {"prompt_tokens": -5}}, 7, None])
+def test_an_answer_that_cannot_be_read_is_booked_at_what_was_reserved(bursar: Bursar, answer: Any) -> None:
+    with call(bursar) as open_call:
+        record = open_call.settle(answer)
+    assert record.estimated
+    assert record.cost_nanos >= 7_500_000
+    assert spent(bursar)[1] == 0
+
+
+def test_an_error_that_is_returned_as_an_answer_is_not_billed(bursar: Bursar) -> None:
+    with call(bursar) as open_call:
+        open_call.settle(
+            {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
+        )
+    assert spent(bursar) == (0, 0)
+    assert only_record(bursar).kind == "release"
+
+
+class Refusal(Exception):
+    status_code = 429
+
+
+class Unavailable(Exception):
+    status_code = 503
+
+
+@pytest.mark.parametrize(
+    ("error", "billed"),
+    [
+        (Refusal(), False),
+        (ConnectionRefusedError(), False),
+        (Unavailable(), True),
+        (TimeoutError(), True),
+        (KeyboardInterrupt(), True),
+    ],
+)
+def test_a_call_that_failed_is_billed_unless_it_was_clearly_refused(
+    bursar: Bursar, error: BaseException, billed: bool
+) -> None:
+    with pytest.raises(type(error)), call(bursar):
+        raise error
+    record = only_record(bursar)
+    assert (record.kind, record.estimated) == (("settlement", True) if billed else ("release", False))
+    assert spent(bursar)[1] == 0
+    assert (spent(bursar)[0] > 0) is billed
+
+
+def test_a_block_that_is_left_unsettled_books_the_worst_case(bursar: Bursar) -> None:
+    with call(bursar):
+        assert spent(bursar)[1] > 0
+    record = only_record(bursar)
+    assert record.estimated
+    assert record.cost_nanos >= 2_500_000 + 5_000_000  # the whole maximum output
+
+
+def test_i7_a_cost_above_the_limit_is_booked_and_reported(bursar: Bursar) -> None:
+    with call(bursar) as open_call:
+        open_call.settle(Usage(input_tokens=1_000_000, output_tokens=100))
+    status = next(status for status in bursar.status() if status.name == "b")
+    assert status.spent == Decimal("2.501")
+    assert status.overrun > 2
+    with pytest.raises(BudgetExceeded):
+        call(bursar).__enter__()
+
+
+def test_tools_cost_their_price_or_what_is_told(bursar: Bursar) -> None:
+    with bursar.tool("search", cost="0.01 USD"):
+        assert spent(bursar) == (0, Decimal("0.01"))
+    with bursar.tool("search", cost="0.01 USD") as tool:
+        tool.settle("0.003 USD")
+    bursar.charge("0.002 USD", tool="crawler")
+    assert spent(bursar) == (Decimal("0.015"), 0)
+    for wrong in ("-1 USD", "0.003", 0.003, {}, "NaN USD"):
+        with bursar.tool("search", cost="0.01 USD") as tool, pytest.raises(InvalidInput):
+            tool.settle(wrong)
+    assert spent(bursar) == (Decimal("0.065"), 0)  # each left its block at its price
+
+
+# -- the same id, late ends ------------------------------------------------------------------------------------------
+
+
+def test_i6_the_same_id_is_the_same_call(bursar: Bursar) -> None:
+    first = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500, id="call-1")
+    again = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500, id="call-1")
+    assert spent(bursar)[1] > 0
+    assert first.settle(ANSWER) == again.settle(ANSWER)
+    with pytest.raises(IdempotencyConflict) as caught:
+        again.settle(Usage(input_tokens=1))
+    assert caught.value.id == "call-1"
+    with pytest.raises(IdempotencyConflict):
+        bursar.reserve("openai", "gpt-4o-mini", input_tokens=1_000, max_output_tokens=500, id="call-1")
+    assert len(list(bursar.records())) == 1
+    bursar.charge("0.1 USD", id="charge-1")
+    bursar.charge("0.1 USD", id="charge-1")
+    with pytest.raises(IdempotencyConflict):
+        bursar.charge("0.2 USD", id="charge-1")
+    assert spent(bursar) == (Decimal("0.1035"), 0)
+
+
+def test_i5_what_has_ended_in_another_way_says_how(bursar: Bursar) -> None:
+    reservation = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500)
+    reservation.release()
+    with pytest.raises(ReservationEnded) as caught:
+        reservation.settle(ANSWER)
+    assert (caught.value.id, caught.value.ended) == (reservation.id, "release")
+    with pytest.raises(InvalidInput, match="no reservation"):
+        bursar.release("never-seen")
+
+
+def test_i5_a_reservation_expires_and_is_settled_late(bursar: Bursar, clock: ManualClock) -> None:
+    reservation = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500, ttl_s=60)
+    clock.advance(61)
+    bursar.tend()
+    assert spent(bursar)[0] > Decimal("0.0035")
+    record = reservation.settle(ANSWER)
+    assert record is not None
+    assert record.corrects == reservation.id
+    assert spent(bursar) == (Decimal("0.0035"), 0)
+    assert sum(record.cost_nanos for record in bursar.records()) == COST_NANOS
+
+
+def test_i5_an_operator_takes_an_expired_call_off_the_books(bursar: Bursar, clock: ManualClock) -> None:
+    id = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500).id
+    clock.advance(600)
+    bursar.tend()
+    bursar.release(id)
+    assert spent(bursar) == (0, 0)
+
+
+def test_i8_a_live_block_is_extended_and_a_dead_one_is_not(bursar: Bursar, clock: ManualClock) -> None:
+    with call(bursar) as live:
+        bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500)
+        for _ in range(6):
+            clock.advance(250)
+            bursar.tend()
+        assert bursar.store.open_reservations() == 1
+        assert live.settle(ANSWER).kind == "settlement"
+
+
+# -- room for a smaller answer ---------------------------------------------------------------------------------------
+
+
+def test_a_call_without_a_maximum_is_cut_to_what_fits(bursar: Bursar) -> None:
+    with call(bursar, input_tokens=390_000, max_output_tokens=None) as cut:  # $0.975 of $1
+        assert cut.capped
+        assert 16 <= cut.max_output_tokens <= 2_500
+        cut.settle(Usage(input_tokens=390_000, output_tokens=cut.max_output_tokens))
+    assert spent(bursar)[0] <= 1
+
+
+def test_a_call_that_may_not_be_cut_is_told_what_would_fit(bursar: Bursar) -> None:
+    with pytest.raises(BudgetExceeded) as caught:
+        call(bursar, input_tokens=390_000, max_output_tokens=16_000).__enter__()
+    error = caught.value
+    assert 16 <= error.max_output_tokens <= 2_500
+    assert f"at most {error.max_output_tokens} tokens" in str(error)
+    assert (error.budget, error.unit, error.limit, error.spent, error.reserved) == ("b", "USD", 1, 0, 0)
+    assert error.asked > error.available == 1
+    with call(bursar, input_tokens=390_000, max_output_tokens=error.max_output_tokens):
+        assert spent(bursar)[1] <= 1
+
+
+def test_errors_travel_between_processes(bursar: Bursar) -> None:
+    with pytest.raises(BudgetExceeded) as caught:
+        call(bursar, input_tokens=10**7).__enter__()
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (type(copy), str(copy), copy.fields) == (BudgetExceeded, str(caught.value), caught.value.fields)
+    assert isinstance(copy, RuntimeError)
+    with pytest.raises(AttributeError):
+        _ = copy.nothing
+
+
+def test_async_twins_do_the_same(bursar: Bursar) -> None:
+    async def everything() -> None:
+        async with bursar.acall("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500) as open_call:
+            assert (await open_call.asettle(ANSWER)).cost_nanos == COST_NANOS
+        async with bursar.atool("search", cost="0.01 USD"):
+            pass
+        reservation = await bursar.areserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500)
+        await reservation.arelease()
+        await bursar.acharge("0.01 USD")
+        with pytest.raises(TimeoutError):
+            async with bursar.acall("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500):
+                raise TimeoutError
+
+    asyncio.run(everything())
+    kinds = sorted((record.kind, record.estimated) for record in bursar.records())
+    assert kinds == [
+        ("charge", False),
+        ("release", False),
+        ("settlement", False),
+        ("settlement", False),
+        ("settlement", True),
+    ]
+
+
+# -- what nobody can talk it into ------------------------------------------------------------------------------------
+
+NAN = float("nan")
+WRONG_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    *[("reserve", (provider, "gpt-4o"), {}) for provider in ("", "a\nb", "x" * 600, None, 5)],
+    *[("reserve", ("openai", model), {}) for model in ("", "a\0b", None, ["gpt-4o"])],
+    *[("reserve", ("openai", "gpt-4o"), {"input_tokens": n}) for n in (-1, 1.5, "10", NAN, 2**70, True)],
+    *[("reserve", ("openai", "gpt-4o"), {"max_output_tokens": n}) for n in (-1, 1.5, "10", NAN, 2**70, math.inf)],
+    *[("reserve", ("openai", "gpt-4o"), {"n": n}) for n in (-1, 1.5, "2")],
+    *[("reserve", ("openai", "gpt-4o"), {"retries": n}) for n in (-1, 0.5, "2")],
+    *[("reserve", ("openai", "gpt-4o"), {"ttl_s": n}) for n in (0, -5, NAN, math.inf, "60", None, 10**9)],
+    *[("reserve", ("openai", "gpt-4o"), {"id": id}) for id in ("", "a~b", "a!b", "[x", "#x", "@policy", "a\n", "x" * 201, 5, b"x")],
+    *[("reserve", ("openai", "gpt-4o"), {"tags": tags}) for tags in ("x", 5, {"": "x"}, {"a b": "x"}, {"a": ""}, {"a": "x" * 513})],
+    *[("reserve", ("openai", "gpt-4o"), {"tags": tags}) for tags in ({"a": "\n"}, {"a": "\ud800"}, {5: "x"})],
+    ("reserve", ("openai", "gpt-4o"), {"tags": {f"t{n}": "x" for n in range(65)}}),
+    ("reserve", ("openai", "gpt-4o"), {"messages": 5}),
+    *[("tool", (name,), {}) for name in ("", "a\nb", None)],
+    *[("tool", ("search",), {"cost": cost}) for cost in ("1", "one USD", "-1 USD", 0.01, "NaN USD", "1e40 USD", "Infinity USD")],
+    *[("charge", (cost,), {}) for cost in ("", "1", "-1 USD", 5, None, "9999999999 USD")],
+    ("charge", ("1 USD",), {"id": "a~"}),
+    ("release", ("a~",), {}),
+    ("records", (), {"run": ""}),
+    ("status", (), {"bad name": "x"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "args", "options"), WRONG_CALLS, ids=str)
+def test_a_wrong_argument_is_an_error_that_says_so_and_nothing_is_changed(
+    method: str, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    with Bursar("memory:", [Budget("b", "1 USD")]) as bursar:
+        if method == "reserve":
+            options = {"input_tokens": 10, "max_output_tokens": 10} | options
+        with pytest.raises(InvalidInput) as caught:
+            getattr(bursar, method)(*args, **options)
+        assert str(caught.value).endswith(".")
+        assert len(str(caught.value)) < 2_000
+        assert list(bursar.records()) == []
+        assert list(bursar.store.accounts()) == []
+        assert bursar.store.open_reservations() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Bursar("mongodb://x"), InvalidInput),
+        (lambda: Bursar("sqlite:///a.db?mode=ro"), InvalidInput),
+        (lambda: Bursar("sqlite:///a.db?durability=none"), InvalidInput),
+        (lambda: Bursar(""), InvalidInput),
+        (lambda: Bursar("memory:", on_expiry="keep"), InvalidInput),
+        (lambda: Bursar("memory:", max_accounts=0), InvalidInput),
+        (lambda: Bursar("memory:", ["b"]), BursarError),  # type: ignore[list-item]
+        (lambda: Bursar("memory:", rates={"EUR": 1.08}), BursarError),  # type: ignore[dict-item]
+    ],
+)
+def test_a_wrong_option_of_bursar_is_an_error_that_says_so(
+    make: Callable[[], Bursar], kind: type[BursarError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind) as caught:
+        make()
+    assert str(caught.value).endswith(".")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_i11_an_unknown_price_is_never_nothing(bursar: Bursar) -> None:
+    with pytest.raises(UnknownPrice) as caught:
+        bursar.reserve("openai", "gpt-4-omega-unknown", input_tokens=10, max_output_tokens=10)
+    assert caught.value.nearest
+    assert list(bursar.records()) == []
+
+
+@pytest.mark.parametrize("count", [-1, 2**48 + 1, 1.5, True, "5", NAN])
+def test_usage_is_counted_in_whole_numbers(count: Any) -> None:
+    with pytest.raises(InvalidInput):
+        Usage(input_tokens=count)
+
+
+@pytest.mark.parametrize("said", [{"n": 2**60}, {"input_tokens": 2**48, "retries": 2**60}])
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+def test_a_monstrous_call_is_refused_with_a_reason(said: dict[str, int], mode: str, tmp_path: Path) -> None:
+    """By the budget; and where that only watches, because no sum of it could be held."""
+    budgets = [Budget("b", "1 USD", mode=mode, estimate="strict")]
+    with Bursar(f"sqlite:////{tmp_path}/bursar.db", budgets) as bursar:
+        with pytest.raises(BursarError) as caught:
+            bursar.reserve("openai", "gpt-4o", **{"input_tokens": 10, "max_output_tokens": 10} | said)  # type: ignore[arg-type]
+        assert str(caught.value).endswith(".")
+        assert bursar.store.open_reservations() == 0
+        bursar.charge("0.01 USD")
+
+
+def test_a_monstrous_usage_is_booked_and_harms_no_other(tmp_path: Path) -> None:
+    """Until the sum would no longer fit: then that call alone fails, and says so."""
+    with Bursar(f"sqlite:////{tmp_path}/bursar.db", [Budget("b", "1 USD", mode="shadow")]) as bursar:
+        told = []
+        for _ in range(4):
+            reservation = bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+            try:
+                reservation.settle(Usage(input_tokens=2**48, output_tokens=2**48))
+            except BursarError as error:
+                told.append(error)
+                reservation.release()
+        assert {error.fault for error in told} == {"overflow"}
+        bursar.charge("0.01 USD")
+        assert bursar.store.open_reservations() == 0
+
+
+def test_thousands_of_runs_are_thousands_of_accounts(tmp_path: Path) -> None:
+    with Bursar(f"sqlite:////{tmp_path}/bursar.db?durability=process", [Budget("run", "1 USD", per="run")]) as bursar:
+
+        def work(start: int) -> None:
+            for number in range(start, start + 250):
+                bursar.charge("0.001 USD", tags={"run": f"r{number}"})
+
+        threads = [threading.Thread(target=work, args=(start,)) for start in range(0, 2_000, 250)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(bursar.status()) == 2_000
+        assert [status.spent for status in bursar.status(run="r7")] == [Decimal("0.001")]
+        assert sum(record.cost_nanos for record in bursar.records()) == 2_000 * 1_000_000
