@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anthropic
@@ -10,10 +14,29 @@ import openai
 from measure import at_most, in_turns, table
 
 from bursar import Budget, Bursar
-from bursar.testing.provider import Answer, Provider
 
 LIMIT_US = 500.0
 MESSAGES: Any = [{"role": "user", "content": "Say it in one word. " * 20}]
+
+# In a process of its own, so that it does not take the clients' turns.
+PROVIDER = """
+import sys
+from bursar.testing.provider import Answer, Provider
+with Provider(Answer(input_tokens=100, output_tokens=20, chunks=20)) as provider:
+    print(provider.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def provider() -> Iterator[str]:
+    """The URL of a provider that runs meanwhile."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROVIDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate()
 
 
 def chat(client: openai.OpenAI) -> None:
@@ -33,11 +56,11 @@ def main() -> None:
     rows = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        Provider(Answer(input_tokens=100, output_tokens=20, chunks=20)) as provider,
+        provider() as url,
         Bursar(f"sqlite:///{folder}/bench.db?durability=process", [Budget("ample", "1000 USD")]) as bursar,
     ):
-        gpt = openai.OpenAI(base_url=f"{provider.url}/v1", api_key="any")
-        claude = anthropic.Anthropic(base_url=provider.url, api_key="any")
+        gpt = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+        claude = anthropic.Anthropic(base_url=url, api_key="any")
         for name, work, plain in (
             ("OpenAI, chat", chat, gpt),
             ("OpenAI, chat, streamed (20 chunks)", streamed, gpt),
@@ -45,7 +68,7 @@ def main() -> None:
         ):
             wrapped = bursar.wrap(plain)
             works = {"plain": lambda w=work, c=plain: w(c), "wrapped": lambda w=work, c=wrapped: w(c)}
-            took_us = in_turns(works, 50)
+            took_us = in_turns(works, 1, rounds=500)
             added_us = took_us["wrapped"] - took_us["plain"]
             rows.append(
                 [
