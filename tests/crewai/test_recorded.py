@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("crewai")
+pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
 
 from crewai.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, create_model
@@ -21,10 +21,8 @@ from bursar import Budget, Bursar
 from bursar.testing.provider import Provider, Rates
 from bursar_crewai import BursarCrew
 
-RUNS = [
-    json.loads(line)
-    for line in gzip.open(Path(__file__).parents[1] / "data" / "crewai" / "runs.jsonl.gz", "rt", encoding="utf-8")
-]
+with gzip.open(Path(__file__).parents[1] / "data" / "crewai" / "runs.jsonl.gz", "rt", encoding="utf-8") as lines:
+    RUNS = [json.loads(line) for line in lines]
 RATES = {
     "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000, cache_read_nanos=1_250),
     "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600, cache_read_nanos=Fraction(75)),
