@@ -91,7 +91,7 @@ def main() -> None:
         store = SqliteStore(Path(folder) / "full.db")
 
         def directly(command: Command) -> object:
-            return store._apply((command,))[0]
+            return store._apply((command,), True)[0]
 
         works: dict[str, Callable[[], float]] = {
             "a lone caller": lambda: alone(store.execute),
