@@ -325,6 +325,16 @@ def test_a_refused_embedding_is_not_swallowed(provider: Provider, client: Make, 
         assert provider.requests == 0
 
 
+def test_an_embedder_with_a_wrapped_client_is_charged_once(provider: Provider, bursar: Bursar) -> None:
+    from crewai.rag.embeddings.factory import build_embedder
+
+    config = {"api_key": "replayed", "api_base": f"{provider.url}/v1", "model_name": "text-embedding-3-small"}
+    embed = build_embedder({"provider": "openai", "config": config})
+    embed.client = bursar.wrap(embed.client)
+    embed(["a"])
+    assert [record.cost_nanos for record in bursar.records()] == [one.cost_nanos for one in provider.account]
+
+
 def test_an_embedding_function_of_the_users_own(bursar: Bursar) -> None:
     embed = BursarCrew(bursar).embedder(
         lambda texts: [[0.0] for _ in texts], provider="openai", model="text-embedding-3-small"

@@ -159,6 +159,27 @@ def test_a_summarisation_storm_stops_at_the_budget(
     assert bursar.store.open_reservations() == 0
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_a_crew_cancelled_in_the_middle_of_a_call_pays_for_it(
+    stream: bool, provider: Provider, bursar: Bursar, client: Make, crew: Make
+) -> None:
+    """What was sent is booked: exactly where CrewAI's thread reads the answer all the same, else as estimated."""
+    provider.script([Answer(text="Final Answer: late", output_tokens=500, latency_s=0.3)])
+    made = capped(bursar).attach(crew(client(provider.url, stream=stream)))
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(made.akickoff())
+        await asyncio.to_thread(provider.wait_requests, 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    provider.wait_idle()
+    assert 0 < provider.billed_nanos <= spent_nanos(bursar)
+    assert bursar.store.open_reservations() == 0
+
+
 # -- whose calls -------------------------------------------------------------------------------------------------------
 
 

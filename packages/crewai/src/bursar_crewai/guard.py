@@ -100,6 +100,11 @@ def install(bursar: Bursar, **tags: str) -> Callable[[], None]:
     return uninstall
 
 
+def guards(module: str) -> bool:
+    """Whether the SDK clients that this module makes are guarded here: CrewAI's own, and those of its embedding functions."""
+    return module.partition(".")[0] in ("crewai", "chromadb")
+
+
 def guard_of(subject: Any) -> BursarCrew | None:
     """The guard that this crew, agent or flow was given."""
     callback = getattr(subject, "step_callback", None)
