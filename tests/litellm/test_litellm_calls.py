@@ -560,7 +560,9 @@ def test_who_asks_is_told_by_scope_metadata_and_arguments(provider: Provider) ->
     with guarded() as bursar, bursar.scope(team="by-scope"):
         for call in (litellm.completion, lambda **more: run(litellm.acompletion(**more))):
             call(**openai(provider), messages=MESSAGES, max_tokens=500, user="customer-7", metadata=said)
-    for record in bursar.records():
+    records = list(bursar.records())
+    assert len(records) == 2
+    for record in records:
         tags = {name: record.tags[name] for name in ("agent", "team", "run", "customer", "tag.night", "connection")}
         assert tags == {
             "agent": "planner",

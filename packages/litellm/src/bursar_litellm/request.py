@@ -147,7 +147,7 @@ def limit_output(kind: str, details: Mapping[str, Any], tokens: int) -> None:
 def ask_for_usage(details: Mapping[str, Any]) -> bool:
     """Have a stream in OpenAI's format end with its usage; whether it was not asked for already."""
     provider = str(details.get("custom_llm_provider") or "")
-    if not _speaks_openai(provider):
+    if not details.get("stream") or not _speaks_openai(provider):
         return False
     supported = litellm.get_supported_openai_params(str(details.get("model") or ""), provider) or []
     if provider != "text-completion-openai" and "stream_options" not in supported:

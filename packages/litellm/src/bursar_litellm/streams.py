@@ -38,23 +38,26 @@ def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
     # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.
     kind: type = type(stream)
     stream.__class__ = _guarded(kind)
-    stream._bursar = _Reading(attempts, is_cached(stream))
+    stream._bursar = _Reading(attempts, is_cached(stream), _kept(stream) is not None)
     return stream
 
 
 class _Reading:
     """What passes by of one stream, as far as it tells what is billed."""
 
-    def __init__(self, attempts: list[Attempt], is_from_cache: bool) -> None:
+    def __init__(self, attempts: list[Attempt], is_from_cache: bool, is_kept: bool) -> None:
         self.attempts = attempts
         self.provider = attempts[-1].provider
         self.is_from_cache = is_from_cache
+        self.is_kept = is_kept  # the stream keeps its own pieces: they are read once, at its end
         self.is_complete = False
         self.events: list[Any] = []
         self._tail = ""
 
     def feed(self, chunk: Any) -> None:
         """Keep what a piece says of usage. Never raises: accounting must not break a stream."""
+        if self.is_kept:
+            return
         if isinstance(chunk, (bytes, str)):
             self._feed_text(chunk.decode("utf-8", "replace") if isinstance(chunk, bytes) else chunk)
             return
@@ -107,13 +110,15 @@ class _Reading:
         return unknown(ABANDONED, usage)
 
 
+def _kept(stream: Any) -> Any:
+    kept = getattr(stream, "chunks", None)
+    return getattr(getattr(stream, "completion_stream", None), "chunks", None) if kept is None else kept
+
+
 def _chat_events(stream: Any) -> list[dict[str, Any]]:
     """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
-    kept = getattr(stream, "chunks", None)
-    if kept is None:
-        kept = getattr(getattr(stream, "completion_stream", None), "chunks", None)
     events = []
-    for chunk in kept or ():
+    for chunk in _kept(stream) or ():
         usage = getattr(chunk, "usage", None)
         if usage is not None:
             events.append(
