@@ -138,6 +138,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
         elif error is not None:
             call.end(failed(error))
         elif event_type is CBEventType.EMBEDDING:
+            sending.set(())
             call.end(
                 unknown("LlamaIndex hands on no usage of embeddings") if call.usage is None else settled(call.usage)
             )

@@ -33,3 +33,8 @@ def install(bursar: Bursar, **tags: str) -> Callable[[], None]:
         drain(timeout_s=10.0)
 
     return uninstall
+
+
+def guards(module: str) -> bool:
+    """Whether the clients that this module of LlamaIndex makes are guarded here: readers and rerankers, for two, are not."""
+    return module.startswith(("llama_index.llms.", "llama_index.embeddings."))
