@@ -100,6 +100,7 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with Provider(Answer(input_tokens=1_000, output_tokens=500)) as running:
         monkeypatch.setenv("OPENAI_BASE_URL", f"{running.url}/v1")
+        monkeypatch.setenv("OPENAI_API_BASE", f"{running.url}/v1")  # what LlamaIndex asks for
         monkeypatch.setenv("ANTHROPIC_BASE_URL", running.url)
         monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", running.url)
         for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"):

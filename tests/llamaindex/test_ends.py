@@ -172,7 +172,7 @@ def test_a_call_cancelled_while_it_waits_for_headroom_holds_nothing(provider: Pr
                 with pytest.raises(asyncio.CancelledError):
                     await task
 
-        asyncio.run(go())
+        asyncio.run(asyncio.wait_for(go(), 20))
         uninstall()
         assert bursar.store.open_reservations() == 0
         assert provider.requests == 1
