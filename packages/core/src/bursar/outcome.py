@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
+
 MAX_CHAIN = 10
 # Nothing had been sent when these were raised (httpx, requests and urllib3, aiohttp, the SDKs' wrappers around them).
 _NEVER_SENT = frozenset(
@@ -9,6 +12,7 @@ _NEVER_SENT = frozenset(
         "ConnectError",
         "ConnectTimeout",
         "PoolTimeout",
+        "EndpointConnectionError",
         "NewConnectionError",
         "NameResolutionError",
         "ClientConnectorError",
@@ -34,13 +38,16 @@ def surely_not_billed(error: BaseException) -> bool:
             return 400 <= status < 500 and status not in _MAYBE_SENT_STATUS
         if isinstance(seen, ConnectionRefusedError) or type(seen).__name__ in _NEVER_SENT:
             return True
-        seen = seen.__cause__ or seen.__context__
+        # Not its __context__: that may be an error which the caller was handling when the call began.
+        seen = seen.__cause__
     return False
 
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that an SDK's error carries, where it carries one."""
     response = getattr(error, "response", None)
+    if isinstance(response, Mapping):  # botocore's
+        response = SimpleNamespace(status=response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
     for holder in (error, response):
         for name in ("status_code", "status", "code"):
             status = getattr(holder, name, None)
