@@ -346,17 +346,22 @@ def test_a_store_of_a_newer_schema_is_left_alone(path: Path) -> None:
 
 
 def in_one_batch(store: SqliteStore, jobs: list[Callable[[], object]]) -> list[object]:
-    """What the jobs come to when their commands wait for the same commit."""
+    """What the jobs come to when their commands wait for the same commit, behind one that holds it up."""
     results: list[list[object]] = []
     store._using.acquire()
-    threads = [threading.Thread(target=lambda: results.append(at_once(*jobs)))]
-    threads[0].start()
+    leader = threading.Thread(target=lambda: store.execute(Release("nobody")))
+    crowd = threading.Thread(target=lambda: results.append(at_once(*jobs)))
     try:
-        while len(store._commits._queue) < len(jobs) - 1:
-            assert threads[0].is_alive()
+        leader.start()
+        while not store._commits._turn.locked():
+            assert leader.is_alive()
+        crowd.start()
+        while len(store._commits._queue) < 1 + len(jobs):
+            assert crowd.is_alive()
     finally:
         store._using.release()
-    threads[0].join()
+    leader.join()
+    crowd.join()
     return results[0]
 
 

@@ -206,6 +206,17 @@ class Times(Base):
         clock.advance(us=1)
         assert type(run(reserve("b", (minute, 100)))) is Granted
 
+    def test_a_rolling_window_forgets_one_bucket_at_a_time(self, store: Store, run: Run, clock: ManualClock) -> None:
+        minute = rule("b", 100, "rolling", period_us=60 * SECOND_US)
+        clock.set(clock.now_us() // (60 * SECOND_US) * 60 * SECOND_US)
+        for id, amount in (("a", 60), ("b", 40)):  # in buckets side by side
+            run(reserve(id, (minute, amount)))
+            run(settle(id, amount))
+            clock.advance(1)
+        clock.advance(59, us=500_000)  # the first has left, and half of the second
+        assert type(run(reserve("c", (minute, 61)))) is Refused
+        assert type(run(reserve("c", (minute, 60)))) is Granted
+
     def test_a_rolling_window_ages_from_reserve_time(self, store: Store, run: Run, clock: ManualClock) -> None:
         minute = rule("b", 100, "rolling", period_us=60 * SECOND_US)
         run(reserve("a", (minute, 100)))
