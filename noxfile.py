@@ -144,7 +144,7 @@ def adapter(session: nox.Session, name: str, versions: str) -> None:
         own = f"packages/{name}/pins.txt" if name in APART else PINS
         _install(session, _lowest_pins(name) if versions == "lowest" else own, packages=["core", name])
     if name in APART:
-        session.run("mypy", f"packages/{name}/src")
+        session.run("mypy", "--config-file=", "--strict", "-p", f"bursar_{name}")
         _pytest(session, f"tests/{name}", "tests/test_house.py", "tests/test_docs.py", "-k", f"{name} or not test_docs")
     else:
         _pytest(session, *sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py")))
