@@ -12,9 +12,9 @@ import litellm
 
 from bursar_litellm.answer import Ending, read_answer, read_error, unknown
 from bursar_litellm.errors import BudgetStop, litellm_error
-from bursar_litellm.gate import Attempt, Door, current_door
+from bursar_litellm.gate import Attempt, Door, end_soon, expect_orphans
 from bursar_litellm.request import UNBOUNDED
-from bursar_litellm.streams import guard_stream, is_stream
+from bursar_litellm.streams import ABANDONED, guard_stream, is_stream
 
 _NAMES = (
     *("completion", "text_completion", "embedding", "responses", "anthropic_messages", "image_generation"),
@@ -39,7 +39,6 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         _arm(function.__name__)
         door = Door(is_mock=_is_mock(kwargs))
-        token = current_door.set(door)
         try:
             answer = function(*args, **kwargs)
         except BaseException as error:  # noqa: BLE001 - raised again, below
@@ -47,7 +46,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
                 attempt.gate.end(attempt, ending)
             _raise(door, error)
         finally:
-            current_door.reset(token)
+            door.close()
         if is_stream(answer):
             return guard_stream(answer, door.own())
         for attempt, ending in _answered(door, answer):
@@ -62,15 +61,19 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     async def call(*args: Any, **kwargs: Any) -> Any:
         _arm(function.__name__)
         door = Door(is_mock=_is_mock(kwargs))
-        token = current_door.set(door)
         try:
             answer = await function(*args, **kwargs)
+        except GeneratorExit:  # its task was thrown away: nothing can be awaited here
+            expect_orphans()
+            for attempt in door.own():
+                end_soon(attempt, unknown(ABANDONED))
+            raise
         except BaseException as error:  # noqa: BLE001 - raised again, below
             for attempt, ending in _failed(door, error):
                 await attempt.gate.aend(attempt, ending)
             _raise(door, error)
         finally:
-            current_door.reset(token)
+            door.close()
         if is_stream(answer):
             return guard_stream(answer, door.own())
         for attempt, ending in _answered(door, answer):

@@ -60,14 +60,24 @@ class Attempt:
 class Door:
     """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused."""
 
-    __slots__ = ("attempts", "is_mock", "outer", "refusal")
+    __slots__ = ("attempts", "is_mock", "is_open", "outer", "refusal", "token")
 
     def __init__(self, *, is_mock: bool = False) -> None:
         self.attempts: list[Attempt] = []
         self.refusal: BaseException | None = None
-        outer: Door | None = current_door.get()
+        outer: Door | None = open_door()
         self.outer = outer
         self.is_mock: bool = is_mock or (outer is not None and outer.is_mock)
+        self.is_open = True
+        self.token = _current.set(self)
+
+    def close(self) -> None:
+        """The call has returned. Tasks that it started go on in its context, and may make calls of their own."""
+        self.is_open = False
+        try:
+            _current.reset(self.token)
+        except ValueError:
+            return  # an abandoned coroutine, closed in another context: there this door never stood
 
     def refused(self, error: BaseException | None) -> None:
         """Remember a refusal here and further out, where it may come to light in another error's clothes; None: no more."""
@@ -81,7 +91,13 @@ class Door:
         return [one for one in self.attempts if one.door is self and one.gate.has(one)]
 
 
-current_door: ContextVar[Door | None] = ContextVar("bursar_litellm_door", default=None)
+_current: ContextVar[Door | None] = ContextVar("bursar_litellm_door", default=None)
+
+
+def open_door() -> Door | None:
+    """The call of a function of `litellm` that this code runs in."""
+    door = _current.get()
+    return door if door is not None and door.is_open else None
 
 
 class Gate:
@@ -110,7 +126,7 @@ class Gate:
         LiteLLM serves many a call by another of its own functions (responses by a chat, messages by responses): both
         announce it, under one id.
         """
-        door = current_door.get()
+        door = open_door()
         with self._ended:
             found = self._open.get(key)
             if found is None or found.is_sent:

@@ -11,7 +11,7 @@ from bursar.errors import UnboundedEstimate
 from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
-from bursar_litellm.gate import Attempt, Gate, current_door
+from bursar_litellm.gate import Attempt, Gate, open_door
 from bursar_litellm.media import spoken_characters
 from bursar_litellm.request import (
     ENDPOINTS,
@@ -67,7 +67,7 @@ class BursarLogger(CustomLogger):
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
         """Reserve for an awaited call, once per attempt; returns its arguments when its answer has to be smaller."""
-        kind, door = kind_of(call_type), current_door.get()
+        kind, door = kind_of(call_type), open_door()
         if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_mock):
             return None  # a sync call is reserved for where it goes out; a mocked one never does
         if kwargs.get("fallbacks"):
@@ -98,7 +98,7 @@ class BursarLogger(CustomLogger):
             raise BudgetStop(error) from error
 
     def _dispatch(self, details: dict[str, Any]) -> None:
-        kind, door = kind_of(details.get("call_type")), current_door.get()
+        kind, door = kind_of(details.get("call_type")), open_door()
         if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_mock):
             return
         key = str(details.get("litellm_call_id"))

@@ -101,7 +101,9 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
     """The same from LiteLLM's notes on a call that is about to go out: the body is the one that the provider gets."""
-    provider = str(details.get("custom_llm_provider") or "")
+    model, provider = str(details.get("model") or ""), str(details.get("custom_llm_provider") or "")
+    if not provider:
+        model, provider, _, _ = litellm.get_llm_provider(model)
     settings = details.get("litellm_params") or {}
     optional = details.get("optional_params") or {}
     body = dict(wire_body(details))
@@ -115,7 +117,7 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         body["input"] = details.get("input")  # the text itself is left out of what LiteLLM notes
     request = {
         "provider": provider,
-        "model": _base_model({**optional, **settings}) or _plain(str(details.get("model") or "")),
+        "model": _base_model({**optional, **settings}) or _plain(model),
         "messages": messages if isinstance(messages, (list, str)) else None,
         "body": body,
         "endpoint": ENDPOINTS[kind],
