@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import oracle
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from oracle import Key, Oracle, Spec
 
-import oracle
 from bursar.accounts import Account, Rule, age
 from bursar.commands import Answer, Charge, Command, Ended, Granted, Refused, Rejected, Release, Reserve, Settle
 from bursar.policy import Budget, Policy
@@ -26,7 +27,6 @@ from bursar.scope import Scope
 from bursar.stores.memory import MemoryStore
 from bursar.stores.sqlite import SqliteStore
 from bursar.testing import ManualClock
-from oracle import Key, Oracle, Spec
 
 RUNS = ("r1", "r2")
 UNITS = ("USD", "tokens", "requests", "slots")
@@ -317,4 +317,4 @@ class World(RuleBasedStateMachine):
 
 
 TestLaw = World.TestCase
-TestLaw.settings = settings(stateful_step_count=40, max_examples=3 * settings().max_examples)
+TestLaw.settings = settings(stateful_step_count=40, max_examples=2 * settings().max_examples)
