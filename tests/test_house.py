@@ -65,7 +65,11 @@ ARROWS: dict[str, set[str]] = {
 # What other packages may rely on: the names of `bursar` itself and of these modules.
 PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli"}
 # SQLModel is the tables' face, SQLAlchemy the engine below it; pydantic_core is pydantic's: the one always brings the other.
-BROUGHT_ALONG = {"sqlmodel": {"sqlalchemy"}, "pydantic": {"pydantic_core"}}
+BROUGHT_ALONG = {
+    "sqlmodel": {"sqlalchemy"},
+    "pydantic": {"pydantic_core"},
+    "llama-index-core": {"llama_index_instrumentation", "pydantic"},  # its base classes are theirs
+}
 # Modules that nobody has to install: they are loaded only to read an object of their own, so they are there.
 MET = {"core": {"google.protobuf"}}
 
