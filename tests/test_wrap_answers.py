@@ -19,12 +19,12 @@ import anthropic
 import httpx
 import openai
 import pytest
+from canned import Canned, CannedProvider
 from pydantic import BaseModel, ValidationError
 
 from bursar import Budget, Bursar, Override, PriceBook, UsageRecord
 from bursar.commands import Settle
 from bursar.testing.provider import Answer, Provider, Rates, recorded
-from canned import Canned, CannedProvider
 
 MESSAGES: Any = [{"role": "user", "content": "hello " * 50}]
 COST_NANOS = 7_500_000

@@ -11,11 +11,11 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from canned import Canned, CannedProvider
 
 from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, UnboundedEstimate, UsageRecord
 from bursar.wrap.doors import path_of, sound_ms
 from bursar.wrap.providers import provider_of
-from canned import Canned, CannedProvider
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)

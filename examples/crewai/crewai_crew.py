@@ -13,12 +13,12 @@ from contextlib import nullcontext
 os.environ.setdefault("CREWAI_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("CREWAI_TRACING_ENABLED", "false")
 
+from crewai import LLM, Agent, Crew, Task
 from crewai.tools import tool
 
 from bursar import Budget, BudgetExceeded, Bursar
 from bursar.testing.provider import Answer, Provider
 from bursar_crewai import BursarCrew
-from crewai import LLM, Agent, Crew, Task
 
 
 @tool("search")

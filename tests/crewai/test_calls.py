@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
 
+from crewai import Agent, Process, Task
 from crewai.hooks import HookAborted, register_before_llm_call_hook, unregister_before_llm_call_hook
 from crewai.llms.base_llm import BaseLLM
 from openai import BadRequestError
@@ -22,7 +23,6 @@ from bursar.errors import UnboundedEstimate
 from bursar.testing.provider import Answer, Fault, Provider, Rates
 from bursar_crewai import BursarCrew, CrewBudgetExceeded, install
 from bursar_crewai.errors import crew_error
-from crewai import Agent, Process, Task
 
 Make = Callable[..., Any]
 SEARCH = {

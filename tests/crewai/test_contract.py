@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
 
+from crewai import LLM, Agent, Crew, Task
 from crewai.tools import tool as as_tool
 
 from bursar import Bursar
 from bursar.testing import AdapterContract
 from bursar_crewai import install
-from crewai import LLM, Agent, Crew, Task
 
 
 def client(url: str, *, retries: int = 0, timeout_s: float = 30, n: int = 1, **options: Any) -> Any:

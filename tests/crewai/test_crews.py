@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
 
+from crewai import Agent
 from crewai.flow.flow import Flow, listen, start
 
 from bursar import Budget, BudgetExceeded, Bursar
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_crewai import BursarCrew, CrewBudgetExceeded, install
-from crewai import Agent
 
 Make = Callable[..., Any]
 ANSWER = Answer(text="Final Answer: done", output_tokens=500)  # about $0.0055, by the length of the request
