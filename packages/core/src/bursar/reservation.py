@@ -46,7 +46,7 @@ class Reservation:
 
     @property
     def covered_output_tokens(self) -> int | None:
-        """How much output of one answer the reserved amounts are for: less than the maximum where it is estimated; None for tools."""
+        """How much output of one answer the amounts are for: less than the maximum where it is estimated; None for tools."""
         estimate = self._call.estimate
         return None if estimate is None else estimate.max_output_tokens
 
