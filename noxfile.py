@@ -118,13 +118,13 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session(python=[*OTHERS, HERE], requires=["wheels"])
 def core(session: nox.Session) -> None:
-    """The core's tests, without the slow ones, on each Python that this machine has."""
+    """The core's own tests, without the slow ones and those of clients and frameworks, on each Python of this machine."""
     _install(session)
+    others = ("langchain", "wrap", "run", "examples", "docs", "scenarios", "provider", "own_adapter")
     _pytest(
         session,
-        "-m",
-        "not slow and not nightly",
-        "--ignore-glob=*/test_langchain*",
+        *("-m", "not slow and not nightly"),
+        *(f"--ignore-glob=*/test_{name}*" for name in others),
         *(f"--ignore=tests/{name}" for name in APART),
     )
 
