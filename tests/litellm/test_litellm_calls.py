@@ -1,30 +1,27 @@
-"""LiteLLM's other doors: responses, messages, bridges, media, fallbacks, caches, retries, functions imported too early."""
+"""What LiteLLM makes of a guarded call: early imports, callbacks, fallbacks, retries, caches, and what the program sees."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
-litellm = pytest.importorskip("litellm")
+pytest.importorskip("bursar_litellm")
 
-from litellm import acompletion as early_acompletion  # noqa: E402 - before the guard wraps them
-from litellm import completion as early_completion  # noqa: E402
-from litellm.integrations.custom_logger import CustomLogger  # noqa: E402
+import litellm
+from litellm import acompletion as early_acompletion  # before the guard wraps them
+from litellm import completion as early_completion
+from litellm.integrations.custom_logger import CustomLogger
 
-from bursar import Budget, BudgetExceeded, Bursar  # noqa: E402
-from bursar.errors import InvalidInput, StoreError, UnboundedEstimate, UnknownPrice  # noqa: E402
-from bursar.testing.provider import Answer, Fault, Provider  # noqa: E402
-from bursar_litellm import BudgetStop, BursarLogger, LiteLLMBudgetExceeded, install  # noqa: E402
+from bursar import Budget, BudgetExceeded, Bursar
+from bursar.errors import InvalidInput, StoreError, UnknownPrice
+from bursar.testing.provider import Answer, Fault, Provider
+from bursar_litellm import BudgetStop, BursarLogger, LiteLLMBudgetExceeded, install
 
 PROMPT = "abc " * 1_000
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -32,29 +29,7 @@ COST_NANOS = 7_500_000
 CLAUDE_NANOS = 10_500_000
 
 
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider(Answer(input_tokens=1_000, output_tokens=500, chunks=10)) as provider:
-        yield provider
-
-
-@contextmanager
-def guarded(*budgets: Budget) -> Iterator[Bursar]:
-    with Bursar("memory:", budgets or [Budget("ample", "100 USD")]) as bursar:
-        uninstall = install(bursar)
-        try:
-            yield bursar
-        finally:
-            uninstall()
-            gc.collect()
-            assert BursarLogger(bursar).drain()
-            assert bursar.store.open_reservations() == 0
-
-
-@contextmanager
-def broke() -> Iterator[Bursar]:
-    with guarded(Budget("cap", "0.000001 USD")) as bursar:
-        yield bursar
+Guarded = Callable[..., AbstractContextManager[Bursar]]
 
 
 def openai(provider: Provider, **more: Any) -> dict[str, Any]:
@@ -77,248 +52,7 @@ def read(answer: Any) -> Any:
     return list(answer) if hasattr(type(answer), "__next__") else answer
 
 
-DOORS: dict[str, tuple[Any, int]] = {
-    "responses": (lambda p: litellm.responses(**openai(p), input=PROMPT, max_output_tokens=500), COST_NANOS),
-    "responses-stream": (
-        lambda p: read(litellm.responses(**openai(p), input=PROMPT, max_output_tokens=500, stream=True)),
-        COST_NANOS,
-    ),
-    "aresponses": (lambda p: run(litellm.aresponses(**openai(p), input=PROMPT, max_output_tokens=500)), COST_NANOS),
-    "aresponses-stream": (
-        lambda p: run(litellm.aresponses(**openai(p), input=PROMPT, max_output_tokens=500, stream=True)),
-        COST_NANOS,
-    ),
-    "messages": (
-        lambda p: run(litellm.anthropic_messages(**claude(p), messages=MESSAGES, max_tokens=500)),
-        CLAUDE_NANOS,
-    ),
-    "messages-stream": (
-        lambda p: run(litellm.anthropic_messages(**claude(p), messages=MESSAGES, max_tokens=500, stream=True)),
-        CLAUDE_NANOS,
-    ),
-    "anthropic": (lambda p: litellm.completion(**claude(p), messages=MESSAGES, max_tokens=500), CLAUDE_NANOS),
-    "anthropic-stream": (
-        lambda p: read(litellm.completion(**claude(p), messages=MESSAGES, max_tokens=500, stream=True)),
-        CLAUDE_NANOS,
-    ),
-    "anthropic-astream": (
-        lambda p: run(litellm.acompletion(**claude(p), messages=MESSAGES, max_tokens=500, stream=True)),
-        CLAUDE_NANOS,
-    ),
-    # bridges: one of LiteLLM's functions serves another, and both announce the call
-    "responses-by-chat": (
-        lambda p: litellm.responses(**claude(p), input=PROMPT, max_output_tokens=500),
-        CLAUDE_NANOS,
-    ),
-    "aresponses-by-chat": (
-        lambda p: run(litellm.aresponses(**claude(p), input=PROMPT, max_output_tokens=500)),
-        CLAUDE_NANOS,
-    ),
-    "aresponses-by-chat-stream": (
-        lambda p: run(litellm.aresponses(**claude(p), input=PROMPT, max_output_tokens=500, stream=True)),
-        CLAUDE_NANOS,
-    ),
-    "messages-by-responses": (
-        lambda p: run(litellm.anthropic_messages(**openai(p), messages=MESSAGES, max_tokens=500)),
-        COST_NANOS,
-    ),
-    "chat-by-responses": (
-        lambda p: litellm.completion(
-            **openai(p) | {"model": "openai/responses/gpt-4o"}, messages=MESSAGES, max_tokens=500
-        ),
-        COST_NANOS,
-    ),
-    "achat-by-responses": (
-        lambda p: run(
-            litellm.acompletion(**openai(p) | {"model": "openai/responses/gpt-4o"}, messages=MESSAGES, max_tokens=500)
-        ),
-        COST_NANOS,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", list(DOORS))
-def test_every_door_is_counted_once(name: str, provider: Provider) -> None:
-    call, cost_nanos = DOORS[name]
-    with guarded() as bursar:
-        call(provider)
-    (record,) = bursar.records()
-    assert (record.outcome, record.estimated, record.cost_nanos) == ("completed", False, cost_nanos)
-    assert provider.billed_calls == 1
-
-
-@pytest.mark.parametrize("name", list(DOORS))
-def test_every_door_refuses_before_anything_is_sent(name: str, provider: Provider) -> None:
-    with broke() as bursar, pytest.raises(LiteLLMBudgetExceeded) as caught:
-        DOORS[name][0](provider)
-    assert provider.requests == 0
-    assert caught.value.status_code == 402
-    assert [record.outcome for record in bursar.records()] == ["blocked"]
-
-
-def test_anthropics_cached_tokens_are_booked_as_such(provider: Provider) -> None:
-    """Reads and both kinds of writes, in a plain answer; in a stream LiteLLM passes on the sum of the writes."""
-    provider.script(
-        Answer(
-            input_tokens=1_000,
-            output_tokens=10,
-            cache_read_tokens=400,
-            cache_write_5m_tokens=100,
-            cache_write_1h_tokens=hour,
-        )
-        for hour in (200, 0)
-    )
-    with guarded() as bursar:
-        litellm.completion(**claude(provider), messages=MESSAGES, max_tokens=50)
-        read(litellm.completion(**claude(provider), messages=MESSAGES, max_tokens=50, stream=True))
-    plain, streamed = bursar.records()
-    assert (plain.usage["cache_write_1h_tokens"], plain.usage["cache_write_5m_tokens"]) == (200, 100)
-    assert plain.usage["cache_read_tokens"] == streamed.usage["cache_read_tokens"] == 400
-    assert streamed.usage["cache_write_5m_tokens"] == 100
-    assert plain.usage["input_tokens"] == streamed.usage["input_tokens"] == 1_000
-
-
-# -- what is not a chat ------------------------------------------------------------------------------------------
-
-
-class _Media(BaseHTTPRequestHandler):
-    """The endpoints that the provider for tests does not serve, answered in the words of the real ones."""
-
-    ANSWERS: ClassVar[dict[str, Any]] = {
-        "/v1/images/generations": {
-            "created": 1,
-            "data": [{"b64_json": "AAAA"}],
-            "usage": {
-                "input_tokens": 50,
-                "output_tokens": 1_000,
-                "total_tokens": 1_050,
-                "input_tokens_details": {"text_tokens": 50, "image_tokens": 0},
-            },
-        },
-        "/v1/audio/transcriptions": {
-            "text": "hello",
-            "usage": {
-                "type": "tokens",
-                "input_tokens": 100,
-                "output_tokens": 20,
-                "total_tokens": 120,
-                "input_token_details": {"audio_tokens": 100, "text_tokens": 0},
-            },
-        },
-        "/v1/completions": {
-            "id": "c",
-            "object": "text_completion",
-            "created": 1,
-            "model": "gpt-3.5-turbo-instruct",
-            "choices": [{"text": "x", "index": 0, "finish_reason": "stop", "logprobs": None}],
-            "usage": {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500},
-        },
-        "/v2/rerank": {
-            "id": "r",
-            "results": [{"index": 0, "relevance_score": 0.5}],
-            "meta": {"billed_units": {"search_units": 1}},
-        },
-        "/v1/moderations": {"id": "m", "model": "omni-moderation-latest", "results": [{"flagged": False}]},
-    }
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.requests += 1  # type: ignore[attr-defined]
-        body = b"sound" if "speech" in self.path else json.dumps(self.ANSWERS[self.path]).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "audio/mpeg" if "speech" in self.path else "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the test's output is for the test."""
-
-
-@pytest.fixture
-def media() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Media)
-    server.requests = 0  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def media_calls(server: ThreadingHTTPServer) -> dict[str, Any]:
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    at = {"api_base": f"{url}/v1", "api_key": "any"}
-    sound = ("a.wav", b"RIFF0000WAVE", "audio/wav")
-    return {
-        "image": lambda: litellm.image_generation(model="gpt-image-1", prompt="a cat", **at),
-        "aimage": lambda: run(litellm.aimage_generation(model="gpt-image-1", prompt="a cat", **at)),
-        "speech": lambda: litellm.speech(model="openai/tts-1", input="x" * 1_000, voice="alloy", **at),
-        "aspeech": lambda: run(litellm.aspeech(model="openai/tts-1", input="x" * 1_000, voice="alloy", **at)),
-        "transcription": lambda: litellm.transcription(model="openai/gpt-4o-transcribe", file=sound, **at),
-        "atranscription": lambda: run(litellm.atranscription(model="openai/gpt-4o-transcribe", file=sound, **at)),
-        "text": lambda: litellm.text_completion(model="gpt-3.5-turbo-instruct", prompt=PROMPT, max_tokens=500, **at),
-        "atext": lambda: run(
-            litellm.atext_completion(model="gpt-3.5-turbo-instruct", prompt=PROMPT, max_tokens=500, **at)
-        ),
-        "rerank": lambda: litellm.rerank(
-            model="cohere/rerank-v3.5", query="q", documents=["a"], api_base=url, api_key="any"
-        ),
-        "arerank": lambda: run(
-            litellm.arerank(model="cohere/rerank-v3.5", query="q", documents=["a"], api_base=url, api_key="any")
-        ),
-    }
-
-
-MEDIA_NANOS = {
-    "image": 40_250_000,  # 50 x $5 + 1,000 x $40 per million
-    "speech": 15_000_000,  # 1,000 characters x $15 per million
-    "transcription": 800_000,  # 100 audio x $6 + 20 x $10 per million
-    "text": 2_500_000,  # 1,000 x $1.50 + 500 x $2 per million
-    "rerank": 2_000_000,  # one search, $2 per thousand
-}
-
-
-@pytest.mark.parametrize("name", [f"{is_async}{name}" for name in MEDIA_NANOS for is_async in ("", "a")])
-def test_images_sound_texts_and_reranking_are_settled(name: str, media: ThreadingHTTPServer) -> None:
-    with guarded() as bursar:
-        media_calls(media)[name]()
-    (record,) = bursar.records()
-    plain = name if name in MEDIA_NANOS else name[1:]
-    assert (record.estimated, record.cost_nanos) == (False, MEDIA_NANOS[plain])
-
-
-@pytest.mark.parametrize("name", [f"{is_async}{name}" for name in MEDIA_NANOS for is_async in ("", "a")])
-def test_images_sound_texts_and_reranking_are_refused(name: str, media: ThreadingHTTPServer) -> None:
-    spent = Budget("cap", "1 requests")
-    with guarded(spent) as bursar:
-        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).settle(
-            {"model": "gpt-4o", "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
-        )
-        with pytest.raises(BudgetExceeded):
-            media_calls(media)[name]()
-    assert media.requests == 0  # type: ignore[attr-defined]
-
-
-def test_moderation_is_free(media: ThreadingHTTPServer) -> None:
-    url = f"http://127.0.0.1:{media.server_address[1]}/v1"
-    with broke() as bursar:
-        litellm.moderation(input="hello", model="omni-moderation-latest", api_base=url, api_key="any")
-    assert not list(bursar.records())
-
-
-def test_what_is_billed_later_is_refused_with_a_reason() -> None:
-    batch = {"completion_window": "24h", "endpoint": "/v1/chat/completions", "input_file_id": "f", "api_key": "any"}
-    with guarded():
-        with pytest.raises(UnboundedEstimate, match="a batch is billed when it has run"):
-            litellm.create_batch(**batch)
-        with pytest.raises(UnboundedEstimate, match="a batch is billed when it has run"):
-            run(litellm.acreate_batch(**batch))
-        with pytest.raises(UnboundedEstimate, match="live session"):
-            run(litellm._arealtime(model="openai/gpt-4o-realtime-preview", websocket=None, api_key="any"))
-
-
-def test_an_unknown_price_is_refused(provider: Provider) -> None:
+def test_an_unknown_price_is_refused(provider: Provider, guarded: Guarded) -> None:
     """I11; and no retry of the Router takes it up."""
     unknown = openai(provider) | {"model": "openai/nobody-knows"}
     router = litellm.Router([{"model_name": "main", "litellm_params": unknown}], num_retries=2)
@@ -333,7 +67,7 @@ def test_an_unknown_price_is_refused(provider: Provider) -> None:
 # -- functions that were imported before the guard ---------------------------------------------------------------
 
 
-def test_an_early_import_cannot_pass_the_gate(provider: Provider) -> None:
+def test_an_early_import_cannot_pass_the_gate(provider: Provider, broke: Guarded) -> None:
     """Sync code meets an error that no `except Exception` of LiteLLM swallows; awaited code the usual one."""
     call = openai(provider, messages=MESSAGES, max_tokens=500)
     with broke() as bursar:
@@ -346,7 +80,7 @@ def test_an_early_import_cannot_pass_the_gate(provider: Provider) -> None:
     assert [record.outcome for record in bursar.records()] == ["blocked"] * 2
 
 
-def test_an_early_import_is_settled_by_litellms_events(provider: Provider) -> None:
+def test_an_early_import_is_settled_by_litellms_events(provider: Provider, guarded: Guarded) -> None:
     call = openai(provider, messages=MESSAGES, max_tokens=500)
 
     async def streamed() -> None:
@@ -382,7 +116,7 @@ def test_a_logger_among_the_callbacks_is_enough(provider: Provider) -> None:
     assert provider.requests == 0
 
 
-def test_libraries_that_replace_the_callbacks_cannot_switch_it_off(provider: Provider) -> None:
+def test_libraries_that_replace_the_callbacks_cannot_switch_it_off(provider: Provider, broke: Guarded) -> None:
     """CrewAI sets litellm.callbacks at every call."""
     with broke():
         before, litellm.callbacks = litellm.callbacks, []
@@ -396,7 +130,7 @@ def test_libraries_that_replace_the_callbacks_cannot_switch_it_off(provider: Pro
     assert provider.requests == 0
 
 
-def test_two_loggers_of_one_guard_count_once(provider: Provider) -> None:
+def test_two_loggers_of_one_guard_count_once(provider: Provider, guarded: Guarded) -> None:
     with guarded() as bursar:
         uninstall = install(bursar, team="again")
         litellm.completion(**openai(provider), messages=MESSAGES, max_tokens=500)
@@ -428,7 +162,9 @@ def small_and_main(provider: Provider, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_refused_model_is_not_retried_and_its_fallback_may_fit(is_async: bool, provider: Provider) -> None:
+def test_a_refused_model_is_not_retried_and_its_fallback_may_fit(
+    is_async: bool, provider: Provider, guarded: Guarded
+) -> None:
     router = small_and_main(provider, num_retries=3, fallbacks=[{"main": ["small"]}])
     call = {"model": "main", "messages": MESSAGES, "max_tokens": 500}
     with guarded(Budget("dear", "0.000001 USD", match={"model": "gpt-4o"})) as bursar:
@@ -440,7 +176,7 @@ def test_a_refused_model_is_not_retried_and_its_fallback_may_fit(is_async: bool,
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_failed_model_and_its_fallback_are_two_calls(is_async: bool, provider: Provider) -> None:
+def test_a_failed_model_and_its_fallback_are_two_calls(is_async: bool, provider: Provider, guarded: Guarded) -> None:
     provider.script([Fault("refuse", status=429)])
     call = openai(provider, messages=MESSAGES, max_tokens=500, fallbacks=["openai/gpt-4o-mini"])
     with guarded() as bursar:
@@ -451,7 +187,7 @@ def test_a_failed_model_and_its_fallback_are_two_calls(is_async: bool, provider:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_refusal_comes_out_of_fallbacks_as_itself(is_async: bool, provider: Provider) -> None:
+def test_a_refusal_comes_out_of_fallbacks_as_itself(is_async: bool, provider: Provider, broke: Guarded) -> None:
     call = openai(provider, messages=MESSAGES, max_tokens=500, fallbacks=["openai/gpt-4o-mini"])
     with broke() as bursar, pytest.raises(BudgetExceeded) as caught:
         run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
@@ -460,7 +196,7 @@ def test_a_refusal_comes_out_of_fallbacks_as_itself(is_async: bool, provider: Pr
     assert [record.tags["model"] for record in bursar.records()] == ["gpt-4o", "gpt-4o-mini"]
 
 
-def test_the_routers_retries_are_calls_of_their_own(provider: Provider) -> None:
+def test_the_routers_retries_are_calls_of_their_own(provider: Provider, guarded: Guarded) -> None:
     provider.script([Fault("refuse", status=500), Fault("refuse", status=429)])
     with guarded() as bursar:
         run(small_and_main(provider, num_retries=2).acompletion(model="main", messages=MESSAGES, max_tokens=500))
@@ -471,7 +207,7 @@ def test_the_routers_retries_are_calls_of_their_own(provider: Provider) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_answer_from_the_cache_costs_nothing(is_async: bool, provider: Provider) -> None:
+def test_an_answer_from_the_cache_costs_nothing(is_async: bool, provider: Provider, guarded: Guarded) -> None:
     pytest.importorskip("fastapi")  # LiteLLM's cache needs it
     litellm.cache = litellm.Cache(type="local")
     call = openai(provider, messages=MESSAGES, max_tokens=500)
@@ -485,7 +221,7 @@ def test_an_answer_from_the_cache_costs_nothing(is_async: bool, provider: Provid
     assert sum(record.cost_nanos for record in bursar.records()) == COST_NANOS
 
 
-def test_a_mocked_answer_costs_nothing(provider: Provider) -> None:
+def test_a_mocked_answer_costs_nothing(provider: Provider, broke: Guarded) -> None:
     with broke() as bursar:
         litellm.completion(**openai(provider), messages=MESSAGES, mock_response="hello")
         run(litellm.acompletion(**openai(provider), messages=MESSAGES, mock_response="hello"))
@@ -493,7 +229,7 @@ def test_a_mocked_answer_costs_nothing(provider: Provider) -> None:
     assert not list(bursar.records())
 
 
-def test_an_answer_that_fails_its_schema_is_billed_all_the_same(provider: Provider) -> None:
+def test_an_answer_that_fails_its_schema_is_billed_all_the_same(provider: Provider, guarded: Guarded) -> None:
     provider.script([Answer(text="not json", input_tokens=1_000, output_tokens=500)])
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
@@ -505,7 +241,7 @@ def test_an_answer_that_fails_its_schema_is_billed_all_the_same(provider: Provid
     assert (record.outcome, record.estimated, record.cost_nanos) == ("failed", False, COST_NANOS)
 
 
-def test_a_connection_that_was_never_made_costs_nothing() -> None:
+def test_a_connection_that_was_never_made_costs_nothing(guarded: Guarded) -> None:
     with guarded() as bursar, pytest.raises(litellm.InternalServerError):
         litellm.completion("openai/gpt-4o", MESSAGES, api_base="http://127.0.0.1:9/v1", api_key="any", max_retries=0)
     (record,) = bursar.records()
@@ -516,7 +252,7 @@ def test_a_connection_that_was_never_made_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("style", ["call", "acall", "stream", "astream"])
-def test_an_answer_is_made_to_fit_where_no_maximum_was_set(style: str, provider: Provider) -> None:
+def test_an_answer_is_made_to_fit_where_no_maximum_was_set(style: str, provider: Provider, guarded: Guarded) -> None:
     """What is left admits a smaller answer: its maximum is on the wire, and the budget holds."""
     call = openai(provider, messages=[{"role": "user", "content": "hi"}])
     with guarded(Budget("cap", "0.002 USD")) as bursar:
@@ -532,7 +268,7 @@ def test_an_answer_is_made_to_fit_where_no_maximum_was_set(style: str, provider:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_usage_is_switched_on_and_not_shown(is_async: bool, provider: Provider) -> None:
+def test_usage_is_switched_on_and_not_shown(is_async: bool, provider: Provider, guarded: Guarded) -> None:
     call = openai(provider, messages=MESSAGES, max_tokens=500)
     unguarded = (
         run(litellm.acompletion(**call, stream=True)) if is_async else read(litellm.completion(**call, stream=True))
@@ -546,7 +282,7 @@ def test_usage_is_switched_on_and_not_shown(is_async: bool, provider: Provider) 
     assert [getattr(chunk, "usage", None) for chunk in stream] == [None] * len(stream)
 
 
-def test_streams_keep_their_kind(provider: Provider) -> None:
+def test_streams_keep_their_kind(provider: Provider, guarded: Guarded) -> None:
     with guarded() as bursar:
         stream = litellm.completion(**openai(provider), messages=MESSAGES, max_tokens=500, stream=True)
         assert isinstance(stream, litellm.CustomStreamWrapper)
@@ -555,7 +291,7 @@ def test_streams_keep_their_kind(provider: Provider) -> None:
     assert [record.cost_nanos for record in bursar.records()] == [COST_NANOS]
 
 
-def test_who_asks_is_told_by_scope_metadata_and_arguments(provider: Provider) -> None:
+def test_who_asks_is_told_by_scope_metadata_and_arguments(provider: Provider, guarded: Guarded) -> None:
     said = {"bursar": {"agent": "planner", "team": "by-metadata"}, "session_id": "s-1", "tags": ["night"]}
     with guarded() as bursar, bursar.scope(team="by-scope"):
         for call in (litellm.completion, lambda **more: run(litellm.acompletion(**more))):
@@ -590,7 +326,9 @@ def test_a_store_out_of_reach_sends_nothing(is_async: bool, provider: Provider) 
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_defect_of_ours_sends_nothing(is_async: bool, provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_ours_sends_nothing(
+    is_async: bool, provider: Provider, monkeypatch: pytest.MonkeyPatch, guarded: Guarded
+) -> None:
     """I12: whatever goes wrong before the call, LiteLLM does not send it."""
     call = openai(provider, messages=MESSAGES, max_tokens=500)
     with guarded():
@@ -618,7 +356,7 @@ def test_a_failing_settlement_does_not_cost_the_answer(provider: Provider, caplo
     assert "while ending a call" in caplog.text
 
 
-def test_an_abandoned_stream_that_was_complete_is_booked_exactly(provider: Provider) -> None:
+def test_an_abandoned_stream_that_was_complete_is_booked_exactly(provider: Provider, guarded: Guarded) -> None:
     """Many programs stop reading when the finish reason has come: where the usage came with it, nothing is estimated."""
     with guarded() as bursar:
         for chunk in litellm.completion(**claude(provider), messages=MESSAGES, max_tokens=500, stream=True):

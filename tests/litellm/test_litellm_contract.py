@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-litellm = pytest.importorskip("litellm")
+pytest.importorskip("bursar_litellm")
 
-from bursar import Bursar  # noqa: E402 - LiteLLM may not be there
-from bursar.testing import AdapterContract  # noqa: E402
-from bursar_litellm import BursarLogger, install  # noqa: E402
+import litellm
+
+from bursar import Bursar
+from bursar.testing import AdapterContract
+from bursar_litellm import BursarLogger, install
 
 
 def options(

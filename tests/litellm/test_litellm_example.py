@@ -1,4 +1,4 @@
-"""The examples of the LiteLLM adapter run offline, to their end."""
+"""Whole programs: the examples run offline to their end, and `bursar run` guards what says nothing of budgets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("litellm")
+from bursar.testing.provider import Provider
+
+pytest.importorskip("bursar_litellm")
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "litellm").glob("*.py"))
 
@@ -19,3 +21,24 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "refused the call" in done.stdout
     assert "gpt-4o-mini" in done.stdout
+
+
+def test_bursar_run_guards_a_program_that_says_nothing(tmp_path: Path) -> None:
+    program = """
+import sys
+from litellm import completion
+
+try:
+    completion(
+        "openai/gpt-4o", [{"role": "user", "content": "hello"}], max_tokens=500, api_base=sys.argv[1], api_key="any"
+    )
+except RuntimeError as error:
+    print(type(error).__name__)
+"""
+    bursar = Path(sys.executable).with_name("bursar")
+    with Provider() as provider:
+        command = [bursar, "run", "--budget", "0.000001 USD", "--", sys.executable, "-c", program, f"{provider.url}/v1"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert "LiteLLMBudgetExceeded" in done.stdout
+        assert provider.requests == 0

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-litellm = pytest.importorskip("litellm")
+pytest.importorskip("bursar_litellm")
 
-from bursar import Budget, BudgetExceeded, Bursar  # noqa: E402 - LiteLLM may not be there
-from bursar.testing.provider import Answer, Fault, Provider  # noqa: E402
-from bursar_litellm import BursarLogger, install  # noqa: E402
+import litellm
+
+from bursar import Budget, BudgetExceeded, Bursar
+from bursar.testing.provider import Answer, Fault, Provider
+from bursar_litellm import BursarLogger, install
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

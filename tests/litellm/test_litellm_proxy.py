@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import signal
@@ -18,15 +17,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("litellm")
-for needed in ("fastapi", "orjson", "uvicorn"):
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip("litellm is there without its proxy", allow_module_level=True)
+pytest.importorskip("bursar_litellm")
+pytest.importorskip("orjson", reason="LiteLLM is there without its proxy")
 
-import httpx  # noqa: E402 - LiteLLM may not be there
+import httpx
 
-from bursar import Bursar, UsageRecord  # noqa: E402
-from bursar.testing.provider import Answer, Fault, Provider  # noqa: E402
+from bursar import Bursar, UsageRecord
+from bursar.testing.provider import Answer, Fault, Provider
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
