@@ -378,3 +378,22 @@ def test_it_comes_as_fast_as_litellm_itself() -> None:
         for _ in range(3)
     ]
     assert min(times) <= 50, times
+
+
+def test_a_stream_that_breaks_off_is_billed_whatever_status_litellm_gives_it(
+    provider: Provider, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that has begun was accepted: an error in the middle of it frees nothing."""
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise litellm.BadRequestError("in the middle", "gpt-4o", "openai")
+
+    with guarded() as bursar:
+        stream = litellm.completion(**openai(provider), messages=MESSAGES, max_tokens=500, stream=True)
+        next(stream)
+        monkeypatch.setattr(litellm.CustomStreamWrapper, "chunk_creator", cut)
+        with pytest.raises(litellm.BadRequestError):
+            next(stream)
+        del stream
+    (record,) = bursar.records()
+    assert (record.outcome, record.estimated, record.cost_nanos > 0) == ("failed", True, True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bursar.errors import BursarError
 from bursar.usage import Usage
 
+log = logging.getLogger("bursar.litellm")
 MAX_CHAIN = 10
 # LiteLLM gives errors of the connection a status of its own making; below them stands what really happened.
 _NEVER_SENT = frozenset(
@@ -43,7 +45,7 @@ def read_answer(provider: str, answer: Any, details: Mapping[str, Any] | None, c
     """
     if is_cached(answer):
         return released("answered from LiteLLM's cache")
-    usage = _raw_usage(provider, details) or _usage(provider, answer)
+    usage = _raw_usage(provider, details) or read_usage(provider, answer)
     if usage is not None:
         return settled(usage)
     if characters:
@@ -57,6 +59,21 @@ def read_error(provider: str, error: BaseException, details: Mapping[str, Any] |
     if usage is not None:
         return settled(usage, outcome="failed", reason=type(error).__name__)
     return Ending("settle_error", (_cause(error),), {})
+
+
+def read_usage(provider: str, answer: Any) -> Usage | None:
+    """The usage that an answer, or the list of events of a stream, tells; None where it tells none that can be read.
+
+    Never raises: that would cost the user the answer, and leave the reservation open.
+    """
+    try:
+        return Usage.from_response(provider, answer)
+    except BursarError as error:
+        partial = error.fields.get("partial")
+        return partial if isinstance(partial, Usage) else None
+    except Exception as error:  # noqa: BLE001 - see above
+        log.error("the usage of an answer could not be read: %r", error)
+        return None
 
 
 def is_cached(answer: Any) -> bool:
@@ -83,11 +100,4 @@ def _raw_usage(provider: str, details: Mapping[str, Any] | None) -> Usage | None
     raw = None if details is None else details.get("original_response")
     if not isinstance(raw, str) or not raw.lstrip().startswith("{"):
         return None
-    return _usage(provider, raw)
-
-
-def _usage(provider: str, answer: Any) -> Usage | None:
-    try:
-        return Usage.from_response(provider, answer)
-    except BursarError:
-        return None  # not told, or in no form that is known: the caller has another source, or books the worst case
+    return read_usage(provider, raw)

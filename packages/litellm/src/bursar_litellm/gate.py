@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -14,13 +13,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from bursar.errors import BudgetExceeded
-from bursar_litellm.answer import Ending, unknown
+from bursar_litellm.answer import Ending, log, unknown
 from bursar_litellm.errors import litellm_error
 
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation
 
-log = logging.getLogger("bursar.litellm")
 MAX_OPEN = 100_000  # beyond it the oldest are left to their expiry
 
 
@@ -203,7 +201,7 @@ class Gate:
         """
         try:
             yield
-        except Exception as error:  # raised, it would replace the answer or the call's own error
+        except Exception as error:  # noqa: BLE001 - raised, it would replace the answer or the call's own error
             log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
         finally:
             self._count_end()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.errors import UnboundedEstimate
-from bursar_litellm.answer import read_answer, read_error
+from bursar_litellm.answer import Ending, read_answer, read_error, released
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Attempt, Gate, open_door
@@ -134,7 +134,7 @@ class BursarLogger(CustomLogger):
         """The end of an awaited call: told at once, where LiteLLM's other events may be lost with the event loop."""
         attempt = self._unowned(_details(request_data))
         if attempt is not None:
-            await self.gate.aend(attempt, _read_answer(attempt, response))
+            await self.gate.aend(attempt, _read_answer(attempt, response, {}))
 
     async def async_post_call_failure_deployment_hook(
         self, request_data: Any, exception: Exception, call_type: Any, fallback_depth: int | None = None
@@ -148,7 +148,7 @@ class BursarLogger(CustomLogger):
         """The end of a sync call or stream, told from another thread."""
         attempt = self._unowned(kwargs)
         if attempt is not None:
-            self.gate.end(attempt, _read_answer(attempt, response_obj))
+            self.gate.end(attempt, _read_answer(attempt, response_obj, kwargs))
 
     def log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
         """The failed end of a sync call or stream."""
@@ -160,7 +160,7 @@ class BursarLogger(CustomLogger):
         """The end of an awaited stream."""
         attempt = self._unowned(kwargs)
         if attempt is not None:
-            await self.gate.aend(attempt, _read_answer(attempt, response_obj))
+            await self.gate.aend(attempt, _read_answer(attempt, response_obj, kwargs))
 
     async def async_log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
         """The failed end of an awaited stream."""
@@ -179,7 +179,9 @@ def _details(request_data: Mapping[str, Any]) -> Mapping[str, Any]:
     return getattr(notes, "model_call_details", None) or request_data
 
 
-def _read_answer(attempt: Attempt, answer: Any) -> Any:
+def _read_answer(attempt: Attempt, answer: Any, event: Mapping[str, Any]) -> Ending:
+    if event.get("cache_hit"):
+        return released("answered from LiteLLM's cache")
     return read_answer(attempt.provider, answer, attempt.details, attempt.characters)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from bursar.errors import BursarError
 from bursar.usage import Usage
-from bursar_litellm.answer import Ending, is_cached, read_error, released, settled, unknown
+from bursar_litellm.answer import Ending, is_cached, read_error, read_usage, released, settled, unknown
 from bursar_litellm.gate import Attempt, end_soon, expect_orphans
 
 ABANDONED = "abandoned: closed, cancelled or dropped before its end"
@@ -50,12 +49,13 @@ class _Reading:
         self.provider = attempts[-1].provider
         self.is_from_cache = is_from_cache
         self.is_kept = is_kept  # the stream keeps its own pieces: they are read once, at its end
-        self.is_complete = False
+        self.has_begun = self.is_complete = False
         self.events: list[Any] = []
         self._tail = ""
 
     def feed(self, chunk: Any) -> None:
         """Keep what a piece says of usage. Never raises: accounting must not break a stream."""
+        self.has_begun = True
         if self.is_kept:
             return
         if isinstance(chunk, (bytes, str)):
@@ -80,13 +80,7 @@ class _Reading:
     def usage(self, stream: Any) -> Usage | None:
         """What the stream has told so far; None when nothing."""
         events = self.events or _chat_events(stream)
-        if not events:
-            return None
-        try:
-            return Usage.from_response(self.provider, events)
-        except BursarError as error:
-            partial = error.fields.get("partial")
-            return partial if isinstance(partial, Usage) else None
+        return read_usage(self.provider, events) if events else None
 
     def ended(self, stream: Any) -> Ending:
         """It was read to its end."""
@@ -96,9 +90,10 @@ class _Reading:
         return unknown("the stream stated no usage") if usage is None else settled(usage)
 
     def failed(self, stream: Any, error: BaseException) -> Ending:
-        """It broke off, or its reader was cancelled."""
-        ending = read_error(self.provider, error, None)
-        return ending._replace(options={"known": self.usage(stream)})
+        """It broke off, or its reader was cancelled. Only a refusal of the request itself is free, whatever status it has."""
+        if self.has_begun:
+            return unknown(type(error).__name__, self.usage(stream))
+        return read_error(self.provider, error, None)
 
     def abandoned(self, stream: Any) -> Ending:
         """Nobody reads on. Where the answer was complete all the same, its usage is the real one."""
