@@ -151,9 +151,10 @@ def ask_for_usage(details: Mapping[str, Any]) -> bool:
     provider = str(details.get("custom_llm_provider") or "")
     if not details.get("stream") or not _speaks_openai(provider):
         return False
-    supported = litellm.get_supported_openai_params(str(details.get("model") or ""), provider) or []
-    if provider != "text-completion-openai" and "stream_options" not in supported:
-        return False
+    if provider not in _SDKS:
+        supported = litellm.get_supported_openai_params(str(details.get("model") or ""), provider) or []
+        if "stream_options" not in supported:
+            return False
     return ask_for_usage_in(wire_body(details))
 
 
