@@ -71,7 +71,7 @@ class PolicyError(BursarError, ValueError):
 class StoreError(BursarError, RuntimeError):
     """The store could not do its work; nothing of the command was done.
 
-    Field `fault`: `locked`, `full`, `readonly`, `damaged`, `newer`, `unreachable`, `clock`, `accounts`, `closed`.
+    Field `fault`: `locked`, `full`, `readonly`, `damaged`, `newer`, `unreachable`, `clock`, `accounts`, `overflow`, `closed`.
     """
 
 
