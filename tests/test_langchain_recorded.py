@@ -13,21 +13,19 @@ import pytest
 
 from bursar import Budget, Bursar
 from bursar.testing.provider import Provider, Rates
+from bursar_langchain import BursarCallbackHandler, BursarMiddleware
 
 agents = pytest.importorskip("langchain.agents")
-openai = pytest.importorskip("langchain_openai")
-
-from langchain_core.tools import StructuredTool
-from openai import APIStatusError
-
-from bursar_langchain import BursarCallbackHandler, BursarMiddleware
+langchain_openai = pytest.importorskip("langchain_openai")
+openai = pytest.importorskip("openai")
+tools = pytest.importorskip("langchain_core.tools")
 
 with gzip.open(Path(__file__).parent / "data" / "langchain" / "runs.jsonl.gz", "rt", encoding="utf-8") as lines:
     RUNS = [json.loads(line) for line in lines]
 RATES = Rates(input_nanos=500, output_nanos=1_500)  # gpt-3.5-turbo
 
 
-def tool_of(schema: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> StructuredTool:
+def tool_of(schema: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> Any:
     """The tool of that schema, which gives for the recorded arguments what the recorded one gave."""
     asked, outputs = {}, {}
     for step in steps:
@@ -40,7 +38,7 @@ def tool_of(schema: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> Struct
     def run(**arguments: Any) -> str:
         return outputs.get(json.dumps(arguments, sort_keys=True), "no more is recorded")
 
-    return StructuredTool(
+    return tools.StructuredTool(
         name=schema["name"], description=schema["description"], args_schema=schema["parameters"], func=run
     )
 
@@ -53,9 +51,9 @@ def drive(model: Any, step: Mapping[str, Any], steps: list[Mapping[str, Any]], b
         chain = model.with_structured_output(request["tools"][0]["function"], method="function_calling")
         chain.invoke(request["messages"], config={"callbacks": [BursarCallbackHandler(bursar)]})
         return
-    tools = [tool_of(tool["function"], steps) for tool in request["tools"]]
+    made = [tool_of(tool["function"], steps) for tool in request["tools"]]
     agent = agents.create_agent(
-        model, tools, system_prompt=system["content"], middleware=[BursarMiddleware(bursar)], name="planner"
+        model, made, system_prompt=system["content"], middleware=[BursarMiddleware(bursar)], name="planner"
     )
     agent.invoke({"messages": messages})
 
@@ -70,7 +68,7 @@ def test_a_recorded_run_is_booked_as_billed(run: Mapping[str, Any]) -> None:
         Bursar("memory:", [Budget("all", "1 USD")]) as bursar,
         bursar.scope(run=run["id"]),
     ):
-        model = openai.ChatOpenAI(
+        model = langchain_openai.ChatOpenAI(
             model=first["model"],
             base_url=f"{provider.url}/v1",
             api_key="any",
@@ -79,7 +77,7 @@ def test_a_recorded_run_is_booked_as_billed(run: Mapping[str, Any]) -> None:
         )
         for _ in steps:
             if provider.requests < len(steps):
-                with contextlib.suppress(APIStatusError):  # one run begins with a key that was refused
+                with contextlib.suppress(openai.APIStatusError):  # one run begins with a key that was refused
                     drive(model, steps[provider.requests], steps, bursar)
         provider.wait_idle()
         billed = [one.cost_nanos for one in provider.account if one.billed]
