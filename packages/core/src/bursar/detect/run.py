@@ -1,0 +1,165 @@
+"""The watch over one run: fed with its model calls, answers, failures and tool calls, it says when they run away."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from bursar.detect.retries import Retries
+from bursar.detect.settings import Detectors, Finding, found
+from bursar.detect.steps import asked_for, conversation, digest, last_step, text_of
+from bursar.detect.track import Likeness, Track
+
+MOST_TRACKS = 8  # conversations at a time: sub-agents, branches
+MOST_OPEN = 64
+_SEVERITY = ("notify", "downgrade", "clamp", "throttle", "ask", "block", "kill")
+
+
+class RunWatch:
+    """Watches one run. Safe for threads; a few kB, however long the run.
+
+    The guard tells of each model call before it is sent (`model_called`) and of its end (`model_answered` or
+    `model_failed`), all by the id of its reservation. That is enough: a request holds what the model asked for before,
+    and what the tools gave. `tool_called` sees a tool call before it is made; a tool that is not guarded needs none.
+
+    A finding is a value, nothing is stopped here. It comes again at each further step of a runaway. After one that
+    stopped the call ("ask", "block", "kill"), the same request gets the same finding, until another one comes or
+    `forgive` is called, as for an approval.
+    """
+
+    def __init__(self, settings: Detectors | None = None) -> None:
+        self._settings = settings or Detectors()
+        self._lock = threading.Lock()
+        self._likeness = Likeness()
+        self._retries = Retries(self._settings)
+        self._tracks: OrderedDict[int, Track] = OrderedDict()  # by what the last request ended with, oldest first
+        self._open: OrderedDict[str, tuple[int, Track]] = OrderedDict()  # calls under way, by id
+        self._stopped: tuple[int, Finding] | None = None
+        self._begun_us = 0
+        self._steps = 0
+
+    def model_called(
+        self, call_id: str, request: Any, now_us: int, *, model: str = "", input_tokens: int = 0
+    ) -> Finding | None:
+        """A model call is about to be sent. `request`: the wire body, the messages, or a text; None where unknown."""
+        with self._lock:
+            items = conversation(request)
+            step = last_step(items)
+            key = hash((model, len(items), digest(items[-1]))) if items else hash((model, call_id))
+            if self._stopped is not None and self._stopped[0] == key:
+                return self._stopped[1]
+            findings = [self._retries.check(key, now_us), *self._limits(now_us)]
+            before, last = (digest(step.before), digest(step.last)) if step else (0, key)
+            track = self._track(before, last, first=step is None)
+            again = key == track.last_key and (track.open or key in self._retries)
+            if not again:
+                calls = step.calls if step else ()
+                if calls or track.asked:
+                    results = step.results if step else ()
+                    findings += track.took(calls or tuple(track.asked), results, input_tokens)
+                elif step:
+                    findings += track.took((), step.results, input_tokens)
+                track.asked = []
+            track.last_key = key
+            finding = _worst(findings)
+            if finding is not None and finding.action in ("ask", "block", "kill"):
+                self._stopped = key, finding
+                return finding
+            if finding is not None and finding.wait_us:
+                return finding
+            self._stopped = None
+            self._steps += 1
+            track.open += 1
+            self._open[call_id] = key, track
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)[1][1].open -= 1
+            return finding
+
+    def model_answered(self, call_id: str, answer: Any = None) -> Finding | None:
+        """The call has ended well. With the whole answer, a loop is seen before its tools are called once more."""
+        with self._lock:
+            key, track = self._close(call_id)
+            if track is None:
+                return None
+            self._retries.succeeded(key)
+            calls = asked_for(answer) if answer is not None else ()
+            track.asked = list(calls)
+            return track.asks(calls) if calls else None
+
+    def model_failed(self, call_id: str, now_us: int) -> int:
+        """The call has failed. Gives the microseconds that the next attempt has to wait at least."""
+        with self._lock:
+            key, track = self._close(call_id)
+            return self._retries.failed(key, now_us) if track is not None else 0
+
+    def tool_called(self, name: str, arguments: Any) -> Finding | None:
+        """A tool is about to be called. Where no model call is told of, each tool call is a step of its own."""
+        with self._lock:
+            call = name, text_of(arguments)
+            for track in reversed(self._tracks.values()):
+                if call in track.asked:
+                    return track.asks(tuple(track.asked))
+            if not self._tracks:
+                self._tracks[0] = Track(self._settings, self._likeness, 0)
+            track = next(reversed(self._tracks.values()))
+            findings: list[Finding | None] = []
+            if not self._steps and track.asked:
+                findings = track.took(tuple(track.asked), (), 0)
+                track.asked = []
+            track.asked.append(call)
+            return _worst([*findings, track.asks(tuple(track.asked))])
+
+    def forgive(self) -> None:
+        """Begin anew, as after an approval: what was seen so far counts no more; the limits of the run stay."""
+        with self._lock:
+            self._tracks.clear()
+            self._open.clear()
+            self._retries = Retries(self._settings)
+            self._stopped = None
+
+    def _track(self, before: int, last: int, *, first: bool) -> Track:
+        """The conversation that goes on: the one that ended with `before`; else the newest; a first request begins one.
+
+        A request that was first before begins the same one again, unless that is under way: many agents at once may
+        have the same task, but a task that is given again and again is a loop.
+        """
+        tracks = self._tracks
+        if first:
+            track = next((one for one in tracks.values() if one.start == last and not one.open), None)
+            key = next((key for key, one in tracks.items() if one is track), None)
+        else:
+            key = before if before in tracks else next(reversed(tracks), None)
+            track = tracks.get(key) if key is not None else None
+        if key is not None:
+            del tracks[key]
+        if track is None:
+            track = Track(self._settings, self._likeness, last)
+        tracks[last] = track
+        if len(tracks) > MOST_TRACKS:
+            tracks.popitem(last=False)
+        return track
+
+    def _close(self, call_id: str) -> tuple[int, Track | None]:
+        key, track = self._open.pop(call_id, (0, None))
+        if track is not None:
+            track.open -= 1
+        return key, track
+
+    def _limits(self, now_us: int) -> list[Finding | None]:
+        settings = self._settings
+        self._begun_us = self._begun_us or now_us
+        findings = []
+        if settings.max_steps is not None and self._steps >= settings.max_steps:
+            why = f"The run made {self._steps} model calls; its limit is {settings.max_steps}. Raise max_steps, or end it."
+            findings.append(found("steps", settings.limits, why, repetitions=self._steps))
+        minutes = (now_us - self._begun_us) // 60_000_000
+        if settings.max_minutes is not None and minutes >= settings.max_minutes:
+            why = f"The run has gone on for {minutes} minutes; its limit is {settings.max_minutes}. Raise max_minutes, or end it."
+            findings.append(found("time", settings.limits, why))
+        return findings
+
+
+def _worst(findings: list[Finding | None]) -> Finding | None:
+    """The finding with the strictest action; the first of equals."""
+    return max(filter(None, findings), key=lambda finding: _SEVERITY.index(finding.action), default=None)

@@ -1,0 +1,155 @@
+"""One conversation of a run: its steps seen strictly, loosely and by their calls alone, and when it last got on."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+from bursar.detect.cycles import LONGEST, Cycles
+from bursar.detect.likeness import ENDS, Kinds
+from bursar.detect.settings import Detectors, Finding, found
+
+LOOSE, EXACT = 3, 10  # how many times the repetitions, where the results were nearly the same, or were others
+MOST_STATES = 64
+_ARGUMENTS_PERCENT, _RESULTS_PERCENT = 65, 85
+_WORDS = re.compile(r"\w+")
+_NO_NEWS = frozenset(
+    """
+    ok okay done success successful successfully succeeded true status result message null none accepted completed
+    created updated deleted removed saved sent added written closed
+    """.split()
+)
+
+Calls = tuple[tuple[str, str], ...]
+
+
+class Likeness:
+    """What the conversations of a run share: the kinds of arguments, and of results."""
+
+    __slots__ = ("arguments", "results")
+
+    def __init__(self) -> None:
+        self.arguments = Kinds(_ARGUMENTS_PERCENT, with_numbers=True)
+        self.results = Kinds(_RESULTS_PERCENT, with_numbers=False)
+
+
+class _Symbols(NamedTuple):
+    """One step as three numbers; two steps are the same in a view when its numbers are equal."""
+
+    strict: int
+    loose: int
+    exact: int
+
+
+class Track:
+    """The steps of one conversation, in constant memory.
+
+    Two steps are compared in three views. *Strict*: the same calls, but for small edits, and the very same results; where
+    the results are unknown, or a mere "ok", the calls must be equal to the letter. *Loose*: the results may be nearly the
+    same, or unknown; three times the repetitions. *Exact*: equal calls, whatever they gave; ten times.
+    """
+
+    __slots__ = ("_calls", "_labels", "_likeness", "_settings", "_stale", "_stale_input", "_states", "_views", "asked",
+                 "last_key", "open", "start")  # fmt: skip
+
+    def __init__(self, settings: Detectors, likeness: Likeness, start: int) -> None:
+        self.start = start
+        self.asked: list[tuple[str, str]] = []
+        self.open = 0
+        self.last_key = 0
+        self._settings = settings
+        self._likeness = likeness
+        self._views = tuple(Cycles(settings.repetitions * times) for times in (1, LOOSE, EXACT))
+        self._calls: deque[int] = deque(maxlen=LONGEST)  # newest first
+        self._labels: deque[str] = deque(maxlen=LONGEST)
+        self._states: OrderedDict[int, None] = OrderedDict()
+        self._stale = 0
+        self._stale_input = 0
+
+    def took(self, calls: Calls, results: tuple[str, ...], input_tokens: int) -> list[Finding | None]:
+        """A step is over: what it shows. `input_tokens`: of the request that comes after it, 0 where unknown."""
+        symbols = self._symbols(calls, results)
+        rounds = [view.add(symbol) for view, symbol in zip(self._views, symbols, strict=True)]
+        self._calls.appendleft(self._of_calls(calls))
+        self._labels.appendleft(", ".join(dict.fromkeys(name or "a text" for name, _ in calls[:4])) or "unknown")
+        findings = [self._loop(*each, view) for view, each in enumerate(rounds) if each is not None]
+        return [*findings[:1], *self._progress(symbols.loose, input_tokens)]
+
+    def asks(self, calls: Calls) -> Finding | None:
+        """The model asks for these calls: whether this begins, or goes on with, one repetition too many."""
+        each = self._views[0].next_would_repeat(self._of_calls(calls), self._calls)
+        return None if each is None else self._loop(*each, 0)
+
+    def _of_calls(self, calls: Calls) -> int:
+        return hash(tuple(sorted(self._likeness.arguments.of(*call) for call in calls)))
+
+    def _symbols(self, calls: Calls, results: tuple[str, ...]) -> _Symbols:
+        if not calls:  # the provider keeps the conversation, and nobody told of the answer
+            calls, known = (("", ""),) * max(1, len(results)), False
+        else:
+            known = True
+        if len(results) != len(calls):
+            results = ("\n".join(results),) * len(calls) if results else ()
+        strict, loose, exact = [], [], []
+        for at, (name, arguments) in enumerate(calls):
+            kind = self._likeness.arguments.of(name, arguments)
+            letters = hash((name, arguments))
+            exact.append(letters)
+            if not results:
+                strict.append((letters, 0))
+                loose.append((kind, 0))
+                continue
+            result = results[at]
+            same = hash(result)
+            strict.append((letters if _says_nothing(result) else kind, same))
+            short = len(result) <= 2 * ENDS
+            loose.append((kind, self._likeness.results.of(name, result) if short else same))
+        if not known:
+            return _Symbols(id(strict), hash(tuple(loose)), id(exact))
+        return _Symbols(*(hash(tuple(sorted(view))) for view in (strict, loose, exact)))
+
+    def _loop(self, repetitions: int, period: int, view: int) -> Finding | None:
+        steps = ", ".join(reversed([label for label, _ in zip(self._labels, range(period), strict=False)]))
+        what = f"the step ({steps})" if period == 1 else f"a round of {period} steps ({steps})"
+        how = (
+            "with the same arguments, but for small edits, and the same results",
+            "with arguments and results that hardly differed or are not known",
+            "with the very same arguments, whatever it gave",
+        )[view]
+        why = (
+            f"The run repeats itself: {what} came again {repetitions} times, {how}. "
+            "Stop the run, or give it what it lacks to get on."
+        )
+        return found("loop", self._settings.loops, why, repetitions=repetitions, period=period)
+
+    def _progress(self, state: int, input_tokens: int) -> list[Finding | None]:
+        settings = self._settings
+        if state not in self._states:
+            self._states[state] = None
+            if len(self._states) > MOST_STATES:
+                self._states.popitem(last=False)
+            self._stale, self._stale_input = 0, input_tokens
+            return []
+        self._states.move_to_end(state)
+        self._stale += 1
+        findings = []
+        if self._stale >= settings.stale_steps:
+            why = (
+                f"{self._stale} steps in a row brought nothing new: each was a call with a result that the run had already. "
+                "Stop the run, or give it what it lacks to get on."
+            )
+            findings.append(found("stale", settings.stale, why, repetitions=self._stale))
+        grown = (input_tokens - self._stale_input) * 100 >= settings.context_growth_percent * self._stale_input
+        if 2 * self._stale >= settings.stale_steps and self._stale_input and grown:
+            why = (
+                f"The input grew from {self._stale_input} to {input_tokens} tokens over {self._stale} steps that brought "
+                "nothing new. Shorten the context, or stop the run."
+            )
+            findings.append(found("context", settings.context, why, repetitions=self._stale))
+        return findings
+
+
+def _says_nothing(result: str) -> bool:
+    """Whether a result is a mere acknowledgement: that it is the same again does not say that nothing was done."""
+    return len(result) <= 64 and all(word in _NO_NEWS for word in _WORDS.findall(result.lower()))
