@@ -356,7 +356,7 @@ def in_one_batch(store: SqliteStore, jobs: list[Callable[[], object]]) -> list[o
         while not store._commits._turn.locked():
             assert leader.is_alive()
         crowd.start()
-        while len(store._commits._queue) < 1 + len(jobs):
+        while len(store._commits._queue) < len(jobs):
             assert crowd.is_alive()
     finally:
         store._using.release()

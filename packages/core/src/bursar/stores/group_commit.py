@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from bursar.commands import Answer, Command
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import asyncio
 
 MAX_BATCH = 512
+COMPANY_S = 0.0001  # how long the first waits for one more to come: less than most fsyncs take
 
 # The commands, and whether all of them come for the first time.
 Apply = Callable[[Sequence[Command], bool], "list[Answer | BaseException]"]
@@ -38,20 +39,14 @@ class _Item:
     def waits(self) -> bool:
         return self.answer is None
 
-    def result(self) -> Answer:
-        answer = self.answer
-        assert answer is not None
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
 
 class GroupCommit:
     """Runs `apply(commands, first time)` by one caller at a time.
 
     A lone caller applies its own command and touches no other thread. While a batch runs, further commands queue; then the
-    first thread that waits applies them all. Commands of event loops are applied by a worker thread, which wakes each loop
-    once per batch.
+    first thread that waits applies them all. Threads that shared a batch are likely to come back together, so the first of
+    them waits for the others as long as they keep coming. Commands of event loops are applied by a worker thread, which
+    wakes each loop once per batch.
 
     An interrupt may come anywhere. So a command leaves the queue only after its answer stands: what a cut-off batch leaves
     behind is applied by the worker, and the law gives a command that comes twice the same answer (I6).
@@ -63,19 +58,25 @@ class GroupCommit:
         self._turn = threading.Lock()
         self._starting = threading.Lock()
         self._worker: threading.Thread | None = None
-        self._wake = threading.Semaphore(0)
+        self._wake: SimpleQueue[None] = SimpleQueue()
         self._awake = False
+        self._company = 0  # threads that shared the last batch
         self._closed = False
 
     def run(self, command: Command) -> Answer:
         """Apply one command and wait for its answer."""
         self._check_open()
+        if self._company < 2 and not self._queue and not self._turn.locked():
+            return self._run_alone(command)
         item = _Item(command)
         item.gate = SimpleQueue()
         try:
             self._queue.append(item)
             if self._turn.locked() or not self._is_first(item):
+                self._tell_first()
                 item.gate.get()
+            else:
+                self._await_company(item.gate)
             if item.waits():
                 with self._turn:
                     while item.waits():
@@ -84,7 +85,23 @@ class GroupCommit:
         except BaseException:
             self._wake_worker()  # nobody may wait for somebody who was interrupted
             raise
-        return item.result()
+        return _given(item.answer)
+
+    def _run_alone(self, command: Command) -> Answer:
+        """Nobody waits: no queue, and no gate. Only a command that was cut off is queued, for the worker to see it through."""
+        answer = None
+        try:
+            with self._turn:
+                (answer,) = self._apply((command,), True)
+            if self._queue:
+                self._hand_over()
+        except BaseException:
+            item = _Item(command)
+            item.answer, item.tried = answer, True
+            self._queue.append(item)
+            self._wake_worker()
+            raise
+        return _given(answer)
 
     async def arun(self, command: Command) -> Answer:
         """Apply one command on the worker thread; the event loop goes on."""
@@ -110,7 +127,7 @@ class GroupCommit:
         while self._queue:
             with self._turn:
                 self._lead()
-        self._wake.release()
+        self._wake.put(None)
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
 
@@ -127,11 +144,11 @@ class GroupCommit:
                     self._worker = worker
         if not self._awake:
             self._awake = True
-            self._wake.release()
+            self._wake.put(None)
 
     def _work(self) -> None:
         while not self._closed:
-            self._wake.acquire()
+            self._wake.get()
             self._awake = False
             while self._queue:
                 with self._turn:
@@ -143,6 +160,22 @@ class GroupCommit:
             return self._queue[0] is item
         except IndexError:  # answered, and gone from the queue
             return True
+
+    def _await_company(self, gate: SimpleQueue[None]) -> None:
+        """Be the first of a batch as large as the last, if the others come soon."""
+        seen = 0
+        while seen < len(self._queue) < self._company:
+            seen = len(self._queue)
+            with contextlib.suppress(Empty):
+                gate.get(timeout=COMPANY_S)
+
+    def _tell_first(self) -> None:
+        """As many wait now as had the last batch: the first need not wait for more."""
+        if len(self._queue) == self._company:
+            with contextlib.suppress(IndexError):  # it went ahead, and is gone from the queue
+                first = self._queue[0]
+                if first.gate is not None:
+                    first.gate.put(None)
 
     def _hand_over(self) -> None:
         """Let the first thread that waits lead. After the turn was given up, so that nobody queues unseen in between."""
@@ -161,6 +194,7 @@ class GroupCommit:
             answers = self._apply([item.command for item in waiting], first_time)
             for item, answer in zip(waiting, answers, strict=True):
                 item.answer = answer
+            self._company = sum(item.gate is not None for item in waiting)
         _deliver(batch)
         for _ in batch:
             self._queue.popleft()
@@ -188,3 +222,10 @@ def _resolve(items: list[_Item]) -> None:
         else:
             assert item.answer is not None
             item.future.set_result(item.answer)
+
+
+def _given(answer: Answer | BaseException | None) -> Answer:
+    assert answer is not None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
