@@ -43,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "prices": _BASE,
     "clock": {"errors"},
     "scope": {"errors"},
+    "sending": set(),
     "waiting": {"errors"},
     "windows": {"errors"},
     "accounts": {"errors", "money", "windows"},
@@ -63,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "policy_file": _BASE | _LAW | {"prices", "policy"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
-PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli"}
+PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli", "sending"}
 # SQLModel is the tables' face, SQLAlchemy the engine below it; pydantic_core is pydantic's: the one always brings the other.
 BROUGHT_ALONG = {
     "sqlmodel": {"sqlalchemy"},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from bursar.errors import BudgetExceeded
+from bursar.sending import Sending
 from bursar_langchain.answer import Ending, released, unknown
 from bursar_langchain.errors import langchain_error
 from bursar_langchain.runs import Runs
@@ -29,7 +30,7 @@ log = logging.getLogger("bursar.langchain")
 class Open:
     """One announced call. `batch` is what the calls of one `generate([a, b])` share, `cleanup` what its end undoes."""
 
-    __slots__ = ("batch", "cleanup", "is_chat", "order", "parent", "provider", "reservation", "watch")
+    __slots__ = ("batch", "cleanup", "is_chat", "order", "parent", "provider", "reservation", "sending", "watch")
 
     def __init__(self, order: int, parent: int | None, batch: object, is_chat: bool) -> None:
         self.order = order
@@ -39,6 +40,7 @@ class Open:
         self.provider = ""
         self.reservation: Reservation | None = None
         self.cleanup: Callable[[], object] | None = None
+        self.sending: Sending | None = None
         self.watch: weakref.ref[UUID] | None = None
 
 
@@ -157,9 +159,17 @@ class Gate:
         opened = self._open.pop(key, None)
         if opened is None or opened.reservation is None:
             return None
+        if opened.sending is not None:
+            opened.sending.end()
         if opened.cleanup is not None:
             opened.cleanup()
         return opened
+
+    def answering(self, key: int) -> None:
+        """The first part of its answer is there: the user's code comes between the parts, and what it calls is its own."""
+        opened = self._open.get(key)
+        if opened is not None and opened.sending is not None:
+            opened.sending.end()
 
     def finish(self, opened: Open, ending: Ending) -> None:
         """End the reservation."""

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 
+from bursar.sending import Sending
 from bursar_langchain.answer import Ending, read_end, read_error, released, unknown
 from bursar_langchain.gate import Gate, Open, Slot, current_slot, told_only
 from bursar_langchain.request import read_start
@@ -45,6 +46,10 @@ class _Announced(NamedTuple):
     slot: Slot | None
     request: dict[str, Any]
     reservation: Reservation | None
+
+    def send(self, bursar: Bursar) -> None:
+        """It is reserved: the model's client sends it from here on."""
+        self.opened.sending = Sending(bursar, self.request["model"], self.request["messages"]).begin()
 
 
 class BursarCallbackHandler(BaseCallbackHandler):
@@ -110,6 +115,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
             with self._gate.admission(run_id, call.opened):
                 reservation = call.reservation or self.bursar.reserve(**call.request)
                 self._gate.admitted(run_id, call.opened, reservation, call.slot)
+            call.send(self.bursar)
 
     async def _astart(
         self, serialized: Any, inputs: Sequence[Any], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
@@ -119,7 +125,11 @@ class BursarCallbackHandler(BaseCallbackHandler):
             with self._gate.admission(run_id, call.opened):
                 reservation = call.reservation or await self.bursar.areserve(**call.request)
                 self._gate.admitted(run_id, call.opened, reservation, call.slot)
+            call.send(self.bursar)
             _end_with_task(self._gate, run_id.int, call.opened)
+
+    def on_llm_new_token(self, token: Any, *, run_id: UUID, **more: Any) -> None:
+        self._gate.answering(run_id.int)
 
     def _tags(self, parent_run_id: UUID | None, metadata: Mapping[str, Any], slot: Slot | None) -> dict[str, str]:
         found = self._gate.runs.tags(parent_run_id, metadata, None if slot is None else slot.run)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.reservation import Block, Reservation
+from bursar.sending import passing
 from bursar.wrap.answer import SILENT, Answer, Ending, told_only
 from bursar.wrap.doors import Visit, answer_id, is_free, path_of, visit
 from bursar.wrap.providers import provider_of
@@ -187,6 +188,9 @@ class _SyncTwin(_Twin):
         if free:
             with _on(trip):
                 return plain.request(cast_to, options, **rest)
+        with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
+            if is_held:
+                return plain.request(cast_to, options, **rest)
         prepare = getattr(self, "_copy_and_prepare", copy.copy)
         options = prepare(options)
         visit, block = self._bursar_block(options)
@@ -220,6 +224,9 @@ class _AsyncTwin(_Twin):
         trip, free = self._bursar_free(options)
         if free:
             with _on(trip):
+                return await plain.request(cast_to, options, **rest)
+        with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
+            if is_held:
                 return await plain.request(cast_to, options, **rest)
         prepare = getattr(self, "_copy_and_prepare", None)
         options = copy.copy(options) if prepare is None else await prepare(options)
@@ -268,6 +275,12 @@ def _body(options: Any) -> Any:
     if not isinstance(body, Mapping):
         return body
     return {name: value for name, value in body.items() if type(value).__name__ not in ("Omit", "NotGiven")}
+
+
+def _asked(options: Any) -> tuple[str, Any]:
+    """The model and the conversation of a request, as far as it has any."""
+    body = _body(options)
+    return (str(body.get("model")), body) if isinstance(body, Mapping) else ("", None)
 
 
 def _unfinished(response: Any) -> str | None:
