@@ -8,7 +8,7 @@ from typing import Any
 
 from bursar.detect.retries import Retries
 from bursar.detect.settings import Detectors, Finding, found
-from bursar.detect.steps import asked_for, conversation, digest, last_step, text_of
+from bursar.detect.steps import asked_for, conversation, last_step, text_of
 from bursar.detect.track import Likeness, Track
 
 MOST_TRACKS = 8  # conversations at a time: sub-agents, branches
@@ -45,13 +45,12 @@ class RunWatch:
         """A model call is about to be sent. `request`: the wire body, the messages, or a text; None where unknown."""
         with self._lock:
             items = conversation(request)
-            step = last_step(items)
-            key = hash((model, len(items), digest(items[-1]))) if items else hash((model, call_id))
+            step, end = last_step(items)
+            key = hash((model, len(items), end)) if items else hash((model, call_id))
             if self._stopped is not None and self._stopped[0] == key:
                 return self._stopped[1]
             findings = [self._retries.check(key, now_us), *self._limits(now_us)]
-            before, last = (digest(step.before), digest(step.last)) if step else (0, key)
-            track = self._track(before, last, first=step is None)
+            track = self._track(step.before if step else None, end)
             again = key == track.last_key and (track.open or key in self._retries)
             if not again:
                 calls = step.calls if step else ()
@@ -118,15 +117,15 @@ class RunWatch:
             self._retries = Retries(self._settings)
             self._stopped = None
 
-    def _track(self, before: int, last: int, *, first: bool) -> Track:
-        """The conversation that goes on: the one that ended with `before`; else the newest; a first request begins one.
+    def _track(self, before: int | None, end: int) -> Track:
+        """The conversation that goes on: the one that ended with `before`, else the newest. A first request begins one.
 
         A request that was first before begins the same one again, unless that is under way: many agents at once may
         have the same task, but a task that is given again and again is a loop.
         """
         tracks = self._tracks
-        if first:
-            track = next((one for one in tracks.values() if one.start == last and not one.open), None)
+        if before is None:
+            track = next((one for one in tracks.values() if one.start == end and not one.open), None)
             key = next((key for key, one in tracks.items() if one is track), None)
         else:
             key = before if before in tracks else next(reversed(tracks), None)
@@ -134,8 +133,8 @@ class RunWatch:
         if key is not None:
             del tracks[key]
         if track is None:
-            track = Track(self._settings, self._likeness, last)
-        tracks[last] = track
+            track = Track(self._settings, self._likeness, end)
+        tracks[end] = track
         if len(tracks) > MOST_TRACKS:
             tracks.popitem(last=False)
         return track

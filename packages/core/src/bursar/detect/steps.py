@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bursar.estimate.plain import plain
@@ -11,26 +11,51 @@ from bursar.estimate.plain import plain
 MAX_DEPTH = 8
 MOST_ITEMS = 64  # of one step: an answer with more parallel calls than this is compared by its last ones
 _CONVERSATIONS = ("messages", "input", "contents", "chat_history")
-_MODEL = frozenset(("assistant", "model", "ai", "chatbot", "role_assistant"))
-_TOOL = frozenset(("tool", "function", "role_tool"))
-_SYSTEM = frozenset(("system", "developer", "role_system"))
-_CALLS = frozenset(("function_call", "custom_tool_call", "mcp_call", "tool_search_call", "computer_call"))
-_RESULTS = frozenset(("function_call_output", "custom_tool_call_output", "tool_search_output", "computer_call_output"))
+_ROLES = {
+    **dict.fromkeys(("assistant", "model", "ai", "AIMessageChunk", "CHATBOT", "ROLE_ASSISTANT"), "model"),
+    **dict.fromkeys(("tool", "function", "TOOL", "ROLE_TOOL"), "tool"),
+    **dict.fromkeys(("system", "developer", "SYSTEM", "ROLE_SYSTEM", "ROLE_DEVELOPER"), "system"),
+}
+# Items of OpenAI's Responses, which have a type and no role.
+_TYPES = {
+    **dict.fromkeys(("function_call", "custom_tool_call", "mcp_call", "tool_search_call", "computer_call"), "call"),
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output", "computer_call_output"), "tool"),
+    **dict.fromkeys(("tool_search_output", "local_shell_call_output", "shell_call_output"), "tool"),
+    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call", "image_generation_call"), "model"),
+    **dict.fromkeys(("code_interpreter_call", "local_shell_call", "shell_call", "mcp_list_tools"), "model"),
+}
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode
+
+Calls = tuple[tuple[str, str], ...]
 
 
 class Step(NamedTuple):
     """One turn of an agent: the (tool, arguments) that the model asked for, and the results; all as text.
 
     An answer without tool calls is a call of the tool "" whose argument is its text. What the user said next, or a
-    framework in the user's name, is a result. `before` is the item in front of the step (what the earlier request
-    ended with), `last` what the request ends with: they tell which conversation goes on.
+    framework in the user's name, is a result. `before` is a hash of the item in front of the step, with which the
+    request before it ended: it tells which conversation goes on.
     """
 
-    calls: tuple[tuple[str, str], ...]
+    calls: Calls
     results: tuple[str, ...]
-    before: Any
-    last: Any
+    before: int
+
+
+class _Item(NamedTuple):
+    """One message: who it is from ("model", "tool", "system" or "user"), the calls in it, its texts or results.
+
+    `whole`: an answer of the model's is all in here; in Responses it lies in several items.
+    """
+
+    sender: str
+    calls: list[tuple[str, str]]
+    texts: list[str]
+    whole: bool = False
+
+    def digest(self) -> int:
+        """A hash of what it says, in this process. Ids of calls do not count."""
+        return hash((self.sender, tuple(self.calls), tuple(self.texts)))
 
 
 def conversation(request: Any) -> Sequence[Any]:
@@ -45,46 +70,53 @@ def conversation(request: Any) -> Sequence[Any]:
     return request if isinstance(request, (list, tuple)) else ()
 
 
-def last_step(items: Sequence[Any]) -> Step | None:
-    """The step that the request goes on from; None where the request is the first of its conversation.
+def last_step(items: Sequence[Any]) -> tuple[Step | None, int]:
+    """The step that the request goes on from, None where it is the first of its conversation; and a hash of its end.
 
     Only the end is read, so the cost does not grow with the conversation.
     """
-    results: list[str] = []
-    calls: list[tuple[str, str]] = []
-    text: list[str] = []
     at = len(items) - 1
+    if at < 0:
+        return None, 0
+    end = (item := _read(items[at])).digest()
     least = max(-1, at - MOST_ITEMS)
-    while at > least and (kind := _kind(item := _plain(items[at]))) != "model":
-        results.extend(reversed(list(_results(item, kind))))
+    if item.whole and not item.calls and at - 1 > least:  # words put into the model's mouth: its answer begins there
         at -= 1
-    while at > least and _kind(item := _plain(items[at])) == "model":
-        _read_answer(item, calls, text)
+        item = _read(items[at])
+    results: list[str] = []
+    returned = False
+    while item.sender != "model":
+        returned = returned or item.sender == "tool"
+        if item.sender != "system":
+            results[:0] = item.texts
         at -= 1
-    if not calls and not text:
-        if not results:
-            return None
-        if at >= 0 or not any(_kind(_plain(item)) == "tool" for item in items):
-            return None
-        calls = []  # the conversation is kept by the provider: the calls are known from the answer only
-    elif not calls:
-        calls = [("", "\n".join(reversed(text)))]
-    calls.reverse()
-    results.reverse()
-    return Step(tuple(calls), tuple(results), items[at] if at >= 0 else None, items[-1])
+        if at <= least:  # a first request; or one whose conversation, with the calls in it, is kept by the provider
+            return (Step((), tuple(results), 0) if returned else None), end
+        item = _read(items[at])
+    calls, texts = list(item.calls), list(item.texts)
+    whole = item.whole
+    before = 0
+    while (at := at - 1) > least:
+        item = _read(items[at])
+        if whole or item.sender != "model":
+            before = item.digest()
+            break
+        calls[:0], texts[:0] = item.calls, item.texts
+        whole = item.whole
+    return Step(_asked(calls, texts), tuple(results), before), end
 
 
-def asked_for(answer: Any) -> tuple[tuple[str, str], ...]:
+def asked_for(answer: Any) -> Calls:
     """The (tool, arguments) that a whole answer asks for, as in Step; empty where it cannot be read, as for streams."""
-    if not isinstance(answer, (Mapping, list, tuple)):
-        answer = plain(answer)
+    data = answer if isinstance(answer, Mapping) else plain(answer)
     calls: list[tuple[str, str]] = []
-    text: list[str] = []
-    for message in reversed(list(_messages(answer))):
-        _read_answer(message, calls, text)
-    if not calls and text:
-        return (("", "\n".join(reversed(text))),)
-    return tuple(reversed(calls))
+    texts: list[str] = []
+    read = [_read(message) for message in _messages(data)] if isinstance(data, Mapping) else []
+    for item in read:
+        if item.sender == "model":
+            calls += item.calls
+            texts += item.texts
+    return _asked(calls, texts) if any(item.sender == "model" for item in read) else ()
 
 
 def text_of(value: Any) -> str:
@@ -96,23 +128,98 @@ def text_of(value: Any) -> str:
     return "" if value is None else _json(value)
 
 
-def digest(item: Any) -> int:
-    """A hash of what one message says, whatever form it came in; of this process only. Ids of calls do not count."""
-    item = _plain(item)
-    calls: list[tuple[str, str]] = []
-    texts: list[str] = []
-    kind = _kind(item)
-    if kind == "model":
-        _read_answer(item, calls, texts)
-    else:
-        texts.extend(_results(item, kind))
-    return hash((kind, tuple(calls), tuple(texts)))
+def _asked(calls: list[tuple[str, str]], texts: list[str]) -> Calls:
+    return tuple(calls) if calls else (("", "\n".join(texts)),)
+
+
+def _read(item: Any) -> _Item:
+    if not isinstance(item, (dict, str)):
+        item = plain(item) if not isinstance(item, Mapping) else item
+    if not isinstance(item, Mapping):
+        return _Item("user", [], [str(item)])
+    role, kind = item.get("role"), item.get("type")
+    sender = _ROLES.get(role, "user") if isinstance(role, str) else _TYPES.get(kind, "user")
+    if sender == "call":
+        return _Item("model", [(str(item.get("name") or kind), text_of(item.get("arguments", item.get("input"))))], [])
+    if role is None and sender == "tool":
+        return _Item("tool", [], [text_of(item.get("output", item.get("tools")))])
+    content = item.get("content")
+    parts = content if content is not None else item.get("parts")
+    calls = _chat_calls(item["tool_calls"]) if item.get("tool_calls") else []
+    whole = sender == "model" and kind is None
+    if not isinstance(parts, (list, tuple)):
+        return _Item(sender, calls, [] if sender == "model" and not parts else [text_of(parts)], whole)
+    results: list[str] = []
+    words: list[str] = []
+    for part in parts:
+        _read_part(part, calls, results, words)
+    if sender == "user" and results:
+        sender = "tool"
+    if sender != "model":
+        return _Item(sender, [], [*results, "\n".join(words)] if words or not results else results)
+    return _Item(sender, calls, words, whole)
+
+
+def _read_part(part: Any, calls: list[tuple[str, str]], results: list[str], words: list[str]) -> None:
+    """Add what one part of a message holds: a call, a result, or words; a picture as its hash."""
+    if not isinstance(part, Mapping):
+        words.append(str(part))
+        return
+    kind, text = part.get("type"), part.get("text")
+    if isinstance(text, str):
+        if not part.get("thought"):
+            words.append(text)
+    elif kind == "tool_use":
+        calls.append((str(part.get("name")), text_of(part.get("input"))))
+    elif kind == "tool_result":
+        results.append(text_of(part.get("content")))
+    elif inner := part.get("functionCall") or part.get("function_call") or part.get("toolUse"):
+        calls.append((str(inner.get("name")), text_of(inner.get("args", inner.get("input")))))
+    elif inner := part.get("functionResponse") or part.get("function_response") or part.get("toolResult"):
+        results.append(text_of(inner.get("response", inner.get("content"))))
+    elif kind not in ("thinking", "redacted_thinking") and not _SILENT & part.keys():
+        words.append(f"[{_fingerprint(part)}]")
+
+
+_SILENT = frozenset(("cachePoint", "reasoningContent", "thoughtSignature", "thought_signature"))
+
+
+def _chat_calls(tool_calls: Any) -> list[tuple[str, str]]:
+    """The calls of a chat message; LangChain's have no `function` around them, and `args`."""
+    calls = []
+    for call in tool_calls:
+        call = call if isinstance(call, Mapping) else plain(call)
+        if isinstance(call, Mapping):
+            inner = call.get("function") or call.get("custom") or call
+            inner = inner if isinstance(inner, Mapping) else plain(inner)
+            calls.append((str(inner.get("name")), text_of(inner.get("arguments", inner.get("args", inner.get("input"))))))
+    return calls
+
+
+def _messages(answer: Mapping[str, Any]) -> Sequence[Any]:
+    """The model's messages in a whole answer: of the first choice, where there are several."""
+    output = answer.get("output")
+    if isinstance(output, (list, tuple)):  # Responses
+        return output
+    if isinstance(output, Mapping):  # Bedrock's Converse
+        answer = output
+    for name in ("choices", "candidates", "outputs"):
+        several = answer.get(name)
+        if isinstance(several, (list, tuple)) and several and isinstance(several[0], Mapping):
+            answer = several[0]
+            break
+    message = answer.get("message") or answer.get("content") or answer
+    if isinstance(message, Mapping):
+        return ({**message, "role": "assistant"},)
+    if message is answer.get("content") or isinstance(message, str):  # Anthropic's parts; a text
+        return ({"role": "assistant", "content": message},)
+    return (message,)
 
 
 def _json(value: Any) -> str:
     try:
         return _encode(value)
-    except (TypeError, ValueError, RecursionError):  # a watch must not end the call it looks at
+    except (TypeError, ValueError, RecursionError):  # a watch must not end the call that it looks at
         return repr(value)
 
 
@@ -124,127 +231,3 @@ def _fingerprint(value: Any, depth: int = 0) -> int:
         if isinstance(value, (list, tuple)):
             return hash(tuple(_fingerprint(part, depth + 1) for part in value))
     return hash(value) if isinstance(value, (str, bytes, int, float, bool, type(None))) else hash(str(value))
-
-
-def _plain(item: Any) -> Mapping[str, Any] | str:
-    if isinstance(item, (str, Mapping)):
-        return item
-    data = plain(item)
-    return data if isinstance(data, (str, Mapping)) else str(data)
-
-
-def _parts(item: Mapping[str, Any]) -> Sequence[Any]:
-    parts = item.get("content")
-    if parts is None:
-        parts = item.get("parts")
-    return parts if isinstance(parts, (list, tuple)) else ()
-
-
-def _role(item: Mapping[str, Any]) -> str:
-    role = item.get("role")
-    return role.lower() if isinstance(role, str) else ""
-
-
-def _kind(item: Mapping[str, Any] | str) -> str:
-    """Who an item is from: "model", "tool" or "user" (everything else)."""
-    if isinstance(item, str):
-        return "user"
-    role = _role(item)
-    if role in _MODEL:
-        return "model"
-    if role in _TOOL:
-        return "tool"
-    kind = item.get("type")
-    if not role and isinstance(kind, str):
-        if kind in _RESULTS:
-            return "tool"
-        if kind in _CALLS or kind == "reasoning" or kind.endswith("_call"):
-            return "model"
-    for part in _parts(item):
-        if isinstance(part, Mapping) and (part.get("type") == "tool_result" or _field(part, "Response", "Result")):
-            return "tool"
-    return "user"
-
-
-def _field(part: Mapping[str, Any], gemini: str, bedrock: str) -> Any:
-    """Gemini's functionCall or functionResponse (function_... in snake case), Bedrock's toolUse or toolResult."""
-    return part.get(f"function{gemini}") or part.get(f"function_{gemini.lower()}") or part.get(f"tool{bedrock}")
-
-
-def _results(item: Mapping[str, Any] | str, kind: str) -> Iterator[str]:
-    """The results in an item, each as text; the words of a user are one."""
-    if isinstance(item, str):
-        yield item
-        return
-    if _role(item) in _SYSTEM:
-        return
-    if kind == "tool" and "output" in item:
-        yield text_of(item["output"])
-        return
-    parts = _parts(item)
-    if not parts:
-        yield text_of(item.get("content"))
-        return
-    words = []
-    for part in parts:
-        if not isinstance(part, Mapping):
-            words.append(str(part))
-        elif part.get("type") == "tool_result":
-            yield text_of(part.get("content"))
-        elif inner := _field(part, "Response", "Result"):
-            yield text_of(inner.get("response", inner.get("content")) if isinstance(inner, Mapping) else inner)
-        elif isinstance(part.get("text"), str):
-            words.append(part["text"])
-        elif "cachePoint" not in part:
-            words.append(f"[{_fingerprint(part)}]")  # a picture or a document
-    if words:
-        yield "\n".join(words)
-
-
-def _read_answer(item: Mapping[str, Any] | str, calls: list[tuple[str, str]], text: list[str]) -> None:
-    """Add the calls and the text of one item of the model's, last ones first."""
-    if isinstance(item, str):
-        text.append(item)
-        return
-    kind = item.get("type")
-    if kind in _CALLS:
-        calls.append((str(item.get("name") or kind), text_of(item.get("arguments", item.get("input")))))
-        return
-    for call in reversed(item.get("tool_calls") or ()):
-        call = _plain(call)
-        if isinstance(call, Mapping):
-            inner = call.get("function")
-            inner = inner if isinstance(inner, Mapping) else call
-            calls.append((str(inner.get("name")), text_of(inner.get("arguments", inner.get("args")))))
-    if isinstance(item.get("content"), str) and item["content"]:
-        text.append(item["content"])
-    for part in reversed(_parts(item)):
-        if not isinstance(part, Mapping):
-            text.append(str(part))
-        elif part.get("type") == "tool_use" or (part.get("type") in _CALLS):
-            calls.append((str(part.get("name")), text_of(part.get("input", part.get("arguments")))))
-        elif inner := _field(part, "Call", "Use"):
-            calls.append((str(inner.get("name")), text_of(inner.get("args", inner.get("input")))))
-        elif isinstance(part.get("text"), str) and not part.get("thought"):
-            text.append(part["text"])
-
-
-def _messages(answer: Any) -> Iterator[Mapping[str, Any] | str]:
-    """The model's messages in a whole answer: of the first choice, where there are several."""
-    if not isinstance(answer, Mapping):
-        return
-    if isinstance(output := answer.get("output"), (list, tuple)):  # Responses
-        yield from (item for item in map(_plain, output) if isinstance(item, Mapping))
-        return
-    if isinstance(output, Mapping):  # Bedrock's Converse
-        answer = output
-    for name in ("choices", "candidates", "outputs"):
-        if isinstance(several := answer.get(name), (list, tuple)) and several:
-            answer = several[0] if isinstance(several[0], Mapping) else {}
-    message = answer.get("message") or answer.get("content") or answer
-    if isinstance(message, (list, tuple)):  # Anthropic
-        message = {"content": message}
-    if isinstance(message, Mapping):
-        yield message
-    elif isinstance(message, str):
-        yield {"content": message}
