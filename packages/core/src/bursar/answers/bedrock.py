@@ -12,7 +12,8 @@ _HEADER = "x-amzn-bedrock-"
 METRICS = "amazon-bedrock-invocationMetrics"
 _TITAN = ("inputTextTokenCount", "totalOutputTextTokenCount")
 _LLAMA = ("prompt_token_count", "generation_token_count")
-_COUNTS = ("inputTokens", "outputTokens", "inputTokenCount", "outputTokenCount")
+_COUNTS = frozenset({"inputTokens", "outputTokens", "inputTokenCount", "outputTokenCount"})
+_MARKS = frozenset({METRICS, *_TITAN, *_LLAMA, "messageStart", "contentBlockDelta", "contentBlockStop", "messageStop"})
 
 
 class Bedrock(Tally):
@@ -24,22 +25,11 @@ class Bedrock(Tally):
 
     @staticmethod
     def claims(data: Json) -> bool:
-        if any(
-            name in data
-            for name in (
-                METRICS,
-                *_TITAN,
-                *_LLAMA,
-                "messageStart",
-                "contentBlockDelta",
-                "contentBlockStop",
-                "messageStop",
-            )
-        ):
+        if not _MARKS.isdisjoint(data):
             return True
         usage = part(data, "metadata").get("usage") if isinstance(data.get("metadata"), Mapping) else None
         usage = usage or data.get("usage")
-        return isinstance(usage, Mapping) and any(name in usage for name in _COUNTS)
+        return isinstance(usage, Mapping) and not _COUNTS.isdisjoint(usage)
 
     def feed(self, data: Json) -> None:
         inner = part(data, "metadata") if isinstance(data.get("metadata"), Mapping) else {}

@@ -25,7 +25,18 @@ from bursar.answers.counts import (
 )
 from bursar.answers.tally import Tally
 
-_TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
+_TOKENS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
+_ANSWERS = frozenset({"choices", "x_groq", "outputs"})
+_TOOLS = frozenset(
+    {
+        "server_tool_use",
+        "server_tool_use_details",
+        "server_side_tool_usage_details",
+        "server_side_tools_used",
+        "connectors",
+        "num_search_queries",
+    }
+)  # where `usage_tools` looks
 _GROQ_TOOLS = {
     "search": "web_search",
     "visit": "web_fetch",
@@ -48,9 +59,9 @@ class Chat(Tally):
         usage = data.get("usage")
         if isinstance(usage, dict) and "input_tokens" in usage:
             return False
-        if isinstance(usage, dict) and any(name in usage for name in _TOKENS):
+        if isinstance(usage, dict) and not _TOKENS.isdisjoint(usage):
             return True
-        return any(name in data for name in ("choices", "x_groq", "outputs")) or images_made(data) > 0 or _heard(data)
+        return not _ANSWERS.isdisjoint(data) or images_made(data) > 0 or _heard(data)
 
     def feed(self, data: Json) -> None:
         self.note(model=word(data.get("model")))
@@ -59,8 +70,9 @@ class Chat(Tally):
         if usage is not None:
             self.usage, self.final = usage, True
         self.breakdown = items(part(data, "usage_breakdown"), "models") or self.breakdown
-        if images_made(data):
-            self.plain, self.final = {"images": images_made(data)}, True
+        images = images_made(data)
+        if images:
+            self.plain, self.final = {"images": images}, True
         elif _heard(data):
             self.plain, self.final = {"input_audio_ms": milliseconds(data["duration"])}, True
         for choice in items(data, "choices"):
@@ -80,7 +92,9 @@ class Chat(Tally):
             if reported(part(entry, "usage"))
         )
         words = words | ({"other_models": others} if others else {})
-        return tools(self.facts | tier(self.usage.get("service_tier")) | words, self.used | spent)
+        return tools(
+            self.facts | tier(self.usage.get("service_tier")) | words, self.used | spent if spent else self.used
+        )
 
 
 def chat_counts(usage: Json) -> Keywords:
@@ -156,6 +170,8 @@ def stated(usage: Json) -> int | None:
 def usage_tools(usage: Json) -> Counter[str]:
     """Server-side tools as usage objects count them, under Bursar's names."""
     used: Counter[str] = Counter()
+    if _TOOLS.isdisjoint(usage):
+        return used
     for name in ("server_tool_use", "server_tool_use_details"):  # Anthropic, OpenRouter
         for key, value in part(usage, name).items():
             tool, _, what = (word(key) or "").rpartition("_")
@@ -192,7 +208,7 @@ def _usage_of(data: Json) -> Json | None:
         if usage is not None:
             if not isinstance(usage, dict):
                 raise unreadable("`usage` is not an object")
-            if any(name in usage for name in _TOKENS):
+            if not _TOKENS.isdisjoint(usage):
                 return usage
     return None
 

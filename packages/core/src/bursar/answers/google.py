@@ -15,7 +15,7 @@ _TRAFFIC = {
     "ON_DEMAND_FLEX": "flex",
     "PROVISIONED_THROUGHPUT": "provisioned",
 }
-_MARKS = ("usageMetadata", "candidates", "promptFeedback", "modelVersion", "serverContent")
+_MARKS = frozenset({"usageMetadata", "candidates", "promptFeedback", "modelVersion", "serverContent"})
 
 
 class Google(Tally):
@@ -31,7 +31,7 @@ class Google(Tally):
         kind = data.get("event_type")
         if isinstance(kind, str) and kind.startswith("interaction."):
             return True
-        if any(name in data for name in _MARKS) or data.get("object") == "interaction":
+        if not _MARKS.isdisjoint(data) or data.get("object") == "interaction":
             return True
         usage = data.get("usage")
         if isinstance(usage, dict) and "total_input_tokens" in usage:

@@ -13,6 +13,7 @@ from typing import Any
 from bursar.answers.counts import unreadable
 from bursar.errors import UnreadableAnswer
 
+_decode = json.JSONDecoder(parse_float=Decimal).decode
 MAX_TEXT = 64 * 2**20  # characters: an answer with images is tens of megabytes at most
 
 
@@ -62,7 +63,7 @@ def parse(text: str) -> Any:
     if len(text) > MAX_TEXT:
         raise unreadable("it is longer than 64 million characters")
     try:
-        return json.loads(text, parse_float=Decimal)
+        return _decode(text)
     except (ValueError, RecursionError):
         raise unreadable("it is not JSON") from None
 
@@ -75,7 +76,7 @@ def events_of(text: str) -> Any:
     if text[:1] not in ("{", "["):
         return list(_sse(text))
     try:
-        return json.loads(text, parse_float=Decimal)
+        return _decode(text)
     except (ValueError, RecursionError):
         pass  # several lines of JSON are tried below, and fail as JSON does
     return [parse(line) for line in text.splitlines() if line.strip()]

@@ -76,10 +76,11 @@ class StreamReader:
                 continue
             words = tally.counts()
             if words and any(words.get(name) for name in BILLED):
-                return self._usage(words)
+                return usage_of(words if family is Anthropic else self._merged(words))
         return None
 
-    def _usage(self, words: Keywords) -> Usage:
+    def _merged(self, words: Keywords) -> Keywords:
+        """The counts of the family that ranks first, with what only Anthropic's events inside them told."""
         told = self._tallies.get(Anthropic)
         inner = (told.counts() or {}) if told else {}
         if inner and "input_tokens" in words:  # what Bedrock's metrics leave out of a Claude stream
@@ -94,4 +95,4 @@ class StreamReader:
                 **words,
             }
             words["reasoning_tokens"] = min(words.get("reasoning_tokens", 0), words["output_tokens"])
-        return usage_of(words)
+        return words
