@@ -73,6 +73,7 @@ class Account:
         """Put a request on the account."""
         with self._changed:
             self._entries.append(entry)
+            self._changed.notify_all()
 
     def entries(self) -> list[Served]:
         """Copies of the entries as they stand."""
@@ -80,9 +81,9 @@ class Account:
             return [replace(entry) for entry in self._entries]
 
     def wait_requests(self, count: int, timeout_s: float) -> bool:
-        """Wait until `count` requests have arrived; False when that took too long."""
+        """Wait until `count` requests are on the account; False when that took too long."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.requests >= count, timeout_s)
+            return self._changed.wait_for(lambda: len(self._entries) >= count, timeout_s)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; False when that took too long."""

@@ -129,7 +129,7 @@ class Provider:
             raise TimeoutError(f"{self._account.in_flight} requests are still in flight after {timeout_s} s.")
 
     def wait_requests(self, count: int, timeout_s: float = 10.0) -> None:
-        """Wait until `count` requests have arrived since the start, answered or not; raises TimeoutError."""
+        """Wait until `count` requests are on the account since the start, answered or not; raises TimeoutError."""
         if not self._account.wait_requests(count, timeout_s):
             raise TimeoutError(f"{self.requests} of {count} requests have arrived after {timeout_s} s.")
 

@@ -53,7 +53,7 @@ class Server(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
         super().__init__(("127.0.0.1", port), _Handler)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), name="bursar-provider", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), name="bursar-provider", daemon=True)
 
     def start(self) -> None:
         """Begin to serve."""
