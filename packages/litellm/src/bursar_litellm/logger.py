@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.errors import UnboundedEstimate
-from bursar_litellm.answer import Ending, read_answer, read_error, released
+from bursar_litellm.answer import Ending, read_answer, read_error, released, unknown
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Attempt, Gate, open_door
@@ -151,10 +151,10 @@ class BursarLogger(CustomLogger):
             self.gate.end(attempt, _read_answer(attempt, response_obj, kwargs))
 
     def log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
-        """The failed end of a sync call or stream."""
-        attempt, error = self._unowned(kwargs), kwargs.get("exception")
-        if attempt is not None and isinstance(error, BaseException):
-            self.gate.end(attempt, read_error(attempt.provider, error, attempt.details))
+        """The failed end of a sync call or stream, told from another thread."""
+        attempt = self._unowned(kwargs)
+        if attempt is not None:
+            self.gate.end(attempt, _read_failure(attempt, kwargs))
 
     async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
         """The end of an awaited stream."""
@@ -164,9 +164,9 @@ class BursarLogger(CustomLogger):
 
     async def async_log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
         """The failed end of an awaited stream."""
-        attempt, error = self._unowned(kwargs), kwargs.get("exception")
-        if attempt is not None and isinstance(error, BaseException):
-            await self.gate.aend(attempt, read_error(attempt.provider, error, attempt.details))
+        attempt = self._unowned(kwargs)
+        if attempt is not None:
+            await self.gate.aend(attempt, _read_failure(attempt, kwargs))
 
     def _unowned(self, details: Mapping[str, Any]) -> Attempt | None:
         """The open attempt of this call, if no wrapper ends it: LiteLLM's events come late, twice or never."""
@@ -183,6 +183,14 @@ def _read_answer(attempt: Attempt, answer: Any, event: Mapping[str, Any]) -> End
     if event.get("cache_hit"):
         return released("answered from LiteLLM's cache")
     return read_answer(attempt.provider, answer, attempt.details, attempt.characters)
+
+
+def _read_failure(attempt: Attempt, event: Mapping[str, Any]) -> Ending:
+    """The end that a failure event tells of. A stream that has begun was accepted: no status frees it any more."""
+    error = event.get("exception")
+    if event.get("completion_start_time") is not None or not isinstance(error, BaseException):
+        return unknown(type(error).__name__)
+    return read_error(attempt.provider, error, attempt.details)
 
 
 def check_bounded(kind: str) -> None:
