@@ -21,6 +21,9 @@ from bursar import (
     BursarError,
     IdempotencyConflict,
     InvalidInput,
+    Operator,
+    OperatorKey,
+    OperatorRequired,
     ReservationEnded,
     UnknownPrice,
     Usage,
@@ -204,8 +207,10 @@ def test_i5_what_has_ended_in_another_way_says_how(bursar: Bursar) -> None:
     with pytest.raises(ReservationEnded) as caught:
         reservation.settle(ANSWER)
     assert (caught.value.id, caught.value.ended) == (reservation.id, "release")
+    operator = Operator(bursar.store)
+    operator = Operator(bursar.store, operator.appoint())
     with pytest.raises(InvalidInput, match="no reservation"):
-        bursar.release("never-seen")
+        operator.release("never-seen")
 
 
 def test_i5_a_reservation_expires_and_is_settled_late(bursar: Bursar, clock: ManualClock) -> None:
@@ -224,7 +229,13 @@ def test_i5_an_operator_takes_an_expired_call_off_the_books(bursar: Bursar, cloc
     id = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500).id
     clock.advance(600)
     bursar.tend()
-    bursar.release(id)
+    with pytest.raises(OperatorRequired, match="key"):
+        Operator(bursar.store).release(id)
+    key = Operator(bursar.store).appoint()
+    with pytest.raises(OperatorRequired, match="signature"):
+        Operator(bursar.store, OperatorKey.generate()).release(id)
+    assert spent(bursar) != (0, 0)
+    Operator(bursar.store, key).release(id)
     assert spent(bursar) == (0, 0)
 
 
@@ -315,7 +326,6 @@ WRONG_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *[("tool", ("search",), {"cost": cost}) for cost in ("1", "one USD", "-1 USD", 0.01, "NaN USD", "1e40 USD", "Infinity USD")],
     *[("charge", (cost,), {}) for cost in ("", "1", "-1 USD", 5, None, "9999999999 USD")],
     ("charge", ("1 USD",), {"id": "a~"}),
-    ("release", ("a~",), {}),
     ("records", (), {"run": ""}),
     ("status", (), {"bad name": "x"}),
 ]  # fmt: skip

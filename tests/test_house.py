@@ -48,20 +48,30 @@ ARROWS: dict[str, set[str]] = {
     "windows": {"errors"},
     "accounts": {"errors", "money", "windows"},
     "commands": {"errors", "money", "usage", "accounts"},
-    "law": _BASE | _LAW,
+    "signing": {"errors", "commands"},
+    "law": _BASE | _LAW | {"signing"},
     "outcome": {"errors"},
     "records": _BASE | _LAW,
     "schema": _BASE,
     "migrations": _BASE | {"schema"},
-    "stores": _BASE | _LAW | {"clock", "records", "schema", "migrations"},
-    "policy": _BASE | _LAW | {"prices", "scope"},
-    "call": _BASE | _LAW | {"estimate", "prices", "scope", "waiting"},
-    "refusal": _BASE | _LAW | {"policy", "records"},
-    "guard": _BASE | _LAW | {"call", "refusal", "estimate", "prices", "scope", "waiting", "records", "policy"},
+    "stores": _BASE | _LAW | {"signing", "clock", "records", "schema", "migrations"},
+    "budget": {"errors", "money", "windows", "accounts"},
+    "decisions": {"commands", "signing"},
+    "policy": _BASE | _LAW | {"budget", "decisions", "prices", "scope"},
+    "call": _BASE | _LAW | {"estimate", "prices", "scope", "waiting", "policy"},
+    "refusal": _BASE | _LAW | {"budget", "decisions", "policy", "records"},
+    "amounts": _BASE | _LAW | {"call", "estimate", "prices", "policy"},
+    "ladder": _BASE | _LAW | {"budget", "call", "prices", "policy"},
+    "queueing": _BASE | _LAW | {"call", "policy", "refusal", "waiting"},
+    "guard": _BASE
+    | _LAW
+    | {"call", "amounts", "budget", "ladder", "queueing", "refusal", "signing"}
+    | {"estimate", "prices", "scope", "waiting", "records", "policy"},
+    "operator": _BASE | _LAW | {"budget", "records", "refusal", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},
-    "policy_file": _BASE | _LAW | {"prices", "policy"},
+    "policy_file": _BASE | _LAW | {"budget", "prices", "policy"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
 PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli", "sending"}

@@ -20,8 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from oracle import Key, Oracle, Spec
 
 from bursar.accounts import Account, Rule, age
+from bursar.budget import Budget
 from bursar.commands import Answer, Charge, Command, Ended, Granted, Refused, Rejected, Release, Reserve, Settle
-from bursar.policy import Budget, Policy
+from bursar.policy import Policy
 from bursar.records import UsageRecord
 from bursar.scope import Scope
 from bursar.stores.memory import MemoryStore

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from bursar import Budget, BudgetExceeded, Bursar, PolicyError, StoreError
+from bursar.budget import parse_limit
 from bursar.money import MAX_NANOS
-from bursar.policy import Matched, Policy, parse_limit
+from bursar.policy import Matched, Policy
 from bursar.scope import Scope
 
 MODEL_UNITS = ("USD", "tokens", "requests", "slots")

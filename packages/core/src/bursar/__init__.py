@@ -5,23 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bursar.budget import Budget, Threshold
     from bursar.errors import (
+        ApprovalRequired,
         BudgetExceeded,
         BursarError,
         IdempotencyConflict,
         InvalidInput,
+        OperatorRequired,
         PolicyError,
         ReservationEnded,
+        Stopped,
         StoreError,
         UnboundedEstimate,
         UnknownPrice,
         UnreadableAnswer,
     )
     from bursar.facade import Bursar
-    from bursar.policy import Budget
+    from bursar.operator import Operator, Question
     from bursar.prices import Override, PriceBook
     from bursar.records import BudgetStatus, UsageRecord
     from bursar.reservation import Reservation
+    from bursar.signing import OperatorKey
     from bursar.usage import Usage
 
 __version__ = "0.1.0"
@@ -29,7 +34,11 @@ __version__ = "0.1.0"
 # public name -> the module that holds it; it loads when the name is first used
 _HOMES = {
     "Bursar": "facade",
-    "Budget": "policy",
+    "Budget": "budget",
+    "Threshold": "budget",
+    "Operator": "operator",
+    "OperatorKey": "signing",
+    "Question": "operator",
     "Usage": "usage",
     "UsageRecord": "records",
     "BudgetStatus": "records",
@@ -38,6 +47,9 @@ _HOMES = {
     "Override": "prices",
     "BursarError": "errors",
     "BudgetExceeded": "errors",
+    "ApprovalRequired": "errors",
+    "Stopped": "errors",
+    "OperatorRequired": "errors",
     "InvalidInput": "errors",
     "PolicyError": "errors",
     "UnknownPrice": "errors",
@@ -51,6 +63,10 @@ _HOMES = {
 __all__ = [
     "Bursar",
     "Budget",
+    "Threshold",
+    "Operator",
+    "OperatorKey",
+    "Question",
     "Usage",
     "UsageRecord",
     "BudgetStatus",
@@ -59,6 +75,9 @@ __all__ = [
     "Override",
     "BursarError",
     "BudgetExceeded",
+    "ApprovalRequired",
+    "Stopped",
+    "OperatorRequired",
     "InvalidInput",
     "PolicyError",
     "UnknownPrice",

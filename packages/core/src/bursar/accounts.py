@@ -10,10 +10,25 @@ _new = tuple.__new__
 Kind = Literal["window", "rolling", "refill", "slots"]
 
 
+# What a threshold does, from the mildest to the strictest.
+ACTIONS = ("notify", "downgrade", "clamp", "throttle", "ask", "block", "kill")
+# Those that hold for every reserve while spent + reserved is at the mark, and those that hold from its crossing on.
+_BY_BALANCE = frozenset({"downgrade", "clamp", "throttle", "block"})
+_BY_CROSSING = frozenset({"ask", "kill"})
+STOPPING = frozenset({"ask", "block", "kill"})
+
+
+class Mark(NamedTuple):
+    """A threshold on its account: what happens from this amount on. `action`: one of ACTIONS, or "waived" by an operator."""
+
+    at: int
+    action: str
+
+
 class Rule(NamedTuple):
     """An account's identity and the limit in force, as the policy states them. Amounts are integers in the unit.
 
-    `period_us` is the length of a rolling window, or the time in which a refill account gains `limit`.
+    `period_us` is the length of a rolling window, or the time in which a refill account gains `limit`. `marks` rise.
     """
 
     key: str
@@ -26,10 +41,15 @@ class Rule(NamedTuple):
     end_us: int | None = None
     period_us: int = 0
     enforce: bool = True
+    marks: tuple[Mark, ...] = ()
 
 
 class Account(NamedTuple):
-    """One limit in one window. A refill account has a `level`: what is available now, negative when overdrawn."""
+    """One limit in one window. A refill account has a `level`: what is available now, negative when overdrawn.
+
+    `crossed`: how many marks spending has reached; each is told once, and again only when the limit was raised above it or
+    a rolling window has let it go.
+    """
 
     rule: Rule
     spent: int = 0
@@ -42,11 +62,32 @@ class Account(NamedTuple):
     remainder: int = 0
     at_us: int = 0
     buckets: tuple[tuple[int, int], ...] = ()
+    crossed: int = 0
 
     @property
     def available(self) -> int:
         """`limit - spent - reserved`; for a refill account its level."""
         return self.level if self.rule.kind == "refill" else self.rule.limit - self.spent - self.reserved
+
+
+def reached(rule: Rule, amount: int) -> int:
+    """How many of the rule's marks lie at or below the amount."""
+    return sum(amount >= mark.at for mark in rule.marks)
+
+
+def under(account: Account, rule: Rule) -> Account:
+    """The account under another limit: marks that spending is below again will be told again."""
+    return account._replace(rule=rule, crossed=min(account.crossed, reached(rule, account.spent)))
+
+
+def in_force(account: Account) -> tuple[int, ...]:
+    """The indices of the marks that hold for a call that is to be reserved now."""
+    balance, crossed = account.spent + account.reserved, account.crossed
+    return tuple(
+        index
+        for index, (at, action) in enumerate(account.rule.marks)
+        if (action in _BY_BALANCE and balance >= at) or (action in _BY_CROSSING and index < crossed)
+    )
 
 
 def age(account: Account, now_us: int) -> Account:
@@ -58,7 +99,9 @@ def age(account: Account, now_us: int) -> Account:
         if not account.buckets or account.buckets[0][0] >= oldest:
             return account
         buckets = tuple(bucket for bucket in account.buckets if bucket[0] >= oldest)
-        return account._replace(buckets=buckets, spent=sum(amount for _, amount in buckets))
+        spent = sum(amount for _, amount in buckets)
+        crossed = min(account.crossed, reached(rule, spent))
+        return account._replace(buckets=buckets, spent=spent, crossed=crossed)
     if rule.kind == "refill":
         level, remainder, at_us = _refilled(rule, account.level, account.remainder, account.at_us, now_us)
         return account._replace(level=level, remainder=remainder, at_us=at_us)
@@ -78,20 +121,24 @@ def hold(account: Account, amount: int, now_us: int) -> Account:
     """The account as it stands now with `amount` held on it, whether or not it fits."""
     if account.rule.kind == "rolling":
         account = age(account, now_us)
-    rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets = account
+    rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed = account
     if rule.kind == "refill":
         level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
         level -= amount
     reserved += amount
-    return _new(Account, (rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets))
+    fields = (rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed)
+    return _new(Account, fields)
 
 
 def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int, overrun: int) -> Account:
-    """Give back what was held and book what was spent, in the window that holds the reserve time."""
+    """Give back what was held and book what was spent, in the window that holds the reserve time.
+
+    `crossed` stays as it was: the marks between it and `reached` are the caller's to tell.
+    """
     kind = account.rule.kind
     if kind == "rolling":
         account = age(account, now_us)
-    rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets = account
+    rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets, crossed = account
     if kind == "slots":
         actual = overrun = 0
     elif kind == "rolling":
@@ -103,7 +150,8 @@ def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int
         if level >= rule.limit:
             level, remainder = rule.limit, 0
     spent, reserved, over = spent + actual, reserved - held, over + overrun
-    return _new(Account, (rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets))
+    fields = (rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets, crossed)
+    return _new(Account, fields)
 
 
 def _bucketed(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Collection, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from bursar.commands import Command
 from bursar.errors import InvalidInput
@@ -14,6 +14,11 @@ from bursar.scope import Scope
 from bursar.usage import Usage
 from bursar.waiting import Ticket
 
+if TYPE_CHECKING:
+    from bursar.errors import Stopped
+    from bursar.policy import Matched
+
+CHANGEABLE = ("model", "max_output_tokens")
 MODEL_UNITS = ("USD", "tokens", "requests", "slots")
 TOOL_UNITS = ("USD", "calls", "slots")
 CHARGE_UNITS = ("USD",)
@@ -24,12 +29,14 @@ MAX_TTL_S = 86_400.0
 class CallOptions(TypedDict, total=False):
     """What may be said of a model call before it is sent.
 
-    `messages` or the whole request `body`, or its `input_tokens`: what will be sent. `max_output_tokens`: the maximum that the
-    request sets (it must be enforced), read from the body where not given. `n`: answers asked for; `retries`: the client's own;
-    `endpoint`: the provider's path where it matters. `resize`: whether a smaller maximum output than asked for may be granted
-    (default: only where none was set). `connection`: what the call goes through (default: the provider). `tags` win over the
-    scope's, `default_tags` do not. `usage`: what it will be billed where that is not tokens (images, seconds, characters); it is
-    believed, as `input_tokens` are. `id` makes the reservation repeatable; `ttl_s`: seconds until it expires (default 600).
+    `messages` or the whole request `body`, or its `input_tokens`: what will be sent. `max_output_tokens`: the maximum that
+    the request sets (it must be enforced), read from the body where not given. `n`: answers asked for; `retries`: the
+    client's own; `endpoint`: the provider's path where it matters. `resize`: whether a smaller maximum output than asked
+    for may be granted (default: only where none was set). `changeable`: what of the request the caller sends as granted, of
+    "model" and "max_output_tokens" (default: both); a budget's thresholds may change these. `connection`: what the call
+    goes through (default: the provider). `tags` win over the scope's, `default_tags` do not. `usage`: what it will be
+    billed where that is not tokens (images, seconds, characters); it is believed, as `input_tokens` are. `id` makes the
+    reservation repeatable; `ttl_s`: seconds until it expires (default 600).
     """
 
     messages: str | Sequence[Any] | None
@@ -41,6 +48,7 @@ class CallOptions(TypedDict, total=False):
     endpoint: str | None
     usage: Usage | None
     resize: bool | None
+    changeable: Collection[str]
     connection: str | None
     tags: Mapping[str, str] | None
     default_tags: Mapping[str, str] | None
@@ -69,7 +77,14 @@ class Reload(NamedTuple):
     """Read the policy from the store again: another process has published a newer version."""
 
 
-Step = Command | Pause | Reload
+class Publish(NamedTuple):
+    """Put definitions into the store, for every process."""
+
+    kind: str
+    definitions: dict[str, dict[str, Any]]
+
+
+Step = Command | Pause | Reload | Publish
 Steps = Generator[Step, Any, Any]
 
 
@@ -78,18 +93,25 @@ class Call:
 
     `state`: new, open, settled, released, or unguarded (the store was away and the policy is "open"). `amounts` are those of a
     tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate.
+    `complied`: by account key, up to which mark the call does what thresholds ask for; `actions` says what that was,
+    `model_asked` the model that another took the place of, `throttles` the accounts of rates. `stopped`: set while the call is
+    in flight, when a switch or a budget stops it.
     """
 
     __slots__ = (
+        "actions",
         "amounts",
         "attempts",
         "capped",
+        "changeable",
+        "complied",
         "connection",
         "draft",
         "estimate",
         "given_id",
         "id",
         "model",
+        "model_asked",
         "price",
         "provider",
         "request",
@@ -98,6 +120,8 @@ class Call:
         "scope",
         "service_tier",
         "state",
+        "stopped",
+        "throttles",
         "tool",
         "ttl_us",
         "units",
@@ -126,16 +150,26 @@ class Call:
         self.draft: dict[str, Any] = {}
         self.reserved_us = 0
         self.capped = False
+        self.changeable: Collection[str] = CHANGEABLE
+        self.complied: dict[str, int] = {}
+        self.actions: tuple[str, ...] = ()
+        self.model_asked = ""
+        self.throttles: tuple[Matched, ...] = ()
+        self.stopped: Stopped | None = None
         self.state = "new"
 
     @property
     def run(self) -> str:
         return self.scope.tags["run"]
 
+    def own_tags(self) -> dict[str, str]:
+        """What the call itself is: provider, model, tool, connection."""
+        own = {"provider": self.provider, "model": self.model, "tool": self.tool, "connection": self.connection}
+        return {tag: value for tag, value in own.items() if value}
+
     def tags(self) -> dict[str, str]:
         """The scope's tags and the call's own."""
-        own = {"provider": self.provider, "model": self.model, "tool": self.tool, "connection": self.connection}
-        return {**self.scope.tags, **{tag: value for tag, value in own.items() if value}}
+        return {**self.scope.tags, **self.own_tags()}
 
     def digest(self, *more: object) -> str:
         """What must be the same when an id is used again (I6); nothing where nobody can use it again."""
@@ -154,11 +188,11 @@ def check_id(id: object) -> str:
         isinstance(id, str)
         and 0 < len(id) <= 200
         and id.isprintable()
-        and id[0] not in "[#@"
+        and id[0] not in "[#@^"
         and not set(id) & set("~!")
     ):
         return id
     raise InvalidInput(
-        f"{id!r} cannot be an id. Use 1 to 200 printable characters without ~ and !, not starting with [, # or @.",
+        f"{id!r} cannot be an id. Use 1 to 200 printable characters without ~ and !, not starting with [, #, @ or ^.",
         argument="id",
     )

@@ -43,13 +43,26 @@ class Entry(NamedTuple):
     facts: dict[str, Any]
 
 
-Row = Account | Reservation | Entry | int
+class Alert(NamedTuple):
+    """Something that somebody is to be told of, once: a row of the outbox. `facts` are plain JSON, never prompts or keys.
+
+    `kind`: threshold, detector, approval, frozen, policy or resolved.
+    """
+
+    id: str
+    kind: str
+    at_us: int
+    facts: dict[str, Any]
+
+
+Row = Account | Reservation | Entry | Alert | int | str
 
 
 class Reserve(NamedTuple):
     """Hold the amounts on every account, all or nothing. `draft` holds `cost_nanos` and `usage` of the estimate.
 
-    `quiet`: a refusal is not recorded, because the caller will try again (waiting, or with a smaller output).
+    `quiet`: a refusal is not recorded, because the caller will try again (waiting, or with a smaller output). `complied`: by
+    account key, up to which of its marks the call does what they ask for.
     """
 
     id: str
@@ -61,6 +74,7 @@ class Reserve(NamedTuple):
     version: int = 0
     max_accounts: int = 1_000_000
     quiet: bool = False
+    complied: Mapping[str, int] = {}
 
 
 class Settle(NamedTuple):
@@ -77,12 +91,16 @@ class Settle(NamedTuple):
 
 
 class Release(NamedTuple):
-    """End a reservation whose call was surely not billed; or, by an operator, take an expired one off the books."""
+    """End a reservation whose call was surely not billed; or, by an operator, take an expired one off the books.
+
+    `proof`: the operator's signature, for an expired one in a store that has an operator.
+    """
 
     id: str
     outcome: str = "cancelled"
     reason: str = ""
     facts: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
+    proof: str = ""
 
 
 class Extend(NamedTuple):
@@ -114,7 +132,15 @@ class Charge(NamedTuple):
     facts: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
 
 
-Command = Reserve | Settle | Release | Extend | Expire | Charge
+class Tell(NamedTuple):
+    """Put an alert into the outbox, unless one with its id is there already."""
+
+    id: str
+    kind: str
+    facts: dict[str, Any]
+
+
+Command = Reserve | Settle | Release | Extend | Expire | Charge | Tell
 
 
 class Granted(NamedTuple):
@@ -128,7 +154,8 @@ class Granted(NamedTuple):
 class Refused(NamedTuple):
     """`account` could not hold `asked`. `lines` are all accounts of the call with the amounts asked of them.
 
-    `retry_after_us`: when time alone makes room, else None. `may_free`: open reservations stand in the way.
+    `retry_after_us`: when time alone makes room, else None. `may_free`: open reservations stand in the way. `mark`: the index
+    of the account's mark that stops the call (ask, block, kill), None when it is for want of room.
     """
 
     account: Account
@@ -136,14 +163,31 @@ class Refused(NamedTuple):
     retry_after_us: int | None
     may_free: bool
     lines: tuple[tuple[Account, int], ...]
+    mark: int | None = None
+
+
+class Stepped(NamedTuple):
+    """Marks are in force with which the call does not comply yet; nothing was done. By account key, the number of them."""
+
+    marks: dict[str, int]
 
 
 class Ended(NamedTuple):
-    """The reservation's end is on the books as `entry`. `again` when it had been before, by the same command."""
+    """The reservation's end is on the books as `entry`. `again` when it had been before, by the same command.
+
+    `alerts`: of the marks that this end crossed.
+    """
 
     entry: Entry
     accounts: tuple[Account, ...]
     again: bool = False
+    alerts: tuple[Alert, ...] = ()
+
+
+class Told(NamedTuple):
+    """The alert is in the outbox; `again` when it had been there before."""
+
+    again: bool
 
 
 class Extended(NamedTuple):
@@ -156,14 +200,15 @@ class Rejected(NamedTuple):
     """The command does not fit the state; nothing was done.
 
     `why`: conflict (same id, other content), ended (`detail`: how), unknown (no such id), stale (`detail`: the newest policy
-    version), moved (a window began meanwhile), accounts (`detail`: the budget that has too many), live (not expired).
+    version), operator (the store's operator has not signed it), moved (a window began meanwhile), accounts (`detail`: the
+    budget that has too many), live (not expired).
     """
 
     why: str
     detail: str = ""
 
 
-Answer = Granted | Refused | Ended | Extended | Rejected
+Answer = Granted | Refused | Stepped | Ended | Extended | Told | Rejected
 
 
 class Decision(NamedTuple):
@@ -171,3 +216,16 @@ class Decision(NamedTuple):
 
     answer: Answer
     puts: dict[str, Row]
+
+
+class Definition(NamedTuple):
+    """What somebody decided, as the store holds it; the newest version of a name is the one in force.
+
+    Kinds: `budget`, `freeze`, `approval`, `raise` and `operator` (the key that signs what only an operator may decide).
+    """
+
+    version: int
+    definition: dict[str, Any]
+
+
+Definitions = dict[str, dict[str, Definition]]  # by kind, by name

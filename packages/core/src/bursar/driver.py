@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
-from bursar.call import Call, Pause, Reload, Step
+from bursar.call import Call, Pause, Publish, Reload, Step
 from bursar.commands import Release
 from bursar.errors import StoreError
 from bursar.guard import Guard, log
@@ -23,7 +23,7 @@ class Driver:
     def __init__(self, guard: Guard, store: Store, reload: Callable[[], int]) -> None:
         self.guard = guard
         self.store = store
-        self.keeper = Keeper(store)
+        self.keeper = Keeper(store, self._look)
         self._reload = reload
 
     def run(self, steps: Generator[Step, Any, T]) -> T:
@@ -46,7 +46,7 @@ class Driver:
             step = next(steps)
             while True:
                 try:
-                    if isinstance(step, Reload):
+                    if isinstance(step, (Reload, Publish)):
                         answer = self._do(step)
                     elif not isinstance(step, Pause):
                         answer = await self.store.aexecute(step)
@@ -68,7 +68,17 @@ class Driver:
             return self.store.now_us()
         if isinstance(step, Reload):
             return self._reload()
+        if isinstance(step, Publish):
+            return self.store.publish(step.definitions, step.kind)
         return self.store.execute(step)
+
+    def _look(self, live: Iterable[Call]) -> None:
+        """Take a newer policy from the store, and tell the calls in flight that a switch of it stops."""
+        if self.store.version() == self.guard.policy.version:
+            return
+        now_us = self._reload()
+        for call in live:
+            call.stopped = call.stopped or self.guard.stop_of(call, now_us)
 
     def reserve(self, call: Call, *, live: bool = False) -> None:
         """Until the call may be sent. Whatever interrupts it before, nothing stays held."""

@@ -48,6 +48,26 @@ class BudgetExceeded(BursarError, RuntimeError):
     max_output_tokens: int | None
 
 
+class ApprovalRequired(BudgetExceeded):
+    """The budget asks before more is spent. Field `id`: for `bursar approve ID`; else those of BudgetExceeded."""
+
+    id: str
+
+
+class Stopped(BudgetExceeded):
+    """The agent was stopped: by a switch (`bursar freeze`), a budget's `kill`, or a detector of runaway loops.
+
+    Fields: `cause` (frozen, killed, or the detector's name), `why`; `budget` and the amounts where a budget did it.
+    """
+
+    cause: str
+    why: str
+
+
+class OperatorRequired(BursarError, PermissionError):
+    """Only an operator may decide this: approve, raise, resume, release. Fields: `kind` and `name` of what was to be decided."""
+
+
 class InvalidInput(BursarError, ValueError):
     """A value handed to Bursar is not usable; nothing was changed. Fields name the argument and the value."""
 

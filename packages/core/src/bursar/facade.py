@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
-from bursar.call import CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Step, ToolOptions
+from bursar.budget import Budget
+from bursar.call import CHANGEABLE, CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Step, ToolOptions
 from bursar.clock import Clock
+from bursar.decisions import Decisions
 from bursar.driver import Driver
 from bursar.errors import InvalidInput, StoreError
 from bursar.estimate import Request
 from bursar.guard import Guard
-from bursar.policy import Budget, Policy
+from bursar.policy import Policy
 from bursar.prices import PriceBook
 from bursar.records import BudgetStatus, UsageRecord
 from bursar.reservation import Block, Reservation, tool_cost
 from bursar.scope import Scope, check_tags, current, process_run
+from bursar.signing import content
 from bursar.stores import open_store
 from bursar.stores.base import Store
 from bursar.usage import Usage
@@ -158,10 +161,6 @@ class Bursar:
 
         return wrap_client(self, client, provider)
 
-    def release(self, id: str, reason: str = "released by an operator") -> UsageRecord | None:
-        """Take an expired reservation off the books, when it is known that the provider did not bill it."""
-        return Reservation(self._driver, Call(id, Scope({}), MODEL_UNITS, given_id=True)).release(reason)
-
     def _model_call(
         self,
         provider: str,
@@ -173,6 +172,7 @@ class Bursar:
         default_tags: Mapping[str, str] | None = None,
         id: str | None = None,
         ttl_s: float = 600.0,
+        changeable: Collection[str] = CHANGEABLE,
         body: Mapping[str, Any] | None = None,
         usage: Usage | None = None,
         **said: Any,
@@ -188,6 +188,7 @@ class Bursar:
         call.provider, call.model, call.connection = own["provider"], own["model"], own["connection"]
         call.request, call.usage = Request(provider, model, body=body, **said), usage
         call.resize = call.request.max_output_tokens is None if resize is None else resize
+        call.changeable = changeable
         tier = body.get("service_tier") if isinstance(body, Mapping) else None
         call.service_tier = tier if isinstance(tier, str) else None
         return call
@@ -286,10 +287,12 @@ class Bursar:
         self.close()
 
     def _load_policy(self) -> int:
-        """Take the newest definitions of this process's budgets from the store; the store's time."""
-        version, newest = self.store.budgets()
-        budgets = [Budget(**newest[name].definition) for name in (newest if self._names is None else self._names)]
-        self.guard.policy = Policy(budgets, version=version, rates=self._rates)
+        """Take the newest definitions of this process's budgets, and what operators decided, from the store; the store's time."""
+        version, held = self.store.definitions()
+        newest = held.get("budget", {})
+        names = newest if self._names is None else self._names
+        budgets = [Budget(**content(newest[name].definition)) for name in names]
+        self.guard.policy = Policy(budgets, version=version, rates=self._rates, decisions=Decisions(held))
         return self.store.now_us()
 
 

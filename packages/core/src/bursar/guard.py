@@ -6,24 +6,40 @@ import logging
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from bursar.accounts import Rule
-from bursar.call import Call, Pause, Reload, Step, Steps
-from bursar.commands import Answer, Charge, Ended, Entry, Granted, Refused, Rejected, Release, Reserve, Settle
-from bursar.errors import StoreError, UnboundedEstimate
-from bursar.estimate import Estimate, Learner, strict
+from bursar.accounts import Account, Rule
+from bursar.amounts import Amounts
+from bursar.budget import Budget
+from bursar.call import Call, Pause, Publish, Reload, Step, Steps
+from bursar.commands import (
+    Alert,
+    Answer,
+    Charge,
+    Ended,
+    Entry,
+    Granted,
+    Refused,
+    Rejected,
+    Release,
+    Reserve,
+    Settle,
+    Stepped,
+    Tell,
+)
+from bursar.errors import Stopped, StoreError
+from bursar.estimate import Learner
+from bursar.ladder import comply
 from bursar.policy import Matched, Policy
 from bursar.prices import PriceBook
+from bursar.queueing import Queueing
 from bursar.records import facts_of
-from bursar.refusal import exceeded, patience_s, pause_s, rejection
+from bursar.refusal import asking, denied, exceeded, rejection, stopped
+from bursar.signing import short_id
 from bursar.usage import Usage
 from bursar.waiting import Ticket, WaitingRoom
 
-MIN_OUTPUT_TOKENS = 16  # a smaller answer than this is refused rather than cut
 MAX_RELOADS = 8
 MAX_LOOKS = 100_000
-LOOK_S = 1.0  # how long a waiting call sleeps at most: a limit may be raised, or a clock set, meanwhile
-
-Lines = tuple[tuple[Rule, int], ...]
+MAX_STEPS = 20
 
 log = logging.getLogger("bursar")
 
@@ -37,6 +53,7 @@ class Guard:
         self.policy = policy
         self.book = book
         self.learner = Learner()
+        self.amounts = Amounts(book, self.learner)
         self.room = WaitingRoom()
         self.on_expiry = on_expiry
         self.max_accounts = max_accounts
@@ -46,7 +63,7 @@ class Guard:
         if call.request is not None:
             call.price = self.book.find(call.provider, call.model, now_us, call.tags())
             call.attempts = call.request.retries + 1
-        queue = _Queueing(self.room)
+        queue = Queueing(self.room)
         try:
             for _ in range(MAX_LOOKS):
                 now_us = yield from self._queue_up(call, queue, now_us)
@@ -57,7 +74,7 @@ class Guard:
                     if pause is not None:
                         now_us = yield pause
                         continue
-                    fit = self._fit(call, answer)
+                    fit = self.amounts.fit(call, answer)
                     if call.resize and fit is not None:
                         call.resize, call.capped = False, True
                         assert call.request is not None
@@ -66,12 +83,9 @@ class Guard:
                     if not final:  # the last attempt, on record
                         answer, now_us = yield from self._try(call, now_us, quiet=False)
                 if isinstance(answer, Refused):
-                    rule = answer.account.rule
-                    budget = next(one.budget for one in self.matched(call, now_us) if one.rule.key == rule.key)
-                    raise exceeded(answer, budget, self._fit(call, answer))
+                    yield from self._refuse(call, answer, now_us)
+                assert type(answer) is Granted
                 call.state, call.reserved_us = "open", answer.reservation.reserved_us
-                if answer.shadowed:
-                    log.info("shadow: %s would have refused %s", ", ".join(answer.shadowed), call.draft["tags"])
                 return call
             raise StoreError("No answer after very many looks. Reduce the contention on this budget.", fault="locked")
         finally:
@@ -79,9 +93,19 @@ class Guard:
 
     def matched(self, call: Call, now_us: int) -> tuple[Matched, ...]:
         """The accounts of the call at this time."""
-        return self.policy.match(call.scope, call.units, now_us, call.provider, call.model, call.tool, call.connection)
+        matched = self.policy.match(
+            call.scope, call.units, now_us, call.provider, call.model, call.tool, call.connection
+        )
+        return (*matched, *call.throttles) if call.throttles else matched
 
-    def _queue_up(self, call: Call, queue: _Queueing, now_us: int) -> Generator[Step, Any, int]:
+    def stop_of(self, call: Call, now_us: int) -> Stopped | None:
+        """The error of the switch that stops this call, if one is thrown."""
+        if not self.policy.decisions.freezes:
+            return None
+        freeze = self.policy.stop(call.scope, call.own_tags(), self.matched(call, now_us))
+        return None if freeze is None else stopped(freeze)
+
+    def _queue_up(self, call: Call, queue: Queueing, now_us: int) -> Generator[Step, Any, int]:
         """Behind those who wait for an account of this call already; nobody is overtaken before the patience is over."""
         if not self.room:
             return now_us
@@ -95,9 +119,12 @@ class Guard:
         return now_us
 
     def _try(self, call: Call, now_us: int, *, quiet: bool) -> Generator[Step, Any, tuple[Granted | Refused, int]]:
-        """One attempt to reserve, made again after a newer policy or a new window."""
-        for _ in range(MAX_RELOADS):
-            lines = self._lines(call, self.matched(call, now_us))
+        """One attempt to reserve, made again after a newer policy, a new window, or a step that a threshold asks for."""
+        for _ in range(MAX_RELOADS + MAX_STEPS):
+            stop = self.stop_of(call, now_us)
+            if stop is not None:
+                raise stop
+            lines = self.amounts.lines(call, self.matched(call, now_us))
             command = Reserve(
                 call.id,
                 lines,
@@ -108,6 +135,7 @@ class Guard:
                 self.policy.version,
                 self.max_accounts,
                 quiet,
+                call.complied,
             )
             call.state = "asking"
             try:
@@ -119,6 +147,9 @@ class Guard:
                 call.state = "new"
             if type(answer) is Rejected:
                 now_us = yield from self._recover(call, answer)
+                continue
+            if type(answer) is Stepped:
+                yield from self._step(call, answer, now_us)
                 continue
             assert type(answer) is Granted or type(answer) is Refused
             return answer, now_us
@@ -132,114 +163,76 @@ class Guard:
             return int((yield Pause(Ticket(""), 0.0)))
         raise rejection(call.id, answer)
 
-    # -- amounts -------------------------------------------------------------------------------------------------
-
-    def _lines(self, call: Call, matched: tuple[Matched, ...]) -> Lines:
-        """The amount that the call may cost, for every account it matches."""
-        if call.request is None:
-            self._write_draft(call, call.amounts["USD"], {})
-            return tuple((one.rule, call.amounts.get(one.rule.unit, 1)) for one in matched)
-        learned = self._learned(call)
-        bound: dict[str, int] = {}
-        lines = []
-        for one in matched:
-            if one.budget.estimate == "strict":
-                bound = bound or self._bound(call)
-            amounts = bound if one.budget.estimate == "strict" else learned
-            lines.append((one.rule, amounts[one.rule.unit]))
-        assert call.estimate is not None
-        held = max((count for rule, count in lines if rule.unit == "USD"), default=learned["USD"])
-        usage = {"input_tokens": call.estimate.input_tokens, "output_tokens": call.estimate.output_tokens}
-        self._write_draft(call, held, {name: count for name, count in usage.items() if count})
-        return tuple(lines)
-
-    def _learned(self, call: Call) -> dict[str, int]:
-        assert call.request is not None
-        assert call.price is not None
-        if call.usage is not None:
-            return _said(call, call.usage, call.price.cost_nanos(call.usage))
-        estimate = call.estimate = self.learner.estimate(
-            call.request,
-            run=call.run,
-            context_window=call.price.context_window,
-            max_output_tokens=call.price.max_output_tokens,
-        )
-        usage = Usage(
-            input_tokens=estimate.input_tokens,
-            output_tokens=estimate.output_tokens,
-            service_tier=call.service_tier,
-        )
-        return _amounts(estimate, call.price.cost_nanos(usage), requests=1)
-
-    def _bound(self, call: Call) -> dict[str, int]:
-        """The upper bound, per attempt and round of the provider's own tools, because context tiers count per request."""
-        assert call.request is not None
-        assert call.price is not None
-        if call.usage is not None:
-            return _said(call, call.usage, call.price.cost_nanos(call.usage) * call.attempts)
-        estimate = call.estimate = strict(
-            call.request,
-            context_window=call.price.context_window,
-            max_output_tokens=call.price.max_output_tokens,
-        )
-        rounds = max(1, estimate.answers // max(1, call.request.n))
-        cost_nanos = rounds * call.price.bound_nanos(
-            -(-estimate.input_tokens // rounds),
-            -(-estimate.output_tokens // rounds),
-            media=bool(call.request.media),
-            service_tier=call.service_tier,
-        )
-        return _amounts(estimate, cost_nanos + self._fees_bound(call), requests=call.attempts)
-
-    def _fees_bound(self, call: Call) -> int:
-        """What the provider's own tools may cost beside their tokens."""
-        assert call.request is not None
-        assert call.price is not None
-        additions = call.request.additions
-        fee_nanos = call.price.dearest_tool_nanos(additions.server)
-        if not fee_nanos:
-            return 0
-        if additions.uses is None:
-            raise UnboundedEstimate(
-                f"A strict budget cannot bound this call of {call.model}: {', '.join(additions.server[:3])} may be used any "
-                "number of times, each at a fee. Set max_uses or max_tool_calls, or use the learned estimate for this budget.",
-                reason="nothing limits how often the provider's tools are used",
-                provider=call.provider,
-                model=call.model,
-            )
-        return fee_nanos * additions.uses * call.attempts
-
-    def _write_draft(self, call: Call, cost_nanos: int, usage: dict[str, int]) -> None:
-        """What the call's record will tell, whatever becomes of this process."""
-        call.draft = {
-            "path": list(call.scope.runs),
-            "tags": call.tags(),
-            "cost_nanos": cost_nanos,
-            "usage": usage,
-            "price_version": self.book.version,
-        }
-        if call.attempts > 1:
-            call.draft["attempts"] = call.attempts
-
-    def _fit(self, call: Call, refused: Refused) -> int | None:
-        """The largest maximum output with which the call would fit on every account, or None when none does."""
-        request, price, estimate = call.request, call.price, call.estimate
-        if request is None or price is None or estimate is None or call.usage is not None:
-            return None
-        most = request.max_output_tokens or price.max_output_tokens or estimate.max_output_tokens
-        for account, asked in refused.lines:
-            unit, free = account.rule.unit, account.available
-            if asked <= free or not account.rule.enforce:
+    def _step(self, call: Call, answer: Stepped, now_us: int) -> Generator[Step, Any, None]:
+        """Comply with the marks in force. Raises ApprovalRequired where only an operator can let the call go on."""
+        for one in self.matched(call, now_us):
+            rung = answer.marks.get(one.rule.key)
+            if rung is None:
                 continue
-            if unit == "USD":
-                input_nanos = price.bound_nanos(estimate.input_tokens, 0, service_tier=call.service_tier)
-                fit = price.fit_output_tokens(free, input_nanos, input_tokens=estimate.input_tokens)
-            elif unit == "tokens":
-                fit = free - estimate.input_tokens
-            else:
-                return None
-            most = min(most, fit // max(1, estimate.answers))
-        return most if most >= MIN_OUTPUT_TOKENS else None
+            unmet = comply(call, one, rung, self.book, now_us)
+            if unmet is None:
+                continue
+            index = one.budget.ladder.index(unmet)
+            if self.policy.decisions.granted(one.rule.key, now_us)[1]:  # an operator let it go on as it is
+                call.complied[one.rule.key] = rung
+                continue
+            yield from self._ask(call, Account(one.rule), 0, one.budget, index, now_us)
+
+    def _refuse(self, call: Call, refused: Refused, now_us: int) -> Generator[Step, Any, None]:
+        """Raise the error of a refusal; a mark that asks or kills is published first, for every process."""
+        account = refused.account
+        rule = account.rule
+        budget = next(one.budget for one in self.matched(call, now_us) if one.rule.key == rule.key)
+        action = None if refused.mark is None else rule.marks[refused.mark].action
+        if action == "ask":
+            assert refused.mark is not None
+            yield from self._ask(call, account, refused.asked, budget, refused.mark, now_us)
+        if action == "kill":
+            yield from self._kill(rule, budget.name)
+            raise exceeded(refused, budget, None)
+        raise exceeded(refused, budget, self.amounts.fit(call, refused))
+
+    def _ask(
+        self, call: Call, account: Account, asked: int, budget: Budget, mark: int, now_us: int
+    ) -> Generator[Step, Any, None]:
+        rule = account.rule
+        id = short_id("ask", rule.key, rule.limit, mark)
+        answered = self.policy.decisions.approval(id, now_us)
+        if answered.state == "denied":
+            raise denied(account, asked, budget, answered)
+        error = asking(account, asked, budget, mark, id)
+        question = {
+            "state": "open",
+            "account": rule.key,
+            "budget": budget.name,
+            "owner": budget.owner,
+            "at_us": now_us,
+            "mark": mark,
+            "limit": rule.limit,
+            "spent": account.spent,
+            "tags": call.tags(),
+            "why": str(error),
+        }
+        if not self.policy.decisions.is_open(id):
+            yield Publish("approval", {id: question})
+            yield Tell(f"approval {id} {now_us}", "approval", {**question, "id": id})
+        raise error
+
+    def _kill(self, rule: Rule, budget: str) -> Generator[Step, Any, None]:
+        """Throw the switch of an account, so that every process stops what is in flight on it."""
+        if any(one.account == rule.key for one in self.policy.decisions.freezes):
+            return
+        switch = {
+            "frozen": True,
+            "account": rule.key,
+            "cause": "killed",
+            "why": f"the budget {budget!r} reached its kill threshold",
+            "by": budget,
+        }
+        try:
+            yield Publish("freeze", {short_id("kill", rule.key): switch})
+        except StoreError as error:  # the mark itself stops every further call; only streams in flight go on
+            log.error("the switch of %s could not be thrown: %s", rule.key, error)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -306,7 +299,18 @@ class Guard:
         assert type(answer) is Ended
         call.state = "settled" if type(command) is Settle else "released"
         self.room.freed(account.rule.key for account in answer.accounts)
+        if answer.alerts:
+            yield from self._act(answer.alerts, answer.accounts)
         return answer.entry
+
+    def _act(self, alerts: tuple[Alert, ...], accounts: tuple[Account, ...]) -> Generator[Step, Any, None]:
+        """What newly crossed marks cause beside an alert: `kill` stops what is in flight."""
+        rules = {account.rule.key: account.rule for account in accounts}
+        for alert in alerts:
+            facts = alert.facts
+            log.warning("the budget %(budget)s %(scope)s reached %(at)s %(unit)s of %(limit)s: %(action)s", facts)
+            if facts["action"] == "kill" and facts["enforce"]:
+                yield from self._kill(rules[facts["account"]], facts["budget"])
 
     def _end_unguarded(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
         """The store was away when the call went out (policy "open"): what it cost is booked all the same."""
@@ -341,7 +345,7 @@ class Guard:
         """Book a cost that has been incurred outside of a reservation. Never refused."""
         cost_nanos = amounts["USD"]
         if not call.draft:
-            self._write_draft(call, cost_nanos, {})
+            self.amounts.write_draft(call, cost_nanos, {})
         matched = self.matched(call, now_us)
         answer: Answer = yield Charge(
             call.id,
@@ -365,61 +369,3 @@ class Guard:
         """Whether every budget of this call says that calls go on while the store is out of reach (I12)."""
         matched = self.matched(call, now_us)
         return bool(matched) and all(one.budget.on_unreachable == "open" for one in matched)
-
-
-def _said(call: Call, usage: Usage, cost_nanos: int) -> dict[str, int]:
-    """The amounts of what the caller said that the call will be billed."""
-    call.estimate = Estimate(
-        usage.input_tokens, usage.output_tokens, usage.output_tokens, 1, True, "the caller's count"
-    )
-    return _amounts(call.estimate, cost_nanos, requests=1)
-
-
-def _amounts(estimate: Estimate, cost_nanos: int, *, requests: int) -> dict[str, int]:
-    tokens = estimate.input_tokens + estimate.output_tokens
-    return {"USD": cost_nanos, "tokens": tokens, "requests": requests, "slots": 1}
-
-
-class _Queueing:
-    """One call's place in the waiting room, and the end of its patience."""
-
-    def __init__(self, room: WaitingRoom) -> None:
-        self._room = room
-        self._ticket: Ticket | None = None
-        self._deadline_us: int | None = None
-
-    @property
-    def is_first(self) -> bool:
-        return self._ticket is None or self._room.is_first(self._ticket)
-
-    def until(self, now_us: int, wait_s: float) -> int:
-        if self._deadline_us is None:
-            self._deadline_us = now_us + int(wait_s * 1e6)
-        return self._deadline_us
-
-    def join_behind(self, keys: list[str]) -> None:
-        if self._ticket is None and (key := self._room.occupied(keys)) is not None:
-            self._ticket = self._room.join(key)
-
-    def pause(self, seconds: float) -> Pause:
-        assert self._ticket is not None
-        return Pause(self._ticket, min(seconds, LOOK_S))
-
-    def after(self, refused: Refused, matched: tuple[Matched, ...], now_us: int) -> Pause | None:
-        """The pause before the next look, in the queue of the account that refused; None when waiting does not help."""
-        wait_s = patience_s(refused, matched)
-        if not wait_s:
-            return None
-        seconds = pause_s(refused, now_us, self.until(now_us, wait_s))
-        if seconds is None:
-            return None
-        key = refused.account.rule.key
-        if self._ticket is None or self._ticket.key != key:
-            self.leave()
-            self._ticket = self._room.join(key)
-        return self.pause(seconds)
-
-    def leave(self) -> None:
-        if self._ticket is not None:
-            self._room.leave(self._ticket)
-            self._ticket = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 
 from bursar.call import Call
 from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle
@@ -13,15 +14,20 @@ from bursar.guard import log
 from bursar.stores.base import Store
 
 TEND_S = 5.0
+LOOK_S = 0.5  # how often calls in flight are looked at: a switch that is thrown stops them within a second
 MAX_LIVE_S = 6 * 3_600.0  # a block that lasts longer is no longer extended
 MAX_KEPT = 10_000
 
 
 class Keeper:
-    """Housekeeping of one Bursar: `tend` is one round; a daemon thread does one every few seconds once calls are made."""
+    """Housekeeping of one Bursar: `tend` is one round; a daemon thread does one every few seconds once calls are made.
 
-    def __init__(self, store: Store) -> None:
+    More often, and while calls are in flight, it calls `look` with them.
+    """
+
+    def __init__(self, store: Store, look: Callable[[list[Call]], None]) -> None:
         self._store = store
+        self._look = look
         self._live: dict[str, tuple[Call, int]] = {}
         self._kept: dict[str, Command] = {}
         self._stop = threading.Event()
@@ -62,6 +68,12 @@ class Keeper:
                 return
             self._kept[command.id] = command
 
+    def look(self) -> None:
+        """Find out whether a call in flight has to stop. Raises StoreError when the store is out of reach."""
+        live = [call for call, _ in list(self._live.values())]
+        if live:
+            self._look(live)
+
     def tend(self) -> None:
         """One round. Raises StoreError when the store is out of reach; nothing is forgotten then."""
         now_us = self._store.now_us()
@@ -89,12 +101,16 @@ class Keeper:
 
 
 def _keep(held: weakref.ref[Keeper], stop: threading.Event) -> None:
-    while not stop.wait(TEND_S):
+    rounds = 0
+    while not stop.wait(LOOK_S):
         keeper = held()
         if keeper is None:
             return
+        rounds += 1
         try:
-            keeper.tend()
+            keeper.look()
+            if rounds % int(TEND_S / LOOK_S) == 0:
+                keeper.tend()
         except StoreError as error:
             # The store may be back at the next round; without this the thread would end, and with it every extension.
             log.warning("housekeeping: %s", error)

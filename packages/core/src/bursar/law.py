@@ -3,8 +3,8 @@
 A store's whole state is rows by key. An account's key is the JSON text that its rule carries. A reservation stands
 under its id while it is open; the entry that ends it then takes its place, so that the row under an id says which of
 the states of I5 it is in. The key `ID~` holds the one correction of an expired reservation, `#NAME` the number of a
-budget's accounts, and `@policy` the newest version of the policy. `decide` reads rows through a function and returns
-the rows to put, which the store must put all together or not at all.
+budget's accounts, `^ID` an alert, `@policy` the newest version of the policy, and `@operator` the operator's public key.
+`decide` reads rows through a function and returns the rows to put, which the store must put all together or not at all.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bursar.accounts import Account, Rule, age, book, hold, may_free, until
+from bursar.accounts import STOPPING, Account, Rule, age, book, hold, in_force, may_free, reached, under, until
 from bursar.commands import (
+    Alert,
     Charge,
     Command,
     Decision,
@@ -30,9 +31,14 @@ from bursar.commands import (
     Reserve,
     Row,
     Settle,
+    Stepped,
+    Tell,
+    Told,
 )
+from bursar.signing import verifies
 
 POLICY_KEY = "@policy"
+OPERATOR_KEY = "@operator"
 REFUSALS_PER_MINUTE = 60
 MINUTE_US = 60_000_000
 
@@ -51,7 +57,7 @@ def _reject(why: str, detail: str = "") -> Decision:
 
 
 def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
-    id, lines, ttl_us, draft, digest, on_expiry, version, max_accounts, _ = command
+    id, lines, ttl_us, draft, digest, on_expiry, version, max_accounts = command[:8]
     row = read(id)
     if row is not None:
         return _reserve_again(read, row, command)
@@ -62,12 +68,14 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
     after: list[Account] = []
     held: list[tuple[str, str, int]] = []
     short = -1
+    marked = False
     shadowed: tuple[str, ...] = ()
     for rule, amount in lines:
         account = _standing(read, rule, now_us, puts, max_accounts)
         if type(account) is not Account:
             return _reject(*account)
         before.append(account)
+        marked = marked or bool(rule.marks)
         account = puts[rule.key] = hold(account, amount, now_us)
         after.append(account)
         held.append((rule.key, rule.unit, amount))
@@ -76,11 +84,42 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
                 shadowed = (*shadowed, rule.key)
             elif short < 0:
                 short = len(before) - 1
+    if marked:
+        stopped, mark, steps, would = _marks(command, before, now_us)
+        if stopped >= 0:
+            return _refuse(command, before, stopped, now_us, puts, mark)
+        if steps:
+            return Decision(Stepped(steps), _NOTHING)
+        shadowed = (*shadowed, *(key for key in would if key not in shadowed))
     if short >= 0:
         return _refuse(command, before, short, now_us, puts)
+    if shadowed:
+        draft = {**draft, "shadowed": list(shadowed)}
     fields = (id, tuple(held), now_us, now_us + ttl_us, on_expiry, digest, draft)
     puts[id] = reservation = _new(Reservation, fields)
     return _new(Decision, (_new(Granted, (reservation, tuple(after), shadowed)), puts))
+
+
+def _marks(
+    command: Reserve, before: list[Account], now_us: int
+) -> tuple[int, int | None, dict[str, int], tuple[str, ...]]:
+    """What the marks in force say: the first line that one stops and that mark, the steps to take, who would have acted."""
+    steps: dict[str, int] = {}
+    would: tuple[str, ...] = ()
+    for line, account in enumerate(before):
+        rule = account.rule
+        held = in_force(age(account, now_us)) if rule.marks else ()
+        if not held:
+            continue
+        if not rule.enforce:
+            would = (*would, rule.key)
+            continue
+        stop = next((index for index in held if rule.marks[index].action in STOPPING), None)
+        if stop is not None:
+            return line, stop, steps, would
+        if held[-1] >= command.complied.get(rule.key, 0):
+            steps[rule.key] = held[-1] + 1
+    return -1, None, steps, would
 
 
 def _reserve_again(read: Read, row: Row, command: Reserve) -> Decision:
@@ -111,15 +150,20 @@ def _standing(
         puts[count_key] = count + 1
         return Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us)
     if account.rule is not rule and account.rule != rule:
-        account = account._replace(rule=rule)
+        account = under(account, rule)
     return account
 
 
-def _refuse(command: Reserve, before: list[Account], short: int, now_us: int, puts: dict[str, Row]) -> Decision:
+def _refuse(
+    command: Reserve, before: list[Account], short: int, now_us: int, puts: dict[str, Row], mark: int | None = None
+) -> Decision:
     accounts = [age(account, now_us) for account in before]
     account, asked = accounts[short], command.lines[short][1]
     lines = tuple(zip(accounts, (amount for _, amount in command.lines), strict=True))
-    answer = Refused(account, asked, until(account, asked, now_us), may_free(account, asked), lines)
+    at, need = account, asked
+    if mark is not None:  # it lets calls through again when the balance is below it
+        at, need = account._replace(rule=account.rule._replace(limit=account.rule.marks[mark].at)), 1
+    answer = Refused(account, asked, until(at, need, now_us), may_free(at, need), lines, mark)
     if command.quiet:
         return Decision(answer, _NOTHING)
     minute = now_us // MINUTE_US
@@ -133,6 +177,8 @@ def _refuse(command: Reserve, before: list[Account], short: int, now_us: int, pu
     if recorded < REFUSALS_PER_MINUTE:
         key = f"{command.id}!{now_us}.{refused.refused}"
         facts = {"account": account.rule.key, "asked": asked, "available": account.available}
+        if mark is not None:
+            facts["mark"] = account.rule.marks[mark].action
         kept[key] = Entry(
             key,
             "refusal",
@@ -191,7 +237,10 @@ def _end(
         assert account.reserved >= held, f"I2 broken: {key} holds less than its reservations"
         actual = amounts[key]
         overrun = actual - held if actual > held else 0
-        account = puts[key] = book(account, held, actual, reserved_us, now_us, overrun)
+        account = book(account, held, actual, reserved_us, now_us, overrun)
+        if account.rule.marks:
+            account = _crossed(account, row.id, row.draft, now_us, puts)
+        puts[key] = account
         accounts.append(account)
     cost_nanos, usage, estimated = (
         (told.cost_nanos, told.usage, told.estimated) if type(told) is Settle else (0, {}, False)
@@ -212,8 +261,36 @@ def _end(
         row.draft,
         told.facts,
     )
+    alerts = tuple(put for put in puts.values() if type(put) is Alert) if len(puts) > len(accounts) else ()
     puts[row.id] = entry = _new(Entry, fields)
-    return _new(Decision, (_new(Ended, (entry, tuple(accounts), False)), puts))
+    return _new(Decision, (_new(Ended, (entry, tuple(accounts), False, alerts)), puts))
+
+
+def _crossed(account: Account, id: str, draft: Mapping[str, Any], now_us: int, puts: dict[str, Row]) -> Account:
+    """The account with its newly reached marks counted, and an alert for each of them among the rows to put."""
+    rule = account.rule
+    now_reached = reached(rule, account.spent)
+    if now_reached <= account.crossed:
+        return account
+    for index in range(account.crossed, now_reached):
+        at, action = rule.marks[index]
+        facts = {
+            "account": rule.key,
+            "budget": rule.budget,
+            "scope": rule.scope,
+            "unit": rule.unit,
+            "limit": rule.limit,
+            "spent": account.spent,
+            "mark": index,
+            "at": at,
+            "action": action,
+            "enforce": rule.enforce,
+            "call": id,
+            "tags": draft["tags"],
+        }
+        alert = Alert(f"{id}^{rule.key}^{index}", "threshold", now_us, facts)
+        puts["^" + alert.id] = alert
+    return account._replace(crossed=now_reached)
 
 
 def _settle_late(read: Read, expired: Entry, command: Settle, now_us: int) -> Decision:
@@ -249,7 +326,9 @@ def _correct(
     for account_key, amount in amounts.items():
         account = read(account_key)
         assert type(account) is Account, f"I2 broken at {account_key}"
-        puts[account_key] = book(account, 0, amount, expired.reserved_us, now_us, max(0, amount))
+        account = book(account, 0, amount, expired.reserved_us, now_us, max(0, amount))
+        puts[account_key] = _crossed(account, key, expired.draft, now_us, puts)
+    alerts = tuple(put for put in puts.values() if type(put) is Alert)
     puts[key] = entry = Entry(
         key,
         "correction" if type(told) is Settle else "reversal",
@@ -266,7 +345,8 @@ def _correct(
         expired.draft,
         told.facts,
     )
-    return Decision(Ended(entry, tuple(a for a in puts.values() if type(a) is Account)), puts)
+    accounts = tuple(put for put in puts.values() if type(put) is Account)
+    return Decision(Ended(entry, accounts, alerts=alerts), puts)
 
 
 def _difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,6 +379,9 @@ def _release(read: Read, command: Release, now_us: int) -> Decision:
         if done.kind == "reversal":
             return Decision(Ended(done, (), again=True), _NOTHING)
         return _reject("ended", done.kind)
+    operator = read(OPERATOR_KEY)
+    if type(operator) is str and not verifies(operator, "release", command.id, {"signature": command.proof}):
+        return _reject("operator", command.id)
     amounts = {key: -amount for key, amount in row.amounts.items()}
     usage = _difference({}, row.usage)
     return _correct(read, row, row.id + "~", amounts, command, -row.cost_nanos, usage, now_us)
@@ -352,8 +435,10 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
         if type(account) is not Account:
             return _reject(*account)
         uncovered = max(0, amount - max(0, age(account, now_us).available))
-        account = puts[rule.key] = book(account, 0, amount, now_us, now_us, uncovered)
+        account = book(account, 0, amount, now_us, now_us, uncovered)
+        account = puts[rule.key] = _crossed(account, command.id, command.draft, now_us, puts)
         accounts.append(account)
+    alerts = tuple(put for put in puts.values() if type(put) is Alert)
     puts[command.id] = entry = Entry(
         command.id,
         "charge",
@@ -370,7 +455,14 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
         command.draft,
         command.facts,
     )
-    return Decision(Ended(entry, tuple(accounts)), puts)
+    return Decision(Ended(entry, tuple(accounts), alerts=alerts), puts)
+
+
+def _tell(read: Read, command: Tell, now_us: int) -> Decision:
+    key = "^" + command.id
+    if read(key) is not None:
+        return Decision(Told(True), _NOTHING)
+    return Decision(Told(False), {key: Alert(command.id, command.kind, now_us, command.facts)})
 
 
 _HANDLERS: dict[type, Callable[[Read, Any, int], Decision]] = {
@@ -380,4 +472,5 @@ _HANDLERS: dict[type, Callable[[Read, Any, int], Decision]] = {
     Extend: _extend,
     Expire: _expire,
     Charge: _charge,
+    Tell: _tell,
 }

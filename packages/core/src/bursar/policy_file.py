@@ -12,8 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from bursar.budget import Budget
 from bursar.errors import BursarError, PolicyError
-from bursar.policy import Budget, Policy
+from bursar.policy import Policy
 from bursar.prices import Override, PriceBook
 
 MAX_BYTES = 1_000_000

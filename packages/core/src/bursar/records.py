@@ -27,6 +27,12 @@ def amount(count: int, unit: str) -> Decimal:
     return dollars(count) if unit == "USD" else Decimal(count)
 
 
+def spent_on(account: Account) -> int:
+    """What an account has spent; of a rate, what is missing from its full level."""
+    rule = account.rule
+    return account.spent if rule.kind != "refill" else max(0, rule.limit - account.level - account.reserved)
+
+
 @dataclass(frozen=True, slots=True)
 class BudgetStatus:
     """One account of a budget. Amounts are Decimal in the unit; `window` is its start and end (None: no end)."""
@@ -47,13 +53,12 @@ class BudgetStatus:
         """The state of an account as it stands now. A rate's `spent` is what is missing from its full level."""
         account = age(account, now_us)
         rule = account.rule
-        spent = account.spent if rule.kind != "refill" else max(0, rule.limit - account.level - account.reserved)
         return cls(
             rule.budget,
             json.loads(rule.scope),
             rule.unit,
             amount(rule.limit, rule.unit),
-            amount(spent, rule.unit),
+            amount(spent_on(account), rule.unit),
             amount(account.reserved, rule.unit),
             amount(account.available, rule.unit),
             (instant(rule.start_us) if rule.start_us else None, instant(rule.end_us) if rule.end_us else None),
@@ -69,7 +74,9 @@ class UsageRecord:
     `kind`: settlement, release, expiry, correction, reversal, charge or refusal. `outcome`: completed, failed, blocked,
     cancelled. `path`: the runs from the outermost to the one the call belongs to. `amounts`: one dict per account with
     `budget`, `scope`, `unit`, `window_start` and the integer `amount` (USD in nano-dollars). `estimated`: the real cost is not
-    known, what was reserved stands for it. `attempts`: 1 plus the client's own retries that were allowed for.
+    known, what was reserved stands for it. `attempts`: 1 plus the client's own retries that were allowed for. `model_asked`:
+    the model that `model` took the place of, by a threshold. `actions`: what thresholds did to the call; `shadowed`: the
+    budgets in shadow mode that would have stopped or changed it.
     """
 
     id: str
@@ -91,6 +98,9 @@ class UsageRecord:
     settled_at: datetime
     latency_ms: int | None
     headers: dict[str, str]
+    model_asked: str | None
+    actions: tuple[str, ...]
+    shadowed: tuple[str, ...]
 
     @classmethod
     def of(cls, entry: Entry) -> UsageRecord:
@@ -115,6 +125,9 @@ class UsageRecord:
             settled_at=instant(entry.settled_us),
             latency_ms=facts.get("latency_ms"),
             headers=facts.get("headers", {}),
+            model_asked=draft.get("model_asked"),
+            actions=tuple(draft.get("actions", ())),
+            shadowed=tuple(_account(key)[0] for key in draft.get("shadowed", ())),
         )
 
     @property
@@ -130,6 +143,7 @@ class UsageRecord:
         plain["cost_usd"] = dollar_text(self.cost_nanos)
         plain["path"] = list(self.path)
         plain["amounts"] = list(self.amounts)
+        plain["actions"], plain["shadowed"] = list(self.actions), list(self.shadowed)
         return plain
 
 

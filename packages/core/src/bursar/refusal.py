@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from typing import Any
 
+from bursar.accounts import Account, Rule
+from bursar.budget import Budget
 from bursar.commands import Refused, Rejected
-from bursar.errors import BudgetExceeded, BursarError, IdempotencyConflict, InvalidInput, ReservationEnded, StoreError
+from bursar.decisions import Approval, Freeze
+from bursar.errors import (
+    ApprovalRequired,
+    BudgetExceeded,
+    BursarError,
+    IdempotencyConflict,
+    InvalidInput,
+    OperatorRequired,
+    ReservationEnded,
+    Stopped,
+    StoreError,
+)
 from bursar.money import dollar_text
-from bursar.policy import Budget, Matched
-from bursar.records import amount
+from bursar.policy import Matched
+from bursar.records import amount, spent_on
 
 POLL_S = 0.05  # how often the first of a queue looks, because other processes cannot wake it
 
@@ -16,6 +31,9 @@ POLL_S = 0.05  # how often the first of a queue looks, because other processes c
 def patience_s(refused: Refused, matched: tuple[Matched, ...]) -> float:
     """How long the call may wait: the shortest patience among the budgets that are short of room; 0 refuses at once."""
     budgets = {one.rule.key: one.budget for one in matched}
+    if refused.mark is not None:
+        rule = refused.account.rule
+        return budgets[rule.key].wait_s if rule.marks[refused.mark].action == "block" and rule.key in budgets else 0.0
     short = [account.rule for account, asked in refused.lines if asked > account.available and account.rule.enforce]
     return min((budgets[rule.key].wait_s if rule.key in budgets else 0.0 for rule in short), default=0.0)
 
@@ -35,38 +53,109 @@ def pause_s(refused: Refused, now_us: int, deadline_us: int) -> float | None:
 
 def exceeded(refused: Refused, budget: Budget, fit: int | None) -> BudgetExceeded:
     """The error of a refusal, with its facts, and the ways out in its last sentence. `fit`: a maximum output that would do."""
-    account = refused.account
-    rule = account.rule
-    scope = json.loads(rule.scope)
-    spent = account.spent if rule.kind != "refill" else max(0, rule.limit - account.level - account.reserved)
+    account, rule = refused.account, refused.account.rule
     retry_s = None if refused.retry_after_us is None else refused.retry_after_us / 1e6
-
-    def show(count: int) -> str:
-        return f"${dollar_text(count)}" if rule.unit == "USD" else f"{count} {rule.unit}"
-
-    where = ", ".join(f"{tag}={value}" for tag, value in scope.items())
-    remedy = f"Raise the budget's limit{f' (ask {budget.owner})' if budget.owner else ''}"
+    fields = _fields(account, refused.asked, retry_s, fit)
+    remedy = f"Raise the budget's limit{_ask_owner(budget)}"
     if retry_s is not None:
         remedy += f", or try again in {retry_s:.3g} s"
     elif refused.may_free:
         remedy += ", or try again when calls in flight have ended"
     if fit is not None:
         remedy += f", or set the maximum output to at most {fit} tokens"
+    action = None if refused.mark is None else rule.marks[refused.mark].action
+    if action == "kill":
+        why = f"{_named(rule)} reached its kill threshold: {_show(account.spent, rule)} of {_show(rule.limit, rule)} are spent"
+        return Stopped(f"{why}. Nothing was sent. {remedy}.", cause="killed", why=why, **fields)
+    if action == "block":
+        reason = f"it blocks calls from {_show(rule.marks[refused.mark or 0].at, rule)} on"
+    else:
+        reason = f"it needs {_show(refused.asked, rule)}"
     return BudgetExceeded(
-        f"The budget {rule.budget!r}{f' ({where})' if where else ''} refused the call: it needs {show(refused.asked)}, "
-        f"available are {show(account.available)} of {show(rule.limit)} ({show(spent)} spent, "
-        f"{show(account.reserved)} reserved). Nothing was sent. {remedy}.",
-        budget=rule.budget,
-        scope=scope,
-        unit=rule.unit,
-        limit=amount(rule.limit, rule.unit),
-        spent=amount(spent, rule.unit),
-        reserved=amount(account.reserved, rule.unit),
-        available=amount(account.available, rule.unit),
-        asked=amount(refused.asked, rule.unit),
-        retry_after=retry_s,
-        max_output_tokens=fit,
+        f"{_named(rule)} refused the call: {reason}, {_balance(account)}. Nothing was sent. {remedy}.", **fields
     )
+
+
+def asking(account: Account, asked: int, budget: Budget, mark: int, id: str) -> ApprovalRequired:
+    """The error of a threshold that asks."""
+    return ApprovalRequired(
+        f"{_named(account.rule)} asks before more is spent: {_balance(account)}. Nothing was sent. "
+        f"Have an operator{_ask_owner(budget)} run `bursar approve {id}`, then try again.",
+        id=id,
+        **_fields(account, asked, None, None),
+    )
+
+
+def denied(account: Account, asked: int, budget: Budget, answered: Approval) -> BudgetExceeded:
+    """The error of a question that an operator has answered with no."""
+    return BudgetExceeded(
+        f"{_named(account.rule)} refused the call: {answered.by or 'an operator'} denied more"
+        f"{f' ({answered.why})' if answered.why else ''}, {_balance(account)}. Nothing was sent. "
+        f"Raise the budget's limit{_ask_owner(budget)}.",
+        **_fields(account, asked, None, None),
+    )
+
+
+def stopped(freeze: Freeze) -> Stopped:
+    """The error of a switch that is thrown."""
+    if freeze.account is None:
+        scope, budget = dict(freeze.tags or {}), ""
+    else:
+        budget, _, _, scope, _ = json.loads(freeze.account)
+    where = ", ".join(f"{tag}={value}" for tag, value in scope.items()) or "everything"
+    by = f" by {freeze.by}" if freeze.by else ""
+    return Stopped(
+        f"{where} was stopped ({freeze.cause}){by}{f': {freeze.why}' if freeze.why else ''}. Nothing further was sent. "
+        f"Have an operator run `bursar resume {freeze.name!r}` when the cause is gone.",
+        cause=freeze.cause,
+        why=freeze.why,
+        budget=budget,
+        scope=scope,
+        unit="",
+        **dict.fromkeys(("limit", "spent", "reserved", "available", "asked"), Decimal(0)),
+        retry_after=None,
+        max_output_tokens=None,
+    )
+
+
+def _fields(account: Account, asked: int, retry_s: float | None, fit: int | None) -> dict[str, Any]:
+    rule = account.rule
+    counts = {
+        "limit": rule.limit,
+        "spent": spent_on(account),
+        "reserved": account.reserved,
+        "available": account.available,
+        "asked": asked,
+    }
+    return {
+        "budget": rule.budget,
+        "scope": json.loads(rule.scope),
+        "unit": rule.unit,
+        **{name: amount(count, rule.unit) for name, count in counts.items()},
+        "retry_after": retry_s,
+        "max_output_tokens": fit,
+    }
+
+
+def _show(count: int, rule: Rule) -> str:
+    return f"${dollar_text(count)}" if rule.unit == "USD" else f"{count} {rule.unit}"
+
+
+def _named(rule: Rule) -> str:
+    where = ", ".join(f"{tag}={value}" for tag, value in json.loads(rule.scope).items())
+    return f"The budget {rule.budget!r}{f' ({where})' if where else ''}"
+
+
+def _balance(account: Account) -> str:
+    rule = account.rule
+    return (
+        f"available are {_show(account.available, rule)} of {_show(rule.limit, rule)} "
+        f"({_show(spent_on(account), rule)} spent, {_show(account.reserved, rule)} reserved)"
+    )
+
+
+def _ask_owner(budget: Budget) -> str:
+    return f" (ask {budget.owner})" if budget.owner else ""
 
 
 def rejection(id: str, answer: Rejected) -> BursarError:
@@ -84,6 +173,12 @@ def rejection(id: str, answer: Rejected) -> BursarError:
     if answer.why == "unknown":
         return InvalidInput(
             f"There is no reservation {id!r}. Reserve before you settle or release.", argument="id", value=id
+        )
+    if answer.why == "operator":
+        return OperatorRequired(
+            f"Releasing the expired {id!r} needs the operator's signature. Run `bursar release {id}` with the operator's key.",
+            kind="release",
+            name=id,
         )
     if answer.why == "accounts":
         return StoreError(

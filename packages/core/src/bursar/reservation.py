@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bursar.call import Call, Step, Steps
 from bursar.driver import Driver
-from bursar.errors import BursarError, InvalidInput, StoreError, UnknownPrice, UnreadableAnswer
+from bursar.errors import BursarError, InvalidInput, Stopped, StoreError, UnknownPrice, UnreadableAnswer
 from bursar.guard import log
 from bursar.money import nanos
 from bursar.outcome import surely_not_billed
@@ -53,6 +53,11 @@ class Reservation:
     @property
     def capped(self) -> bool:
         return self._call.capped
+
+    @property
+    def stopped(self) -> Stopped | None:
+        """The error to raise in mid-stream, once a switch or a budget's kill stops this call (within a second); else None."""
+        return self._call.stopped
 
     @property
     def state(self) -> str:

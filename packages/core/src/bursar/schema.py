@@ -52,6 +52,8 @@ class AccountRow(SQLModel, table=True):
     remainder: int = Field(sa_column=_integer())
     at_us: int = Field(sa_column=_integer())
     buckets: str = Field(sa_type=Text)
+    crossed: int = Field(sa_column=_integer())
+    marks: str = Field(sa_type=Text)
 
 
 class ReservationRow(SQLModel, table=True):
@@ -104,15 +106,31 @@ class RecordRow(SQLModel, table=True):
     model_answered: str | None = Field(sa_type=Text)
 
 
-class BudgetRow(SQLModel, table=True):
-    """Every version of every budget's definition, as JSON; the newest of a name is in force."""
+class DefinitionRow(SQLModel, table=True):
+    """Every version of every definition, as JSON; the newest of a kind and name is in force. Append-only."""
 
-    __tablename__ = "budgets"
+    __tablename__ = "definitions"
 
     version: int = Field(primary_key=True)
+    kind: str = Field(sa_type=Text)
     name: str = Field(sa_type=Text, index=True)
     definition: str = Field(sa_type=Text)
     published_us: int = Field(sa_column=_integer())
+
+
+class AlertRow(SQLModel, table=True):
+    """One alert of the outbox. `facts` is JSON; `delivered_us` is 0 until somebody was told, `due_us` when to try next."""
+
+    __tablename__ = "alerts"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    id: str = Field(primary_key=True, sa_type=Text)
+    kind: str = Field(sa_type=Text)
+    at_us: int = Field(sa_column=_integer())
+    facts: str = Field(sa_type=Text)
+    due_us: int = Field(sa_column=_integer())
+    claims: int = Field(sa_column=_integer())
+    delivered_us: int = Field(sa_column=_integer())
 
 
 class AccountCountRow(SQLModel, table=True):

@@ -46,7 +46,8 @@ def _order(budget: str | None, policy: Path | None, store: str | None) -> Order:
 
         store = store or os.environ.get("BURSAR_STORE") or read_policy(policy).store
     else:
-        from bursar.policy import Budget, Policy
+        from bursar.budget import Budget
+        from bursar.policy import Policy
 
         Policy([Budget("run", budget or "")], rates={})
     url = store or f"sqlite:///{folder / 'run.db'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from bursar.errors import InvalidInput
@@ -129,6 +130,14 @@ class Request:
         self.size = meter.size
         self.measured = messages is not None or session or bool(meter.messages or meter.text_bytes or self.media)
         self.features = _features(meter, fields, self.additions)
+
+    def for_model(self, model: str) -> Request:
+        """The same request to another model of the same provider."""
+        other = copy(self)
+        other.model = model
+        other.family = family_of(self.provider, model)
+        other.line = line_of(other.family, self.provider, model, self.embeds)
+        return other
 
     @property
     def kind(self) -> str:

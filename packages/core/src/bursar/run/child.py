@@ -51,8 +51,8 @@ class Guarding(MetaPathFinder):
     def bursar(self) -> Bursar:
         """The guard; it opens when there is something to guard."""
         if self._bursar is None:
+            from bursar.budget import Budget
             from bursar.facade import Bursar
-            from bursar.policy import Budget
 
             order = self._order
             tags = {"bursar_run": order.run}

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from bursar.accounts import Account
-from bursar.commands import Answer, Command, Entry
-
-
-class BudgetVersion(NamedTuple):
-    """A budget's definition as the store holds it; the newest version is the one in force."""
-
-    version: int
-    definition: dict[str, Any]
+from bursar.commands import Alert, Answer, Command, Definitions, Entry
 
 
 class Store(Protocol):
@@ -44,12 +37,35 @@ class Store(Protocol):
         """Expire every reservation whose time has come; the number of them."""
         ...
 
-    def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
-        """Make these budgets' definitions the newest where they differ; the policy's version afterwards."""
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
+        """Make these definitions the newest where they differ; the policy's version afterwards.
+
+        Raises OperatorRequired for what needs an operator's signature and has none that holds; nothing is published then.
+        """
         ...
 
-    def budgets(self) -> tuple[int, dict[str, BudgetVersion]]:
-        """The policy's version, and the newest definition of every budget by name."""
+    def definitions(self) -> tuple[int, Definitions]:
+        """The policy's version, and the newest definition of everything."""
+        ...
+
+    def version(self) -> int:
+        """The policy's version alone: a cheap look whether anything was published."""
+        ...
+
+    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
+        """Due alerts of the outbox, oldest first, each with the number of earlier claims; nobody else gets them for `lease_us`."""
+        ...
+
+    def delivered(self, ids: Iterable[str]) -> None:
+        """These alerts have been told."""
+        ...
+
+    def retry(self, ids: Iterable[str], at_us: int) -> None:
+        """Make these alerts due again at that time."""
+        ...
+
+    def alerts(self) -> Iterator[tuple[Alert, bool]]:
+        """Every alert, oldest first, and whether it has been told."""
         ...
 
     def open_reservations(self) -> int:

@@ -9,10 +9,24 @@ from typing import Any
 
 from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock, SystemClock
-from bursar.commands import Answer, Command, Ended, Entry, Expire, Granted, Refused, Reservation, Row
+from bursar.commands import (
+    Alert,
+    Answer,
+    Command,
+    Definition,
+    Definitions,
+    Ended,
+    Entry,
+    Expire,
+    Granted,
+    Refused,
+    Reservation,
+    Row,
+    Tell,
+)
 from bursar.errors import StoreError
-from bursar.law import POLICY_KEY, decide
-from bursar.stores.base import BudgetVersion
+from bursar.law import OPERATOR_KEY, POLICY_KEY, decide
+from bursar.signing import changes, operator_of
 
 
 class MemoryStore:
@@ -26,7 +40,8 @@ class MemoryStore:
         self._open: dict[str, None] = {}
         self._ended: deque[str] = deque()
         self._max_entries = max_entries
-        self._budgets: dict[str, BudgetVersion] = {}
+        self._definitions: Definitions = {}
+        self._outbox: dict[str, tuple[int, int, bool]] = {}  # by alert: due at, claims, told
         self._lock = threading.RLock()
         self._closed = False
         self.now_us = self._clock.now_us
@@ -42,6 +57,10 @@ class MemoryStore:
                 self._rows.update(puts)  # one call: an interrupt comes before it or after it
                 if type(answer) is Ended:
                     self._forget(answer.entry.id)
+                    for alert in answer.alerts:
+                        self._put_out(alert.id)
+                elif type(command) is Tell:
+                    self._put_out(command.id)
                 elif type(answer) is Refused:
                     for key, row in puts.items():
                         if type(row) is Entry:
@@ -58,7 +77,9 @@ class MemoryStore:
         self._open.pop(ended, None)
         self._ended.append(ended)
         if len(self._ended) > self._max_entries:
-            self._rows.pop(self._ended.popleft(), None)
+            oldest = self._ended.popleft()
+            self._rows.pop(oldest, None)
+            self._outbox.pop(oldest[1:], None)
 
     def sweep(self) -> int:
         now_us = self.now_us()
@@ -68,25 +89,56 @@ class MemoryStore:
             ]
         return sum(type(self.execute(Expire(id))) is Ended for id in due)
 
-    def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         with self._lock:
-            version = self._version()
-            for name, definition in definitions.items():
-                held = self._budgets.get(name)
-                if held is None or held.definition != definition:
-                    version += 1
-                    self._budgets[name] = BudgetVersion(version, definition)
+            version = self.version()
+            for name, definition in changes(kind, definitions, self._definitions).items():
+                version += 1
+                self._definitions.setdefault(kind, {})[name] = Definition(version, definition)
             self._rows[POLICY_KEY] = version
+            public = operator_of(self._definitions)
+            if public is not None:
+                self._rows[OPERATOR_KEY] = public
             return version
 
-    def _version(self) -> int:
+    def version(self) -> int:
         version = self._rows.get(POLICY_KEY, 0)
         assert type(version) is int
         return version
 
-    def budgets(self) -> tuple[int, dict[str, BudgetVersion]]:
+    def definitions(self) -> tuple[int, Definitions]:
         with self._lock:
-            return self._version(), dict(self._budgets)
+            return self.version(), {kind: dict(held) for kind, held in self._definitions.items()}
+
+    def _put_out(self, id: str) -> None:
+        self._outbox[id] = (0, 0, False)
+        self._ended.append("^" + id)
+
+    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
+        now_us = self.now_us()
+        with self._lock:
+            due = [id for id, (due_us, _, told) in self._outbox.items() if not told and due_us <= now_us][:limit]
+            found = []
+            for id in due:
+                claims = self._outbox[id][1]
+                self._outbox[id] = (now_us + lease_us, claims + 1, False)
+                alert = self._rows["^" + id]
+                assert type(alert) is Alert
+                found.append((alert, claims))
+            return found
+
+    def delivered(self, ids: Iterable[str]) -> None:
+        with self._lock:
+            self._outbox.update({id: (0, self._outbox[id][1], True) for id in ids if id in self._outbox})
+
+    def retry(self, ids: Iterable[str], at_us: int) -> None:
+        with self._lock:
+            self._outbox.update({id: (at_us, self._outbox[id][1], False) for id in ids if id in self._outbox})
+
+    def alerts(self) -> Iterator[tuple[Alert, bool]]:
+        with self._lock:
+            found = [(row, self._outbox[row.id][2]) for row in self._rows.values() if type(row) is Alert]
+        return iter(sorted(found, key=lambda one: (one[0].at_us, one[0].id)))
 
     def open_reservations(self) -> int:
         with self._lock:  # an interrupt may leave an id that is not open, or no longer

@@ -14,12 +14,12 @@ from typing import Any
 
 from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock, SystemClock
-from bursar.commands import Answer, Charge, Command, Ended, Entry, Expire, Reserve
+from bursar.commands import Alert, Answer, Charge, Command, Definition, Definitions, Ended, Entry, Expire, Reserve
 from bursar.errors import BursarError, InvalidInput, StoreError
 from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
+from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
-from bursar.stores.base import BudgetVersion
 from bursar.stores.group_commit import GroupCommit
 
 SWEEP_BATCH = 500
@@ -216,25 +216,50 @@ class SqliteStore:
         due = self._query("SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH))
         return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
 
-    def publish(self, definitions: Mapping[str, dict[str, Any]]) -> int:
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """In one transaction; a definition that is the newest already is left alone."""
-        texts = {name: rows.dumps(definition) for name, definition in definitions.items()}
-        version, held = self.budgets()
-        if all(name in held and rows.dumps(held[name].definition) == text for name, text in texts.items()):
+        version, held = self.definitions()
+        if not changes(kind, definitions, held):
             return version
         with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            newest = dict(connection.execute(rows.NEWEST_BUDGETS).fetchall())
-            changed = [(name, text, self.now_us()) for name, text in texts.items() if newest.get(name) != text]
-            connection.executemany("INSERT INTO budgets(name, definition, published_us) VALUES (?, ?, ?)", changed)
-            version = connection.execute("SELECT max(version) FROM budgets").fetchone()[0] or 0
+            held = _definitions(connection.execute(rows.NEWEST_DEFINITIONS).fetchall())
+            now_us = self.now_us()
+            new = [(kind, name, rows.dumps(one), now_us) for name, one in changes(kind, definitions, held).items()]
+            connection.executemany(rows.PUBLISH, new)
+            version = connection.execute(rows.VERSION).fetchone()[0] or 0
             connection.execute("COMMIT")
         return int(version)
 
-    def budgets(self) -> tuple[int, dict[str, BudgetVersion]]:
-        found = self._query("SELECT version, name, definition FROM budgets ORDER BY version")
-        newest = {name: BudgetVersion(version, json.loads(text)) for version, name, text in found}
-        return max((held.version for held in newest.values()), default=0), newest
+    def definitions(self) -> tuple[int, Definitions]:
+        found = _definitions(self._query(rows.NEWEST_DEFINITIONS))
+        return max((one.version for held in found.values() for one in held.values()), default=0), found
+
+    def version(self) -> int:
+        return int(self._query(rows.VERSION)[0][0] or 0)
+
+    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
+        now_us = self.now_us()
+        found = self._write(rows.CLAIM, [(now_us + lease_us, now_us, limit)])
+        return sorted(((rows.alert(row), row[4]) for row in found), key=lambda one: (one[0].at_us, one[0].id))
+
+    def delivered(self, ids: Iterable[str]) -> None:
+        now_us = self.now_us()
+        self._write(rows.DELIVERED, [(now_us, id) for id in ids])
+
+    def retry(self, ids: Iterable[str], at_us: int) -> None:
+        self._write(rows.RETRY, [(at_us, id) for id in ids])
+
+    def alerts(self) -> Iterator[tuple[Alert, bool]]:
+        return ((rows.alert(row), bool(row[4])) for row in self._query(rows.ALERTS))
+
+    def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> list[Any]:
+        """One transaction on a connection of its own; what the statement returns."""
+        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            found = [row for each in values for row in connection.execute(sql, each).fetchall()]
+            connection.execute("COMMIT")
+        return found
 
     def open_reservations(self) -> int:
         return int(self._query("SELECT count(*) FROM reservations")[0][0])
@@ -288,6 +313,13 @@ class SqliteStore:
     def _in_child(self) -> None:
         self._after_fork()
         self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
+
+
+def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
+    held: Definitions = {}
+    for version, kind, name, text in found:
+        held.setdefault(kind, {})[name] = Definition(version, json.loads(text))
+    return held
 
 
 def _is_constraint(error: Exception) -> bool:

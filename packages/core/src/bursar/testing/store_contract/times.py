@@ -282,9 +282,9 @@ class Times(Base):
         assert store.publish({"b": {"limit": "100"}}) == 1
         run(reserve("a", (rule("b", 100), 60), version=1))
         assert store.publish({"b": {"limit": "50"}, "c": {"limit": "1"}}) == 3
-        version, budgets = store.budgets()
+        version, held = store.definitions()
         assert version == 3
-        assert {name: held.definition["limit"] for name, held in budgets.items()} == {"b": "50", "c": "1"}
+        assert {name: held.definition["limit"] for name, held in held["budget"].items()} == {"b": "50", "c": "1"}
         assert run(reserve("b", (rule("b", 100), 1), version=1)) == Rejected("stale", "3")
         assert type(run(reserve("b", (rule("b", 50), 1), version=3))) is Refused
         run(settle("a", 60))

@@ -1,0 +1,148 @@
+"""Amounts: what a call may cost on each account that it matches, and how large an answer would fit."""
+
+from __future__ import annotations
+
+from bursar.accounts import Rule
+from bursar.call import Call
+from bursar.commands import Refused
+from bursar.errors import UnboundedEstimate
+from bursar.estimate import Estimate, Learner, strict
+from bursar.policy import Matched
+from bursar.prices import PriceBook
+from bursar.usage import Usage
+
+MIN_OUTPUT_TOKENS = 16  # a smaller answer than this is refused rather than cut
+
+Lines = tuple[tuple[Rule, int], ...]
+
+
+class Amounts:
+    """Estimate times price, in every unit. It learns from the calls that were settled."""
+
+    def __init__(self, book: PriceBook, learner: Learner) -> None:
+        self._book = book
+        self._learner = learner
+
+    def lines(self, call: Call, matched: tuple[Matched, ...]) -> Lines:
+        """The amount that the call may cost, for every account it matches."""
+        if call.request is None:
+            self.write_draft(call, call.amounts["USD"], {})
+            return tuple((one.rule, call.amounts.get(one.rule.unit, 1)) for one in matched)
+        learned = self._learned(call)
+        bound: dict[str, int] = {}
+        lines = []
+        for one in matched:
+            if one.budget.estimate == "strict":
+                bound = bound or self._bound(call)
+            amounts = bound if one.budget.estimate == "strict" else learned
+            lines.append((one.rule, amounts[one.rule.unit]))
+        assert call.estimate is not None
+        held = max((count for rule, count in lines if rule.unit == "USD"), default=learned["USD"])
+        usage = {"input_tokens": call.estimate.input_tokens, "output_tokens": call.estimate.output_tokens}
+        self.write_draft(call, held, {name: count for name, count in usage.items() if count})
+        return tuple(lines)
+
+    def _learned(self, call: Call) -> dict[str, int]:
+        assert call.request is not None
+        assert call.price is not None
+        if call.usage is not None:
+            return _said(call, call.usage, call.price.cost_nanos(call.usage))
+        estimate = call.estimate = self._learner.estimate(
+            call.request,
+            run=call.run,
+            context_window=call.price.context_window,
+            max_output_tokens=call.price.max_output_tokens,
+        )
+        usage = Usage(
+            input_tokens=estimate.input_tokens,
+            output_tokens=estimate.output_tokens,
+            service_tier=call.service_tier,
+        )
+        return amounts_of(estimate, call.price.cost_nanos(usage), requests=1)
+
+    def _bound(self, call: Call) -> dict[str, int]:
+        """The upper bound, per attempt and round of the provider's own tools, because context tiers count per request."""
+        assert call.request is not None
+        assert call.price is not None
+        if call.usage is not None:
+            return _said(call, call.usage, call.price.cost_nanos(call.usage) * call.attempts)
+        estimate = call.estimate = strict(
+            call.request,
+            context_window=call.price.context_window,
+            max_output_tokens=call.price.max_output_tokens,
+        )
+        rounds = max(1, estimate.answers // max(1, call.request.n))
+        cost_nanos = rounds * call.price.bound_nanos(
+            -(-estimate.input_tokens // rounds),
+            -(-estimate.output_tokens // rounds),
+            media=bool(call.request.media),
+            service_tier=call.service_tier,
+        )
+        return amounts_of(estimate, cost_nanos + self._fees_bound(call), requests=call.attempts)
+
+    def _fees_bound(self, call: Call) -> int:
+        """What the provider's own tools may cost beside their tokens."""
+        assert call.request is not None
+        assert call.price is not None
+        additions = call.request.additions
+        fee_nanos = call.price.dearest_tool_nanos(additions.server)
+        if not fee_nanos:
+            return 0
+        if additions.uses is None:
+            raise UnboundedEstimate(
+                f"A strict budget cannot bound this call of {call.model}: {', '.join(additions.server[:3])} may be used any "
+                "number of times, each at a fee. Set max_uses or max_tool_calls, or use the learned estimate for this budget.",
+                reason="nothing limits how often the provider's tools are used",
+                provider=call.provider,
+                model=call.model,
+            )
+        return fee_nanos * additions.uses * call.attempts
+
+    def write_draft(self, call: Call, cost_nanos: int, usage: dict[str, int]) -> None:
+        """What the call's record will tell, whatever becomes of this process."""
+        call.draft = {
+            "path": list(call.scope.runs),
+            "tags": call.tags(),
+            "cost_nanos": cost_nanos,
+            "usage": usage,
+            "price_version": self._book.version,
+        }
+        if call.attempts > 1:
+            call.draft["attempts"] = call.attempts
+        if call.model_asked:
+            call.draft["model_asked"] = call.model_asked
+        if call.actions:
+            call.draft["actions"] = list(call.actions)
+
+    def fit(self, call: Call, refused: Refused) -> int | None:
+        """The largest maximum output with which the call would fit on every account, or None when none does."""
+        request, price, estimate = call.request, call.price, call.estimate
+        if request is None or price is None or estimate is None or call.usage is not None:
+            return None
+        most = request.max_output_tokens or price.max_output_tokens or estimate.max_output_tokens
+        for account, asked in refused.lines:
+            unit, free = account.rule.unit, account.available
+            if asked <= free or not account.rule.enforce:
+                continue
+            if unit == "USD":
+                input_nanos = price.bound_nanos(estimate.input_tokens, 0, service_tier=call.service_tier)
+                fit = price.fit_output_tokens(free, input_nanos, input_tokens=estimate.input_tokens)
+            elif unit == "tokens":
+                fit = free - estimate.input_tokens
+            else:
+                return None
+            most = min(most, fit // max(1, estimate.answers))
+        return most if most >= MIN_OUTPUT_TOKENS else None
+
+
+def _said(call: Call, usage: Usage, cost_nanos: int) -> dict[str, int]:
+    """The amounts of what the caller said that the call will be billed."""
+    call.estimate = Estimate(
+        usage.input_tokens, usage.output_tokens, usage.output_tokens, 1, True, "the caller's count"
+    )
+    return amounts_of(call.estimate, cost_nanos, requests=1)
+
+
+def amounts_of(estimate: Estimate, cost_nanos: int, *, requests: int) -> dict[str, int]:
+    tokens = estimate.input_tokens + estimate.output_tokens
+    return {"USD": cost_nanos, "tokens": tokens, "requests": requests, "slots": 1}

@@ -1,0 +1,103 @@
+"""Decisions of operators that are in force: switches thrown, limits raised, questions answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from bursar.commands import Definition, Definitions
+from bursar.signing import operator_of, verifies
+
+log = logging.getLogger("bursar")
+FOREVER_US = 2**62
+
+
+class Freeze(NamedTuple):
+    """Calls with these tags, or of this account, are stopped. `cause`: frozen, killed or a detector's name."""
+
+    name: str
+    tags: dict[str, str] | None
+    account: str | None
+    cause: str
+    why: str
+    by: str
+
+
+class Approval(NamedTuple):
+    """What became of a question: `state` open, approved or denied."""
+
+    state: str
+    why: str
+    by: str
+
+
+class Decisions:
+    """What the store's definitions of kinds other than `budget` say. A raise or approval without a signature that holds is none."""
+
+    def __init__(self, held: Definitions | None = None) -> None:
+        held = held or {}
+        self._public = operator_of(held)
+        self.freezes = tuple(
+            Freeze(
+                name,
+                one.get("tags"),
+                one.get("account"),
+                one.get("cause", "frozen"),
+                one.get("why", ""),
+                one.get("by", ""),
+            )
+            for name, one in _plain(held.get("freeze", {}))
+            if one.get("frozen")
+        )
+        self._approvals = dict(_plain(held.get("approval", {})))
+        granted = [*_plain(held.get("raise", {})), *self._approvals.items()]
+        kinds = ["raise"] * len(held.get("raise", {})) + ["approval"] * len(self._approvals)
+        self._granted: dict[str, list[dict[str, Any]]] = {}
+        for kind, (name, one) in zip(kinds, granted, strict=True):
+            if kind == "approval" and one.get("state") != "approved":
+                continue
+            if self._public is None or not verifies(self._public, kind, name, one):
+                log.error("the %s %r is not signed by this store's operator: it counts for nothing", kind, name)
+                continue
+            self._granted.setdefault(one["account"], []).append(one)
+
+    def granted(self, account: str, now_us: int) -> tuple[int, bool]:
+        """By how much this account's limit is raised now, and whether it need not ask."""
+        found = [one for one in self._granted.get(account, ()) if now_us < (one.get("until_us") or FOREVER_US)]
+        return sum(one.get("raise_by", 0) for one in found), any(not one.get("raise_by") for one in found)
+
+    def ends_us(self, account: str, now_us: int) -> int:
+        """When the next of what was granted to this account ends."""
+        ends = (one.get("until_us") or FOREVER_US for one in self._granted.get(account, ()))
+        return min((end for end in ends if end > now_us), default=FOREVER_US)
+
+    def approval(self, id: str, now_us: int) -> Approval:
+        """How a question stands: open where nobody has answered it yet, or where the answer's time is over."""
+        one = self._approvals.get(id, {})
+        over = now_us >= (one.get("until_us") or FOREVER_US)
+        return Approval("open" if over else one.get("state", "open"), one.get("why", ""), one.get("by", ""))
+
+    def is_open(self, id: str) -> bool:
+        """Whether this question has been asked, and not been answered."""
+        return id in self._approvals and self._approvals[id].get("state") == "open"
+
+    def stop(self, levels: Iterable[Mapping[str, str]], accounts: Iterable[str]) -> Freeze | None:
+        """The first switch that stops a call with these tags, level by level, on these accounts."""
+        if not self.freezes:
+            return None
+        levels, accounts = list(levels), set(accounts)
+        for freeze in self.freezes:
+            if freeze.account is not None:
+                if freeze.account in accounts:
+                    return freeze
+            elif any((freeze.tags or {}).items() <= tags.items() for tags in levels):
+                return freeze
+        return None
+
+
+def _plain(held: Mapping[str, Definition]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, one.definition) for name, one in held.items()]
+
+
+NO_DECISIONS = Decisions()

@@ -1,0 +1,229 @@
+"""The operator: throws switches, answers what thresholds ask, raises limits, and takes expired reservations off the books."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from bursar.accounts import Account
+from bursar.budget import Budget, parse_limit
+from bursar.commands import Definition, Ended, Release, Tell
+from bursar.errors import InvalidInput, OperatorRequired
+from bursar.records import UsageRecord, amount
+from bursar.refusal import rejection
+from bursar.scope import check_tags
+from bursar.signing import OperatorKey, content, short_id
+from bursar.stores import open_store
+from bursar.stores.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a threshold asks, or was answered: `state` is open, approved or denied. Amounts are Decimal in the unit."""
+
+    id: str
+    state: str
+    budget: str
+    scope: dict[str, str]
+    unit: str
+    limit: Decimal
+    spent: Decimal
+    owner: str | None
+    tags: dict[str, str]
+    by: str
+    why: str
+
+
+class Operator:
+    """Decisions over a store that agents use, from outside of their processes.
+
+    `key`: an OperatorKey or its text, needed to approve, raise, resume and release; the store refuses these without a signature
+    that holds. `by`: who decides, on record (default: the user of this machine). Raises InvalidInput or StoreError.
+    """
+
+    def __init__(self, store: str | Store, key: OperatorKey | str | None = None, *, by: str | None = None) -> None:
+        self.store: Store = open_store(store) if isinstance(store, str) else store
+        self._key = OperatorKey(key) if isinstance(key, str) else key
+        self._by = by or getpass.getuser()
+
+    def appoint(self) -> OperatorKey:
+        """Make a new key and have the store know its public half. Where it knows one already, that one has to sign."""
+        new = OperatorKey.generate()
+        self._publish(
+            "operator", "operator", {"public": new.public}, signed=self._held("operator", "operator") is not None
+        )
+        return new
+
+    def freeze(self, tags: Mapping[str, str], *, why: str = "") -> str:
+        """Stop everything with these tags (none: everything), streams in flight included; the name to resume it by."""
+        tags = check_tags(tags)
+        name = " ".join(f"{tag}={value}" for tag, value in sorted(tags.items())) or "everything"
+        self._publish("freeze", name, {"frozen": True, "tags": dict(tags), "cause": "frozen", "why": why}, signed=False)
+        self._tell("frozen", name, {"name": name, "tags": dict(tags), "why": why, "by": self._by})
+        return name
+
+    def frozen(self) -> dict[str, dict[str, Any]]:
+        """The switches that are thrown, by name, with who threw them, why and when."""
+        _, held = self.store.definitions()
+        return {name: one.definition for name, one in held.get("freeze", {}).items() if one.definition.get("frozen")}
+
+    def resume(self, name: str, *, why: str = "") -> None:
+        """Put a switch back, by its name. Needs the key."""
+        held = self._held("freeze", name)
+        if held is None or not held.definition.get("frozen"):
+            known = ", ".join(self.frozen()) or "nothing"
+            raise InvalidInput(f"{name!r} is not stopped; stopped are: {known}. Give one of these.", argument="name")
+        self._publish("freeze", name, {**held.definition, "frozen": False, "why": why}, signed=True)
+        self._tell("resolved", f"resume {name}", {"name": name, "why": why, "by": self._by})
+
+    def questions(self) -> list[Question]:
+        """What thresholds have asked, and how it was answered."""
+        _, held = self.store.definitions()
+        return [_question(id, one.definition) for id, one in held.get("approval", {}).items()]
+
+    def approve(self, id: str, *, raise_by: str | None = None, for_s: float | None = None, why: str = "") -> None:
+        """Let what asked go on: with its limit raised by an amount ("5 USD"), else up to the limit; for a time, else for good."""
+        held = self._question(id)
+        answer = {
+            **held.definition,
+            "state": "approved",
+            "raise_by": 0 if raise_by is None else _amount_in(held.definition["account"], raise_by),
+            "until_us": self._until_us(for_s),
+            "why": why,
+        }
+        self._publish("approval", id, answer, signed=True)
+        self._tell("resolved", f"approve {id}", {"id": id, "budget": held.definition["budget"], "by": self._by})
+
+    def deny(self, id: str, *, why: str = "") -> None:
+        """Refuse what asked, for as long as its limit stays as it is. Needs no key: it only stops."""
+        held = self._question(id)
+        self._publish("approval", id, {**held.definition, "state": "denied", "why": why}, signed=False)
+        self._tell("resolved", f"deny {id}", {"id": id, "budget": held.definition["budget"], "by": self._by})
+
+    def raise_limit(
+        self, budget: str, by: str, scope: Mapping[str, str] | None = None, *, for_s: float | None = None, why: str = ""
+    ) -> Account:
+        """Raise the limit of one account by an amount ("5 USD"), for a time, else while its window lasts. Needs the key."""
+        now_us = self.store.now_us()
+        wanted = dict(scope or {})
+        found = [
+            account
+            for account in self.store.accounts()
+            if account.rule.budget == budget
+            and json.loads(account.rule.scope) == wanted
+            and account.rule.kind in ("window", "rolling", "slots")
+            and (account.rule.end_us is None or now_us < account.rule.end_us)
+        ]
+        if len(found) != 1:
+            raise InvalidInput(
+                f"{len(found)} accounts of the budget {budget!r} have the scope {wanted}. "
+                "Name one that `bursar status` shows, with all its tags.",
+                argument="scope",
+            )
+        account = found[0].rule.key
+        grant = {
+            "account": account,
+            "raise_by": _amount_in(account, by),
+            "until_us": self._until_us(for_s),
+            "why": why,
+        }
+        self._publish("raise", short_id("raise", account, by, now_us), grant, signed=True)
+        return found[0]
+
+    def release(self, id: str, *, why: str = "released by an operator") -> UsageRecord:
+        """Take an expired reservation off the books, when it is known that the provider did not bill it. Needs the key."""
+        self._require_key("release", id)
+        assert self._key is not None
+        _, held = self.store.definitions()
+        if "operator" not in held:
+            raise OperatorRequired(
+                "This store has no operator yet. Run `bursar operator init` first, and keep its key away from the agents.",
+                kind="release",
+                name=id,
+            )
+        answer = self.store.execute(Release(id, "cancelled", why, {"by": self._by}, self._key.prove(id)))
+        if type(answer) is not Ended:
+            raise rejection(id, answer)  # type: ignore[arg-type]
+        return UsageRecord.of(answer.entry)
+
+    def publish_budgets(self, budgets: Mapping[str, Budget]) -> None:
+        """Put budgets in force, changed ones included. Needs the key once the store knows an operator."""
+        for name, budget in budgets.items():
+            held = self._held("budget", name)
+            if held is None or content(held.definition) != budget.definition():
+                self._publish("budget", name, budget.definition(), signed=held is not None and self._key is not None)
+
+    def close(self) -> None:
+        self.store.close()
+
+    def __enter__(self) -> Operator:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _publish(self, kind: str, name: str, definition: Mapping[str, Any], *, signed: bool) -> None:
+        held = self._held(kind, name)
+        said = {**content(definition), "by": self._by, "at_us": self.store.now_us()}
+        if signed:
+            self._require_key(kind, name)
+            assert self._key is not None
+            if held is not None:
+                said["of"] = held.version
+            said = self._key.sign(kind, name, said)
+        self.store.publish({name: said}, kind)
+
+    def _require_key(self, kind: str, name: str) -> None:
+        if self._key is None:
+            raise OperatorRequired(
+                f"The {kind} {name!r} needs the operator's key. Give it with --key FILE or BURSAR_OPERATOR_KEY, "
+                "where no agent can read it.",
+                kind=kind,
+                name=name,
+            )
+
+    def _held(self, kind: str, name: str) -> Definition | None:
+        _, held = self.store.definitions()
+        return held.get(kind, {}).get(name)
+
+    def _question(self, id: str) -> Definition:
+        held = self._held("approval", id)
+        if held is None:
+            raise InvalidInput(f"Nothing asks under {id!r}. `bursar approvals` lists what does.", argument="id")
+        return held
+
+    def _until_us(self, for_s: float | None) -> int | None:
+        return None if for_s is None else self.store.now_us() + int(for_s * 1e6)
+
+    def _tell(self, kind: str, name: str, facts: dict[str, Any]) -> None:
+        self.store.execute(Tell(f"{name} {self.store.now_us()}", kind, facts))
+
+
+def _question(id: str, one: Mapping[str, Any]) -> Question:
+    budget, unit, _, scope, _ = json.loads(one["account"])
+    return Question(
+        id,
+        one["state"],
+        budget,
+        scope,
+        unit,
+        amount(one["limit"], unit),
+        amount(one["spent"], unit),
+        one.get("owner"),
+        one["tags"],
+        one.get("by", ""),
+        one["why"],
+    )
+
+
+def _amount_in(account: str, text: str) -> int:
+    """An amount such as "5 USD" in the account's own unit. Raises InvalidInput, PolicyError."""
+    _, unit, _, _, _ = json.loads(account)
+    limit = parse_limit(Budget("raise", text))
+    if limit.unit != unit or limit.period_us:
+        raise InvalidInput(f'{text!r} cannot be added to {unit}. Write it like "5 {unit}".', argument="raise_by")
+    return limit.amount
