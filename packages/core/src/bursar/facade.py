@@ -73,7 +73,8 @@ class Bursar:
             self.store.publish({budget.name: budget.definition() for budget in policy.budgets})
             self._load_policy()
         except BaseException:
-            self.store.close()
+            if isinstance(store, str):
+                self.store.close()
             raise
 
     @classmethod

@@ -32,7 +32,7 @@ from bursar.policy import Matched, Policy
 from bursar.prices import PriceBook
 from bursar.queueing import Queueing
 from bursar.records import facts_of
-from bursar.refusal import asking, denied, exceeded, rejection, stopped
+from bursar.refusal import asking, denied, exceeded, reaching, rejection, stopped
 from bursar.signing import short_id
 from bursar.usage import Usage
 from bursar.waiting import Ticket, WaitingRoom
@@ -121,9 +121,11 @@ class Guard:
     def _try(self, call: Call, now_us: int, *, quiet: bool) -> Generator[Step, Any, tuple[Granted | Refused, int]]:
         """One attempt to reserve, made again after a newer policy, a new window, or a step that a threshold asks for."""
         for _ in range(MAX_RELOADS + MAX_STEPS):
-            stop = self.stop_of(call, now_us)
-            if stop is not None:
-                raise stop
+            if self.stop_of(call, now_us) is not None:
+                now_us = yield Reload()  # it may have been put back since
+                stop = self.stop_of(call, now_us)
+                if stop is not None:
+                    raise stop
             lines = self.amounts.lines(call, self.matched(call, now_us))
             command = Reserve(
                 call.id,
@@ -308,7 +310,7 @@ class Guard:
         rules = {account.rule.key: account.rule for account in accounts}
         for alert in alerts:
             facts = alert.facts
-            log.warning("the budget %(budget)s %(scope)s reached %(at)s %(unit)s of %(limit)s: %(action)s", facts)
+            log.warning("%s", reaching(facts))
             if facts["action"] == "kill" and facts["enforce"]:
                 yield from self._kill(rules[facts["account"]], facts["budget"])
 

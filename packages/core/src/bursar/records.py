@@ -154,7 +154,10 @@ def _refusal(facts: Mapping[str, Any]) -> str:
         f"${dollar_text(count)}" if unit == "USD" else f"{count} {unit}"
         for count in (facts["asked"], facts["available"])
     )
-    return f"the budget {budget!r}{f' ({where})' if where else ''} had {available} available, the call needed {asked}"
+    verb = {"ask": "asks: it ", "block": "blocks calls: it ", "kill": "has stopped everything: it "}.get(
+        facts.get("mark", ""), ""
+    )
+    return f"the budget {budget!r}{f' ({where})' if where else ''} {verb}had {available} available, the call needed {asked}"
 
 
 def _amount(key: str, count: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -73,6 +74,18 @@ def exceeded(refused: Refused, budget: Budget, fit: int | None) -> BudgetExceede
         reason = f"it needs {_show(refused.asked, rule)}"
     return BudgetExceeded(
         f"{_named(rule)} refused the call: {reason}, {_balance(account)}. Nothing was sent. {remedy}.", **fields
+    )
+
+
+def reaching(facts: Mapping[str, Any]) -> str:
+    """The sentence of a threshold's alert."""
+    budget, unit, _, scope, _ = json.loads(facts["account"])
+    rule = Rule(facts["account"], budget, json.dumps(scope), unit, "window", facts["limit"])
+    share = 100 * facts["at"] / facts["limit"]
+    shadow = "" if facts["enforce"] else " (shadow: nothing is done)"
+    return (
+        f"{_named(rule)} has reached {share:.4g}% of its limit: {_show(facts['spent'], rule)} of "
+        f"{_show(facts['limit'], rule)} are spent; {facts['action']}{shadow}"
     )
 
 

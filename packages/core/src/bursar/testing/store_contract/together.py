@@ -100,7 +100,12 @@ class Together(Base):
         before = list(store.accounts()), list(store.entries()), store.definitions(), store.open_reservations()
         again = open_store(clock)
         try:
-            assert (list(again.accounts()), list(again.entries()), again.definitions(), again.open_reservations()) == before
+            assert (
+                list(again.accounts()),
+                list(again.entries()),
+                again.definitions(),
+                again.open_reservations(),
+            ) == before
             assert type(again.execute(reserve("b", (minute, 30), (rate, 1)))) is Granted
             assert type(again.execute(settle("b", 30))) is Ended
             settled = run(settle("b", 30))
