@@ -32,6 +32,7 @@ class GuardedEmbeddings(Embeddings):
             "provider": provider,
             "model": model,
             "endpoint": "embeddings",
+            "changeable": (),
             "default_tags": tags,
         }
 

@@ -105,6 +105,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
             request["default_tags"] = self._tags(parent_run_id, metadata, slot)
             reservation = self._gate.adopt(slot, request["model"], request["max_output_tokens"])
             request["resize"] = slot is not None and slot.may_clamp
+            request["changeable"] = ()
         return _Announced(opened, slot, request, reservation)
 
     def _start(

@@ -135,6 +135,7 @@ def visit(path: str, provider: str, body: Any, files: Any, retries: int) -> Visi
         made.limit = next((name for name in names if body.get(name) is not None), names[0] if latest else names[-1])
     else:
         made.said["resize"] = False  # nothing in the request could enforce a smaller answer
+        made.said["changeable"] = ("model",)
     if path.startswith("images/"):
         _images(made)
     elif path == "audio/speech":
