@@ -71,7 +71,6 @@ def _embed(send: Callable[[Any, Any], Any], function: Any, texts: Any, provider:
         "body": {"model": model, "input": texts},
         "endpoint": "embeddings",
         "resize": False,
-        "changeable": (),
         "default_tags": guard.tags if frame is None else frame.tags,
     }
     used = _observed(function)
