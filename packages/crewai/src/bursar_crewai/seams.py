@@ -159,7 +159,7 @@ def _held(
     tags = {**(guard.tags if frame is None else frame.tags), **own}
     said = read_request(llm, messages, given.get("tools"), given.get("response_model"))
     repeats = take_over(llm, is_async=is_async)
-    said.update(resize=False, changeable=(), default_tags=tags)
+    said.update(resize=False, default_tags=tags)
     if repeats is not None:
         said["retries"] = 0
     return guard, said, repeats or 0

@@ -95,7 +95,6 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
         "resize": limit is not None and not any(kwargs.get(name) for name in _LIMIT_NAMES),
-        "changeable": (),
     }
     return request | read_media(kind, request, kwargs.get("file"))
 
@@ -124,7 +123,6 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, {**optional, **settings}),
         "resize": _limit_name(kind, provider, body) is not None and not any(body.get(name) for name in _LIMIT_NAMES),
-        "changeable": (),
     }
     return request | read_media(kind, request, sound)
 

@@ -135,7 +135,6 @@ def read_llm(instance: Any, method: str, conversation: Any, settings: Mapping[st
         "body": body,
         "retries": _retries(instance, kind, streams="stream" in method),
         "resize": limit is None and kind.limit_name is not None,
-        "changeable": (),
     }
 
 
@@ -150,7 +149,6 @@ def read_embedding(instance: Any, texts: Sequence[str]) -> dict[str, Any]:
         "endpoint": "embeddings",
         "retries": _retries(instance, kind_of(type(instance)), streams=False),
         "resize": False,
-        "changeable": (),
     }
 
 
