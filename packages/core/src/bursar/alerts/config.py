@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bursar.alerts.routes import PER_MINUTE, Alerts, Route
+from bursar.alerts.routes import MAX_PER_MINUTE, PER_MINUTE, Alerts, Route
 from bursar.alerts.sinks import OWNER, Apprise, Log, Sink, Webhook
 from bursar.errors import PolicyError
 
@@ -36,7 +36,7 @@ class AlertEntry(BaseModel):
     owner: str | None = Field(
         default=None, description="only budgets with this owner, * allowed; {owner} in the address stands for it"
     )
-    per_minute: int = Field(default=PER_MINUTE, ge=1, le=1_000, description="the most messages a minute")
+    per_minute: int = Field(default=PER_MINUTE, ge=1, le=MAX_PER_MINUTE, description="the most messages a minute")
 
     @model_validator(mode="after")
     def _holds_together(self) -> AlertEntry:
@@ -57,7 +57,13 @@ class AlertEntry(BaseModel):
 
     def make(self, environ: Mapping[str, str] = os.environ) -> Route:
         """The route, with the secrets that the environment holds. Raises PolicyError."""
-        return Route(self._sink(environ), tuple(self.kinds), tuple(self.budgets), self.owner, self.per_minute)
+        return Route(
+            self._sink(environ),
+            kinds=self.kinds,
+            budgets=self.budgets,
+            owner=self.owner,
+            per_minute=self.per_minute,
+        )
 
     def _sink(self, environ: Mapping[str, str]) -> Sink:
         if self.webhook:

@@ -86,7 +86,7 @@ class Lane:
             group.message, group.failures = None, 0
             return True
         wish_us = round((error.retry_after_s or 0.0) * 1e6) if isinstance(error, Undelivered) else 0
-        group.not_before_us = now_us + max(self._backoff_us(group.failures), wish_us)
+        group.not_before_us = now_us + self._backoff_us(group.failures)
         self._paused_until_us = now_us + max(self._backoff_us(self.failures), wish_us)
         return False
 

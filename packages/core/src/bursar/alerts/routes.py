@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bursar.alerts.alert import KINDS, Alert
@@ -12,41 +11,53 @@ from bursar.alerts.sinks import Apprise, Function, Log, Sink, log
 from bursar.errors import PolicyError
 
 PER_MINUTE = 10
+MAX_PER_MINUTE = 1_000
 MAX_OWNERS = 1_000
 
 
-@dataclass(frozen=True)
 class Route:
-    """A sink, and what it is told of. Empty `kinds` and `budgets` mean all; `budgets` and `owner` may hold `*`.
+    """A sink, or a function that takes a `Message`, and what it is told of.
 
-    With an `owner` only the alerts of budgets with such an owner come here, and `{owner}` in the sink's address stands for
-    it. `per_minute`: the most messages a minute. Raises PolicyError.
+    Empty `kinds` and `budgets` mean all; `budgets` and `owner` may hold `*`. With an `owner` only the alerts of budgets with
+    such an owner come here, and `{owner}` in the sink's address stands for it. `per_minute`: the most messages a minute.
+    Raises PolicyError.
     """
 
-    sink: Sink
-    kinds: Sequence[str] = ()
-    budgets: Sequence[str] = ()
-    owner: str | None = None
-    per_minute: int = PER_MINUTE
+    def __init__(
+        self,
+        sink: Sink | Callable[[Message], object],
+        *,
+        kinds: Sequence[str] = (),
+        budgets: Sequence[str] = (),
+        owner: str | None = None,
+        per_minute: int = PER_MINUTE,
+    ) -> None:
+        for key, given in (("kinds", kinds), ("budgets", budgets)):
+            if isinstance(given, str):
+                raise PolicyError(f"{key} = {given!r} is not a list. Write it like [{given!r}].", key=key)
+        unknown = next((kind for kind in kinds if kind not in KINDS), None)
+        if unknown is not None:
+            raise PolicyError(f"There are no alerts of the kind {unknown!r}. Use {', '.join(KINDS)}.", key="kinds")
+        if not 1 <= per_minute <= MAX_PER_MINUTE:
+            raise PolicyError(f"{per_minute} messages a minute cannot be. Use 1 to {MAX_PER_MINUTE}.", key="per_minute")
+        if not isinstance(sink, Sink) and not callable(sink):
+            raise PolicyError(f"A {type(sink).__name__} is no sink. Hand over a sink or a function.", key="sinks")
+        self.sink: Sink = sink if isinstance(sink, Sink) else Function(sink)
+        self.kinds = tuple(kinds)
+        self.budgets = tuple(budgets)
+        self.owner = owner
+        self.per_minute = per_minute
 
-    def __post_init__(self) -> None:
-        unknown = next((kind for kind in self.kinds if kind not in KINDS), None)
-        if isinstance(self.kinds, str) or unknown is not None:
-            raise PolicyError(
-                f"There are no alerts of the kind {unknown or self.kinds!r}. Use a list of {', '.join(KINDS)}.",
-                key="kinds",
-            )
-        if isinstance(self.budgets, str):
-            raise PolicyError(f"{self.budgets!r} is not a list. Write it like [{self.budgets!r}].", key="budgets")
-        if not 1 <= self.per_minute <= 1_000:
-            raise PolicyError(f"{self.per_minute} messages a minute cannot be. Use 1 to 1000.", key="per_minute")
+    def is_for(self, owner: str) -> bool:
+        """Whether it is the route to this owner."""
+        return self.owner is not None and fnmatchcase(owner, self.owner)
 
     def takes(self, alert: Alert) -> bool:
         """Whether the sink is told of it. What is over is told to whoever was told that it began."""
         return (
             (not self.kinds or alert.kind in self.kinds or alert.topic in self.kinds)
             and (not self.budgets or any(fnmatchcase(alert.budget, pattern) for pattern in self.budgets))
-            and (self.owner is None or fnmatchcase(alert.owner, self.owner))
+            and (self.owner is None or self.is_for(alert.owner))
         )
 
 
@@ -60,25 +71,20 @@ class Alerts:
     def __init__(self, sinks: Sequence[Sink | Callable[[Message], object] | Route] = ()) -> None:
         self.configured = bool(sinks)
         self.fallback = Route(Log())
-        self.routes = tuple(_route(one) for one in sinks) or (self.fallback,)
+        self.routes = tuple(one if isinstance(one, Route) else Route(one) for one in sinks) or (self.fallback,)
         self._owners: dict[str, Route | None] = {}
 
     def of(self, alert: Alert) -> Iterator[tuple[str, Route]]:
         """The routes of an alert, each with the name of its lane: an owner has a lane of its own."""
-        found = False
-        owned = False
-        for place, route in enumerate(self.routes):
-            if route.takes(alert):
-                found = True
-                owned = owned or route.owner is not None
-                yield (f"{place} {alert.owner}" if route.owner else str(place)), route
-        if alert.owner and not owned:
+        found = [
+            (str(place) if route.owner is None else f"{place} {alert.owner}", route)
+            for place, route in enumerate(self.routes)
+            if route.takes(alert)
+        ]
+        if alert.owner and not any(route.is_for(alert.owner) for route in self.routes):
             own = self._own(alert.owner)
-            if own is not None:
-                found = True
-                yield f"owner {alert.owner}", own
-        if not found:
-            yield "log", self.fallback
+            found += [] if own is None else [(f"owner {alert.owner}", own)]
+        yield from found or [("log", self.fallback)]
 
     def _own(self, owner: str) -> Route | None:
         """The route to an owner that is an address itself."""
@@ -92,13 +98,3 @@ class Alerts:
             except PolicyError as error:
                 log.warning("the owner %s is not reached: %s", public(owner), error)
         return self._owners.get(owner)
-
-
-def _route(given: Sink | Callable[[Message], object] | Route) -> Route:
-    if isinstance(given, Route):
-        return given
-    if isinstance(given, Sink):
-        return Route(given)
-    if callable(given):
-        return Route(Function(given))
-    raise PolicyError(f"A {type(given).__name__} is no sink. Hand over a sink, a route or a function.", key="sinks")
