@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# CrewAI keeps the outputs of tasks in a file, with an fsync each: in memory, where the system has such a folder.
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # Before crewai is imported: it would report itself, and ask for traces.
 os.environ.update(
     CREWAI_DISABLE_TELEMETRY="true",
     CREWAI_DISABLE_TRACKING="true",
     CREWAI_TRACING_ENABLED="false",
     OTEL_SDK_DISABLED="true",
+    DEFER_PYDANTIC_BUILD="false",  # of OpenAI's SDK: at the first call it can fail, where threads make it together
     LITELLM_LOCAL_MODEL_COST_MAP="True",
     OPENAI_API_KEY="replayed",
     ANTHROPIC_API_KEY="replayed",
@@ -22,9 +27,19 @@ os.environ.update(
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CREWAI_STORAGE_DIR", str(tmp_path))
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY, ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("CREWAI_STORAGE_DIR", folder)
+        yield
+
+
+@pytest.fixture
+def forks() -> Any:
+    """A context of `multiprocessing` whose processes start at once: they are forks of one that has imported CrewAI."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crewai", "pytest"])
+    return context
 
 
 @pytest.fixture

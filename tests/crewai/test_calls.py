@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
+pytest.importorskip("bursar_crewai")
 
 from crewai import Agent, Process, Task
 from crewai.hooks import HookAborted, register_before_llm_call_hook, unregister_before_llm_call_hook

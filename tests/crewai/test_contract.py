@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
+pytest.importorskip("bursar_crewai")
 
 from crewai import LLM, Agent, Crew, Task
 from crewai.tools import tool as as_tool

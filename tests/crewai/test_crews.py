@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
+pytest.importorskip("bursar_crewai")
 
 from crewai import Agent
 from crewai.flow.flow import Flow, listen, start

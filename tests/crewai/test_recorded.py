@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("crewai.hooks")  # the folder of these tests is a `crewai` too
+pytest.importorskip("bursar_crewai")
 
 from crewai.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, create_model
