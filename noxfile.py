@@ -144,7 +144,17 @@ def adapter(session: nox.Session, name: str, versions: str) -> None:
         _install(session, _lowest_pins(name) if versions == "lowest" else own, packages=["core", name])
     if name in APART:
         session.run("mypy", "--config-file=", "--strict", "-p", f"bursar_{name}")
-        _pytest(session, f"tests/{name}", "tests/test_house.py", "tests/test_docs.py", "-k", f"{name} or not test_docs")
+        # The other versions are run at night, and with them what is too long for every change.
+        every = () if versions == "pinned" else ("-m", "nightly or not nightly")
+        _pytest(
+            session,
+            *every,
+            f"tests/{name}",
+            "tests/test_house.py",
+            "tests/test_docs.py",
+            "-k",
+            f"{name} or not test_docs",
+        )
     else:
         _pytest(session, *sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py")))
 
@@ -171,11 +181,14 @@ def nightly(session: nox.Session) -> None:
 
 @nox.session(requires=["wheels"])
 def bench(session: nox.Session) -> None:
-    """Every table of bench/, or those named: `nox -s bench -- prices`."""
-    _install(session)
+    """Every table of bench/, or those named: `nox -s bench -- prices`; that of an adapter beside its own framework."""
     for name in session.posargs or sorted(
         path.stem.removeprefix("bench_") for path in Path("bench").glob("bench_*.py")
     ):
+        if name in APART:
+            _install(session, f"packages/{name}/pins.txt", packages=["core", name])
+        else:
+            _install(session)
         session.run("python", "-P", f"bench/bench_{name}.py")
 
 
