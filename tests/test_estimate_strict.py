@@ -365,6 +365,32 @@ def test_message_objects_of_sdks_count_as_their_data() -> None:
     assert (counts["calls"], counts["data"]) == (1, len(json.dumps(call["args"])))
 
 
+ARGUMENTS = {"query": "weather " * 50}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "tool_use", "id": "c1", "name": "search", "input": ARGUMENTS},
+        {"type": "tool_use", "id": "c1", "name": "search", "input": {}, "partial_json": json.dumps(ARGUMENTS)},
+        {"type": "function_call", "call_id": "c1", "name": "search", "arguments": json.dumps(ARGUMENTS)},
+        {"type": "tool_call", "id": "c1", "name": "search", "args": ARGUMENTS},
+    ],
+    ids=lambda block: f"{block['type']}-{'partial_json' in block}",
+)
+def test_a_tool_call_that_stands_in_the_content_too_counts_once(block: dict[str, Any]) -> None:
+    """And never less than once: a call that only `tool_calls` holds, or whose block is empty, counts there."""
+    messages = pytest.importorskip("langchain_core.messages")
+    call = {"name": "search", "args": ARGUMENTS, "id": "c1", "type": "tool_call"}
+    size = len(json.dumps(ARGUMENTS))
+    told = Request("anthropic", "claude-sonnet-4-6", [messages.AIMessage([block], tool_calls=[call])])
+    assert size < told.size < 1.5 * size
+    other = Request("anthropic", "claude-sonnet-4-6", [messages.AIMessage([block], tool_calls=[{**call, "id": "c2"}])])
+    assert other.size > 2 * size
+    emptied = {name: value for name, value in block.items() if name in ("type", "id", "call_id", "name")}
+    assert Request("anthropic", "claude-sonnet-4-6", [messages.AIMessage([emptied], tool_calls=[call])]).size > size
+
+
 def test_a_deep_nest_does_not_exhaust_the_stack() -> None:
     def nest(depth: int) -> Any:
         value: Any = "x"

@@ -31,7 +31,9 @@ def plain(value: Any) -> Any:
         message = {"role": str(getattr(role, "value", role)), "content": content if not blocks else _blocks(blocks)}
         for name in ("tool_calls", "name", "tool_call_id"):
             part = getattr(value, name, None)
-            if part and not (name == "tool_calls" and _holds_calls(content)):
+            if name == "tool_calls":
+                part = _untold(part, content)
+            if part:
                 message[name] = part
         return message
     for name in ("model_dump", "to_dict", "dict"):
@@ -48,9 +50,14 @@ def _blocks(blocks: Any) -> list[Any]:
     return [{"type": part.get("block_type"), **part} if isinstance(part, Mapping) else part for part in parts]
 
 
-def _holds_calls(content: Any) -> bool:
-    """Whether the content has the tool calls in it already, as LangChain gives them for Anthropic."""
-    return isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") == "tool_use" for p in content)
+def _untold(calls: Any, content: Any) -> Any:
+    """The tool calls that the content has not told already: LangChain keeps those of Anthropic's and OpenAI's blocks twice."""
+    if not isinstance(content, list) or not isinstance(calls, list):
+        return calls
+    blocks = [part for part in content if isinstance(part, Mapping) and any(part.get(name) for name in _ARGUMENTS)]
+    told = [part.get(name) for part in blocks for name in ("id", "call_id") if part.get(name) is not None]
+    return [call for call in calls if not (isinstance(call, Mapping) and call.get("id") in told)]
 
 
+_ARGUMENTS = ("input", "args", "arguments", "partial_json")
 _encode = json.JSONEncoder(ensure_ascii=False, default=plain).encode
