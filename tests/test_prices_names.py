@@ -7,7 +7,7 @@ from datetime import date
 import pytest
 
 from bursar.errors import InvalidInput, UnknownPrice
-from bursar.prices import Override, PriceBook
+from bursar.prices import Override, PriceBook, provider_of_url
 from bursar.prices.names import provider_name
 from bursar.usage import Usage
 
@@ -269,3 +269,27 @@ def test_what_is_no_price_is_refused_with_a_remedy(wrong: dict[str, object]) -> 
 def test_an_override_of_another_provider_does_not_hold() -> None:
     with pytest.raises(UnknownPrice):
         with_overrides(Override(provider="acme", model="m", input_mtok="1")).find("openai", "m", NOW)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://api.openai.com/v1", "openai"),
+        ("https://eu.api.openai.com/v1/", "openai"),
+        ("https://API.GROQ.com/openai/v1", "groq"),
+        ("https://openrouter.ai/api/v1", "openrouter"),
+        ("https://res.openai.azure.com/openai/v1/", "azure"),
+        ("https://res.services.ai.azure.com/models", "azure"),
+        ("https://mine.westus.cloudapp.azure.com/v1", None),
+        ("https://bedrock-runtime.us-west-2.amazonaws.com/openai/v1", "bedrock"),
+        ("https://us-east5-aiplatform.googleapis.com/v1", "vertex"),
+        ("https://generativelanguage.googleapis.com/v1beta/openai/", "google"),
+        ("https://notgroq.com/v1", None),
+        ("https://api.deepseek.com.example.org", None),
+        ("http://127.0.0.1:8000/v1", None),
+        ("http://[broken", None),
+        ("", None),
+    ],
+)
+def test_the_host_of_a_base_url_tells_who_bills(url: str, name: str | None) -> None:
+    assert provider_of_url(url) == name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 
 def words(text: str) -> frozenset[str]:
@@ -22,23 +21,6 @@ _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "m
 # The clients' own retries where none are set: the SDKs of OpenAI, Anthropic and Groq try 2 times more, others up to 6.
 _SDK_RETRIES, _OTHER_RETRIES = 2, 6
 _SDKS = frozenset(("openai", "azure", "anthropic", "groq"))
-# Whose models an OpenAI client reaches at another base URL: they decide the price.
-_HOSTS = {
-    "openrouter.ai": "openrouter",
-    "x.ai": "xai",
-    "deepseek.com": "deepseek",
-    "groq.com": "groq",
-    "together.xyz": "together",
-    "together.ai": "together",
-    "fireworks.ai": "fireworks",
-    "perplexity.ai": "perplexity",
-    "mistral.ai": "mistral",
-    "googleapis.com": "google",
-    "anthropic.com": "anthropic",
-    "azure.com": "azure",
-    "moonshot.ai": "moonshotai",
-    "z.ai": "zai",
-}
 
 
 def read_start(
@@ -114,15 +96,15 @@ def _provider(
     params: Mapping[str, Any],
     metadata: Mapping[str, Any],
 ) -> str:
-    from bursar.prices.names import provider_name  # the price book loads with the first call, not with the import
+    from bursar.prices import provider_of_url  # the price book loads with the first call, not with the import
+    from bursar.prices.names import provider_name
 
     path = (serialized or {}).get("id") or [""]
     named = _first_text(metadata.get("ls_provider"), path[-1], params.get("_type"))
     provider = provider_name(named)
     base_url = fields.get("openai_api_base") or fields.get("base_url")
     if provider == "openai" and isinstance(base_url, str):
-        host = urlsplit(base_url).hostname or ""
-        return next((name for end, name in _HOSTS.items() if host == end or host.endswith("." + end)), provider)
+        return provider_of_url(base_url) or provider
     return provider
 
 

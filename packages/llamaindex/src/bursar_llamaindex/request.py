@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
 # Settings of the client, and what is read by itself: none of them is a further part of the prompt.
@@ -17,23 +16,6 @@ _OPENAI_EMBEDDINGS = "llama_index.embeddings.openai.base"
 _NAMESPACES = ("llama_index.llms.", "llama_index.embeddings.", "llama_index.multi_modal_llms.")
 _SENDS_NOTHING = ("llama_index.core.llms.mock", "llama_index.core.embeddings.mock_embed_model")
 _OTHER_RETRIES = 2  # what SDKs try more where nothing is said
-# Whose models an OpenAI client reaches at another base URL: they decide the price.
-_HOSTS = {
-    "openrouter.ai": "openrouter",
-    "x.ai": "xai",
-    "deepseek.com": "deepseek",
-    "groq.com": "groq",
-    "together.xyz": "together",
-    "together.ai": "together",
-    "fireworks.ai": "fireworks",
-    "perplexity.ai": "perplexity",
-    "mistral.ai": "mistral",
-    "googleapis.com": "google",
-    "anthropic.com": "anthropic",
-    "azure.com": "azure",
-    "moonshot.ai": "moonshotai",
-    "z.ai": "zai",
-}
 
 
 class Kind(NamedTuple):
@@ -99,13 +81,13 @@ def sends_nothing(instance: Any) -> bool:
 
 def provider_of(instance: Any) -> str:
     """The price book's name of whoever bills the object's calls."""
-    from bursar.prices.names import provider_name  # the price book loads with the first call, not with the import
+    from bursar.prices import provider_of_url  # the price book loads with the first call, not with the import
+    from bursar.prices.names import provider_name
 
     provider = provider_name(kind_of(type(instance)).integration)
     if provider in ("openai", "openai-like"):
         base_url = getattr(instance, "api_base", None)
-        host = (urlsplit(base_url).hostname or "") if isinstance(base_url, str) else ""
-        return next((name for end, name in _HOSTS.items() if host == end or host.endswith("." + end)), "openai")
+        return (provider_of_url(base_url) if isinstance(base_url, str) else None) or "openai"
     return provider
 
 
