@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
-from urllib.parse import urlsplit
 
 from bursar_crewai.calls import note_answer, run
 from bursar_crewai.errors import CrewBudgetExceeded
@@ -107,13 +106,13 @@ class _Observed:
 
 def _provider(embedder: Any) -> str:
     """Who bills this embedder: OpenAI's function reaches Azure and OpenRouter too."""
+    from bursar.prices import provider_of_url  # the price book loads with the first call, not with the import
+
     provider = _BILLED[type(embedder).__name__]
     if provider == "openai":
-        host = urlsplit(str(getattr(embedder, "api_base", None) or "")).hostname or ""
         if getattr(embedder, "api_type", None) == "azure":
             return "azure"
-        if host == "openrouter.ai":
-            return "openrouter"
+        return provider_of_url(str(getattr(embedder, "api_base", None) or "")) or provider
     return provider
 
 
