@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bursar import Budget, BudgetExceeded, Bursar, Usage
+from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, Stopped, Threshold, Usage
 from bursar.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,3 +96,69 @@ def test_every_command_has_a_help() -> None:
         done = bursar(*words, "--help")
         assert done.exit_code == 0
         assert "Usage: bursar" in done.output
+
+
+# -- operators -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[str, Path, str]:
+    """A store with an operator, where a budget's threshold has asked: its URL, the key's file, the question's id."""
+    url, key = f"sqlite:///{tmp_path / 'asked.db'}?durability=process", tmp_path / "operator.key"
+    with Bursar(url, [Budget("cap", "0.10 USD", thresholds=[Threshold("50%", "ask")])]) as books:
+        books.charge("0.05 USD")
+        with pytest.raises(ApprovalRequired) as question:
+            books.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+    assert bursar("operator", "init", "--store", url, "--out", str(key)).exit_code == 0
+    return url, key, question.value.id
+
+
+def test_a_question_is_listed_approved_and_remembered(asked: tuple[str, Path, str]) -> None:
+    url, key, id = asked
+    assert id in bursar("approvals", "--store", url).output
+    refused = bursar("approve", id, "--store", url)
+    assert refused.exit_code == 1
+    assert "--key" in refused.output
+    done = bursar("approve", id, "--store", url, "--key", str(key), "--raise-by", "5 USD", "--for", "1h", "--by", "ann")
+    assert done.exit_code == 0, done.output
+    rows = [
+        json.loads(line)
+        for line in bursar("approvals", "--all", "--store", url, "--format", "json").output.splitlines()
+    ]
+    assert [(row["id"], row["state"], row["by"]) for row in rows] == [(id, "approved", "ann")]
+    with Bursar(url) as books:
+        books.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10).release()
+
+
+def test_an_operators_key_is_for_its_owner_alone_and_not_overwritten(asked: tuple[str, Path, str]) -> None:
+    url, key, _ = asked
+    assert key.stat().st_mode & 0o077 == 0
+    again = bursar("operator", "init", "--store", url, "--out", str(key))
+    assert again.exit_code != 0
+    other = bursar("operator", "init", "--store", url, "--out", f"{key}.2")
+    assert other.exit_code == 1
+    assert not Path(f"{key}.2").exists()
+    assert bursar("operator", "init", "--store", url, "--key", str(key), "--out", f"{key}.2").exit_code == 0
+
+
+def test_an_agent_is_frozen_listed_and_resumed(asked: tuple[str, Path, str]) -> None:
+    url, key, _ = asked
+    assert bursar("freeze", "--store", url).exit_code == 2
+    assert bursar("freeze", "--agent", "x", "team=a", "--store", url, "--why", "loops", "--by", "ann").exit_code == 0
+    assert "loops" in bursar("resume", "--store", url).output
+    with Bursar(url) as books, books.scope(agent="x", team="a"), pytest.raises(Stopped, match="loops"):
+        books.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+    assert bursar("resume", "agent=x team=a", "--store", url).exit_code == 1
+    assert bursar("resume", "agent=x team=a", "--store", url, "--key", str(key)).exit_code == 0
+    assert "frozen" in bursar("alerts", "--store", url).output
+
+
+def test_denials_raises_and_wrong_durations(asked: tuple[str, Path, str]) -> None:
+    url, key, id = asked
+    assert bursar("deny", id, "--store", url, "--why", "no").exit_code == 0
+    assert bursar("deny", "ask-0", "--store", url).exit_code == 1
+    assert bursar("raise", "cap", "1 USD", "--store", url, "--key", str(key)).exit_code == 0
+    assert bursar("raise", "cap", "5 tokens", "--store", url, "--key", str(key)).exit_code == 1
+    assert bursar("approve", id, "--store", url, "--key", str(key), "--for", "soon").exit_code == 2
+    status = json.loads(bursar("status", "--store", url, "--format", "json").output.splitlines()[0])
+    assert status["limit"] == "1.10"

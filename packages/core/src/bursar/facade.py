@@ -258,9 +258,10 @@ class Bursar:
         """The accounts as they stand now: with tags, those whose scope has these values, and those that hold for all."""
         wanted = check_tags(tags).items()
         now_us = self.store.now_us()
-        accounts = list(self.store.accounts())
+        policy = self.guard.policy
+        accounts = [policy.in_force(account, now_us) for account in self.store.accounts()]
         used = {account.rule.key for account in accounts}
-        accounts += [fresh for fresh in self.guard.policy.fresh_accounts(now_us) if fresh.rule.key not in used]
+        accounts += [fresh for fresh in policy.fresh_accounts(now_us) if fresh.rule.key not in used]
         current_ones = (one for one in accounts if one.rule.end_us is None or one.rule.end_us > now_us)
         found = [BudgetStatus.of(account, now_us) for account in current_ones]
         return [one for one in found if not one.scope or wanted <= one.scope.items()]

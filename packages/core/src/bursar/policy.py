@@ -186,6 +186,19 @@ class Policy:
         """Raise PolicyError for a limit that a scope cannot be opened with."""
         parse_limit(Budget("scope", limit), self.rates)
 
+    def in_force(self, account: Account, now_us: int) -> Account:
+        """The account under the limit that its next call will meet: the newest definition of its budget, and what was raised."""
+        rule = account.rule
+        one = next((one for one in self._compiled if one.budget.name == rule.budget), None)
+        if one is None:
+            return account
+        limit = one.limit.amount + self.decisions.granted(rule.key, now_us)[0]
+        own = json.loads(rule.key)[1:3] == [
+            one.limit.unit,
+            one.window_name,
+        ]  # else of an earlier definition, or a throttle's
+        return account._replace(rule=rule._replace(limit=limit)) if own else account
+
     def fresh_accounts(self, now_us: int) -> list[Account]:
         """The accounts, as yet unused, of the budgets that have one account for all calls."""
         rules = [one.account_rule({}, now_us) for one in self._compiled if not one.per]

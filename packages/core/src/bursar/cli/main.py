@@ -9,14 +9,14 @@ import click
 
 from bursar.errors import BursarError
 
-# name -> module; the module holds a click command named `command`
+# name -> module and the click command in it
 _OWN = {
-    "price": "bursar.cli.price",
-    "prices": "bursar.cli.prices",
-    "policy": "bursar.cli.policy",
-    "records": "bursar.cli.records",
-    "run": "bursar.cli.run",
-    "status": "bursar.cli.status",
+    **{name: f"bursar.cli.{name}:command" for name in ("policy", "price", "prices", "records", "run", "status")},
+    **{
+        name: f"bursar.cli.operate:{name}"
+        for name in ("alerts", "approvals", "approve", "deny", "freeze", "operator", "release", "resume")
+    },
+    "raise": "bursar.cli.operate:raise_limit",
 }
 
 
@@ -26,7 +26,8 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _OWN:
-            command = import_module(_OWN[cmd_name]).command
+            module, _, name = _OWN[cmd_name].partition(":")
+            command = getattr(import_module(module), name)
         else:
             found = [point for point in entry_points(group="bursar.commands") if point.name == cmd_name]
             if not found:

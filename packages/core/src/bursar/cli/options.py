@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bursar.facade import Bursar
 
 F = TypeVar("F", bound=Callable[..., Any])
+_GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
+TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
 # A spreadsheet takes a cell that starts with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -35,11 +37,16 @@ def open_books(url: str) -> Bursar:
     """The Bursar of a store that exists already, with the budgets published there. Raises UsageError for one that does not."""
     from bursar.facade import Bursar
 
+    check_store(url)
+    return Bursar(url)
+
+
+def check_store(url: str) -> None:
+    """Raise UsageError for a store's file that does not exist: looking must not make one."""
     if url.startswith("sqlite:///"):
         file = Path(unquote(urlsplit(url).path[1:]))
         if not file.exists():
             raise click.UsageError(f"There is no store {file}. Name it with --store or BURSAR_STORE.")
-    return Bursar(url)
 
 
 def form_option(function: F) -> F:
@@ -52,6 +59,20 @@ def tags_argument(function: F) -> F:
     return click.argument("tags", nargs=-1, metavar="[TAG=VALUE]...", callback=_tags)(function)
 
 
+def tag_options(function: F) -> F:
+    """`--agent planner` and its like, for every tag that has a column of its own, beside any TAG=VALUE."""
+    for name in reversed(TAG_COLUMNS):
+        function = click.option(f"--{name}", metavar="VALUE", expose_value=False, callback=_add_tag)(function)
+    return function
+
+
+def _add_tag(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None and parameter.name is not None:
+        ctx.meta.setdefault(_GIVEN, {})[parameter.name] = value
+        if "tags" in ctx.params:
+            ctx.params["tags"][parameter.name] = value
+
+
 def _tags(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     tags = {}
     for value in values:
@@ -59,7 +80,7 @@ def _tags(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
         if not equals or not name or not text:
             raise click.BadParameter(f"{value!r} is no TAG=VALUE, such as run=r-17.", ctx=ctx, param=parameter)
         tags[name] = text
-    return tags
+    return {**ctx.meta.get(_GIVEN, {}), **tags}
 
 
 def show(rows: Iterable[Mapping[str, Any]], columns: list[str], form: str, title: str) -> None:
