@@ -16,10 +16,11 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import at_least, at_most, in_turns, table
+from measure import at_least, at_most, table
 
 from bursar.detect import Finding, RunWatch
 from bursar.detect.steps import Step, asked_for, conversation, last_step
@@ -66,9 +67,9 @@ def _exchange(row: dict[str, Any]) -> Exchange:
     return Exchange(row.get("model") or "", row["request"].get("body"), answer, tokens)
 
 
-def watch(exchanges: list[Exchange]) -> list[tuple[int, Finding]]:
-    """What a watch finds in a run: (number of the call, finding)."""
-    one, found = RunWatch(), []
+def tell(one: RunWatch, exchanges: list[Exchange]) -> list[tuple[int, Finding]]:
+    """Tell a watch of a run, as the guard does; what it finds: (number of the call, finding)."""
+    found = []
     for at, exchange in enumerate(exchanges):
         called = one.model_called(
             str(at), exchange.request, at * SECOND, model=exchange.model, input_tokens=exchange.input_tokens
@@ -82,7 +83,7 @@ def longest_repeat(run: Run) -> int:
     """How many answers in a row ask for the very same, found without the detectors."""
     asked = [asked_for(exchange.answer) for exchange in run.exchanges if exchange.answer is not None]
     most = count = 1
-    for before, after in zip(asked, asked[1:], strict=False):
+    for before, after in pairwise(asked):
         count = count + 1 if before == after and after and after[0][0] else 1
         most = max(most, count)
     return most
@@ -96,7 +97,7 @@ def steps_of(run: Run) -> list[Step]:
     steps: list[Step] = []
     for exchange in run.exchanges:
         step = last_step(conversation(exchange.request))[0] if isinstance(exchange.request, dict) else None
-        if step is not None and step.calls and (not steps or step != steps[-1]):
+        if step is not None and step.calls:
             steps.append(step)
     last = run.exchanges[-1].answer
     if last is not None and (asked := asked_for(last)):
@@ -126,11 +127,15 @@ def _edited(text: str, count: int, rng: random.Random) -> str:
     signs = list(text)
     for at in sorted(rng.sample(range(len(signs)), count), reverse=True):
         draw = rng.random()
-        signs[at : at + 1] = [] if draw < 0.2 else [rng.choice(LETTERS)] if draw < 0.8 else [signs[at], rng.choice(LETTERS)]
+        signs[at : at + 1] = (
+            [] if draw < 0.2 else [rng.choice(LETTERS)] if draw < 0.8 else [signs[at], rng.choice(LETTERS)]
+        )
     return "".join(signs)
 
 
-def looped(steps: list[Step], period: int, edit: Callable[[str, random.Random], str], rng: random.Random) -> Iterator[Step]:
+def looped(
+    steps: list[Step], period: int, edit: Callable[[str, random.Random], str], rng: random.Random
+) -> Iterator[Step]:
     """The last steps again and again; edits start anew from the first round, or add up."""
     first = part = steps[-period:]
     add_up = rng.random() < 0.5
@@ -184,8 +189,8 @@ def _chat_results(step: Step, at: int) -> list[dict[str, Any]]:
 
 def print_flagged(runs: list[Run]) -> list[Run]:
     """Which recorded runs are flagged; gives those that are not."""
-    found = {run.id: watch(run.exchanges) for run in runs}
-    known = [run for run in runs if longest_repeat(run) >= REPEATED - 5]
+    found = {run.id: tell(RunWatch(), run.exchanges) for run in runs}
+    known = [run for run in runs if longest_repeat(run) > 0.8 * REPEATED]
     others = [run for run in runs if run not in known]
     flagged = [run for run in others if found[run.id]]
     seen = sum(bool(found[run.id]) for run in known)
@@ -201,10 +206,7 @@ def print_flagged(runs: list[Run]) -> list[Run]:
     table(
         "The others that were flagged",
         ("run", "calls", "from", "at call", "why"),
-        [
-            (run.id, len(run.exchanges), run.source, found[run.id][0][0] + 1, found[run.id][0][1].why)
-            for run in flagged
-        ],
+        [(run.id, len(run.exchanges), run.source, found[run.id][0][0] + 1, found[run.id][0][1].why) for run in flagged],
     )
     return [run for run in others if run not in flagged]
 
@@ -213,7 +215,11 @@ def print_loops(runs: list[Run], seed: int) -> None:
     """How many of the runs are stopped once they are made into loops."""
     read_out = [steps for steps in map(steps_of, runs) if steps and any(step.calls[0][0] for step in steps)]
     rows = []
-    for name, edit, goal in (("none", none, 99), ("1 or 2 characters, or a count", few, 99), ("10 % of the characters", tenth, 95)):
+    for name, edit, goal in (
+        ("none", none, 99),
+        ("1 or 2 characters, or a count", few, 99),
+        ("10 % of the characters", tenth, 95),
+    ):
         for told in (True, False):
             rng = random.Random(f"{seed} {name}")
             ends = []
@@ -235,50 +241,42 @@ def print_loops(runs: list[Run], seed: int) -> None:
 
 
 def print_cost(runs: list[Run]) -> None:
-    """What an event costs, and what a watch keeps."""
+    """What an event costs, and what a watch keeps. The least of many rounds: other work on the machine only adds."""
     text = "The weather in Paris is sunny, 21 degrees, with a light wind from the west. " * 4
-    messages: list[Any] = [{"role": "user", "content": "The task."}]
+    fresh: list[Exchange] = []
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "The task."}]
     for at in range(60):
-        step = Step((("search", json.dumps({"query": f"weather {at} {chr(97 + at % 26)}", "limit": 10})),), (f"{at} {text}",), 0)
-        messages += [_chat_answer(step, at), *_chat_results(step, at)]
-    answer = {"choices": [{"message": messages[-2]}]}
-    spot = {"one": RunWatch(), "at": 1}
-
-    def look() -> None:
-        at = spot["at"] = spot["at"] % 60 + 1
-        if at == 1:
-            spot["one"] = RunWatch()
-        spot["one"].model_called("c", messages[: 1 + 2 * at], 0)
-        spot["one"].model_answered("c", answer)
-
-    long = max(runs, key=lambda run: len(run.exchanges))
-    least = min(_seconds(lambda: watch(long.exchanges)) for _ in range(7)) / (2 * len(long.exchanges))
-    cost = in_turns({"look": look}, 300)["look"] / 2
+        asked = json.dumps({"query": f"weather {at} {chr(97 + at % 26)}", "limit": 10})
+        step = Step((("search", asked),), (f"{at} {text}",), 0)
+        answer = _chat_answer(step, at)
+        fresh.append(Exchange("", {"messages": messages}, {"choices": [{"message": answer}]}, 0))
+        messages = [*messages, answer, *_chat_results(step, at)]
+    long = max(runs, key=lambda run: len(run.exchanges)).exchanges
+    costs = [
+        (f"one event, {name} of {len(run)} calls", _least_us(run) / 2 / len(run))
+        for name, run in (("an agent that gets on,", fresh), ("the longest recorded run", long))
+    ]
     tracemalloc.start()
-    watches = []
-    for _ in range(20):
-        one = RunWatch()
-        for at in range(60):
-            one.model_called(str(at), messages[: 1 + 2 * at], at)
-            one.model_answered(str(at), answer)
-        watches.append(one)
+    watches = [RunWatch() for _ in range(20)]
+    for one in watches:
+        tell(one, fresh)
     kept = tracemalloc.get_traced_memory()[0] / len(watches) / 1_000
     tracemalloc.stop()
+    rows = [(name, f"{cost:.1f} us", at_most(cost, 20, " us")) for name, cost in costs]
     table(
         "Cost",
         ("what", "figure", "goal"),
-        (
-            ("one event, new steps each time (median)", f"{cost:.1f} us", at_most(cost, 20, " us")),
-            (f"one event, recorded run of {len(long.exchanges)} calls (least)", f"{least * 1e6:.1f} us", ""),
-            ("memory of one watch after 60 steps", f"{kept:.1f} kB", ""),
-        ),
+        [*rows, (f"memory of one watch after {len(fresh)} calls", f"{kept:.1f} kB", "")],
     )
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+def _least_us(exchanges: list[Exchange]) -> float:
+    times = []
+    for _ in range(60):
+        begun = time.perf_counter_ns()
+        tell(RunWatch(), exchanges)
+        times.append(time.perf_counter_ns() - begun)
+    return min(times) / 1_000
 
 
 def main(folder: Path, seed: int) -> None:

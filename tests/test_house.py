@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "answers",
     },  # Usage.from_response is the door to the readers; it loads them when called
     "answers": _BASE,
+    "detect": {"errors", "estimate"},
     "estimate": _BASE,
     "prices": _BASE,
     "clock": {"errors"},

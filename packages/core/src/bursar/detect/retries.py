@@ -21,23 +21,21 @@ class Retries:
         self._settings = settings
         self._failed: OrderedDict[int, tuple[int, int]] = OrderedDict()  # key -> failures in a row, not before (us)
 
-    def failed(self, key: int, now_us: int) -> int:
-        """Note a failure; give the microseconds that the next attempt has to wait."""
+    def failed(self, key: int, now_us: int, retry_after_us: int = 0) -> int:
+        """Note a failure; give the microseconds that the next attempt has to wait: what the provider asks for, or more."""
         settings = self._settings
         failures = self._failed.get(key, (0, 0))[0] + 1
         wait_ms = min(settings.max_backoff_ms, settings.backoff_ms << min(failures - 1, MAX_DOUBLINGS))
-        self._failed[key] = failures, now_us + wait_ms * 1_000
+        wait_us = max(wait_ms * 1_000, retry_after_us)
+        self._failed[key] = failures, now_us + wait_us
         self._failed.move_to_end(key)
         if len(self._failed) > MOST_CALLS:
             self._failed.popitem(last=False)
-        return wait_ms * 1_000
+        return wait_us
 
     def succeeded(self, key: int) -> None:
         """The call went through: its failures are over."""
         self._failed.pop(key, None)
-
-    def __contains__(self, key: int) -> bool:
-        return key in self._failed
 
     def check(self, key: int, now_us: int) -> Finding | None:
         """Whether the call may be tried again now; a finding with `wait_us` where it is only too early."""

@@ -8,16 +8,17 @@ from typing import Any
 
 from bursar.detect.retries import Retries
 from bursar.detect.settings import Detectors, Finding, found
-from bursar.detect.steps import asked_for, conversation, last_step, text_of
+from bursar.detect.steps import MOST_ITEMS, asked_for, conversation, last_step, text_of
 from bursar.detect.track import Likeness, Track
 
 MOST_TRACKS = 8  # conversations at a time: sub-agents, branches
 MOST_OPEN = 64
+_DEFAULTS = Detectors()
 _SEVERITY = ("notify", "downgrade", "clamp", "throttle", "ask", "block", "kill")
 
 
 class RunWatch:
-    """Watches one run. Safe for threads; a few kB, however long the run.
+    """Watches one run. Safe for threads; some 30 kB, however long the run.
 
     The guard tells of each model call before it is sent (`model_called`) and of its end (`model_answered` or
     `model_failed`), all by the id of its reservation. That is enough: a request holds what the model asked for before,
@@ -29,7 +30,7 @@ class RunWatch:
     """
 
     def __init__(self, settings: Detectors | None = None) -> None:
-        self._settings = settings or Detectors()
+        self._settings = settings or _DEFAULTS
         self._lock = threading.Lock()
         self._likeness = Likeness()
         self._retries = Retries(self._settings)
@@ -46,13 +47,15 @@ class RunWatch:
         with self._lock:
             items = conversation(request)
             step, end = last_step(items)
-            key = hash((model, len(items), end)) if items else hash((model, call_id))
+            content = hash((len(items), end)) if items else hash(call_id)
+            key = hash((model, content))
             if self._stopped is not None and self._stopped[0] == key:
                 return self._stopped[1]
             findings = [self._retries.check(key, now_us), *self._limits(now_us)]
             track = self._track(step.before if step else None, end)
-            again = key == track.last_key and (track.open or key in self._retries)
-            if not again:
+            if content != track.content or not (
+                track.open or track.failed
+            ):  # else a sample, or a further attempt: no step
                 calls = step.calls if step else ()
                 if calls or track.asked:
                     results = step.results if step else ()
@@ -60,7 +63,7 @@ class RunWatch:
                 elif step:
                     findings += track.took((), step.results, input_tokens)
                 track.asked = []
-            track.last_key = key
+            track.content = content
             finding = _worst(findings)
             if finding is not None and finding.action in ("ask", "block", "kill"):
                 self._stopped = key, finding
@@ -82,31 +85,38 @@ class RunWatch:
             if track is None:
                 return None
             self._retries.succeeded(key)
+            track.failed = False
             calls = asked_for(answer) if answer is not None else ()
             track.asked = list(calls)
             return track.asks(calls) if calls else None
 
-    def model_failed(self, call_id: str, now_us: int) -> int:
-        """The call has failed. Gives the microseconds that the next attempt has to wait at least."""
+    def model_failed(self, call_id: str, now_us: int, retry_after_us: int = 0) -> int:
+        """The call has failed; the provider asked to wait `retry_after_us`. Gives how long the next attempt has to wait."""
         with self._lock:
             key, track = self._close(call_id)
-            return self._retries.failed(key, now_us) if track is not None else 0
+            if track is None:
+                return 0
+            track.failed = True
+            return self._retries.failed(key, now_us, retry_after_us)
 
     def tool_called(self, name: str, arguments: Any) -> Finding | None:
         """A tool is about to be called. Where no model call is told of, each tool call is a step of its own."""
         with self._lock:
             call = name, text_of(arguments)
-            for track in reversed(self._tracks.values()):
-                if call in track.asked:
-                    return track.asks(tuple(track.asked))
+            alone = not self._steps
+            if not alone:
+                for track in reversed(self._tracks.values()):
+                    if track.has_asked_for(call):
+                        return track.asks(tuple(track.asked))
             if not self._tracks:
                 self._tracks[0] = Track(self._settings, self._likeness, 0)
             track = next(reversed(self._tracks.values()))
             findings: list[Finding | None] = []
-            if not self._steps and track.asked:
+            if alone and track.asked:
                 findings = track.took(tuple(track.asked), (), 0)
                 track.asked = []
-            track.asked.append(call)
+            if len(track.asked) < MOST_ITEMS:
+                track.asked.append(call)
             return _worst([*findings, track.asks(tuple(track.asked))])
 
     def forgive(self) -> None:

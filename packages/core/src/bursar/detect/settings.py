@@ -84,9 +84,7 @@ class Detectors:
             elif value is None and "None" in str(field.type):
                 continue
             elif type(value) is not int or value < (2 if field.name in _AT_LEAST_2 else 1):
-                raise _unusable(
-                    field.name, value, f"a whole number from {2 if field.name in _AT_LEAST_2 else 1}"
-                )
+                raise _unusable(field.name, value, f"a whole number from {2 if field.name in _AT_LEAST_2 else 1}")
 
 
 # One repetition is how any work looks; a factor of one is the baseline itself.

@@ -138,7 +138,7 @@ def _read(item: Any) -> _Item:
     if not isinstance(item, Mapping):
         return _Item("user", [], [str(item)])
     role, kind = item.get("role"), item.get("type")
-    sender = _ROLES.get(role, "user") if isinstance(role, str) else _TYPES.get(kind, "user")
+    sender = _ROLES.get(role, "user") if isinstance(role, str) else _TYPES.get(str(kind), "user")
     if sender == "call":
         return _Item("model", [(str(item.get("name") or kind), text_of(item.get("arguments", item.get("input"))))], [])
     if role is None and sender == "tool":
@@ -192,7 +192,9 @@ def _chat_calls(tool_calls: Any) -> list[tuple[str, str]]:
         if isinstance(call, Mapping):
             inner = call.get("function") or call.get("custom") or call
             inner = inner if isinstance(inner, Mapping) else plain(inner)
-            calls.append((str(inner.get("name")), text_of(inner.get("arguments", inner.get("args", inner.get("input"))))))
+            calls.append(
+                (str(inner.get("name")), text_of(inner.get("arguments", inner.get("args", inner.get("input")))))
+            )
     return calls
 
 

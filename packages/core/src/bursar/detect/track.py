@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict, deque
+from collections import deque
 from typing import NamedTuple
 
 from bursar.detect.cycles import LONGEST, Cycles
@@ -15,23 +15,28 @@ MOST_STATES = 64
 _ARGUMENTS_PERCENT, _RESULTS_PERCENT = 65, 85
 _WORDS = re.compile(r"\w+")
 _NO_NEWS = frozenset(
-    """
-    ok okay done success successful successfully succeeded true status result message null none accepted completed
-    created updated deleted removed saved sent added written closed
-    """.split()
+    (
+        *("ok", "okay", "done", "success", "successful", "successfully", "succeeded", "true", "status", "result"),
+        *("message", "null", "none", "accepted", "completed", "created", "updated", "deleted", "removed", "saved"),
+        *("sent", "added", "written", "closed"),
+    )
 )
 
 Calls = tuple[tuple[str, str], ...]
 
 
 class Likeness:
-    """What the conversations of a run share: the kinds of arguments, and of results."""
+    """What the conversations of a run share: the kinds of arguments, also by what they gave, and the kinds of results.
 
-    __slots__ = ("arguments", "results")
+    Among calls that gave the same, likeness is plain; "London" and "Londos" are as alike as a call and its edited copy.
+    """
+
+    __slots__ = ("arguments", "arguments_by_result", "results")
 
     def __init__(self) -> None:
-        self.arguments = Kinds(_ARGUMENTS_PERCENT, with_numbers=True)
-        self.results = Kinds(_RESULTS_PERCENT, with_numbers=False)
+        self.arguments = Kinds(_ARGUMENTS_PERCENT, LONGEST, with_numbers=True)
+        self.arguments_by_result = Kinds(_ARGUMENTS_PERCENT, 2 * LONGEST, with_numbers=True)
+        self.results = Kinds(_RESULTS_PERCENT, LONGEST, with_numbers=False)
 
 
 class _Symbols(NamedTuple):
@@ -51,19 +56,20 @@ class Track:
     """
 
     __slots__ = ("_calls", "_labels", "_likeness", "_settings", "_stale", "_stale_input", "_states", "_views", "asked",
-                 "last_key", "open", "start")  # fmt: skip
+                 "content", "failed", "open", "start")  # fmt: skip
 
     def __init__(self, settings: Detectors, likeness: Likeness, start: int) -> None:
         self.start = start
         self.asked: list[tuple[str, str]] = []
-        self.open = 0
-        self.last_key = 0
+        self.open = 0  # calls under way
+        self.content = 0  # of its last request, as a hash
+        self.failed = False  # the last call that ended did
         self._settings = settings
         self._likeness = likeness
         self._views = tuple(Cycles(settings.repetitions * times) for times in (1, LOOSE, EXACT))
         self._calls: deque[int] = deque(maxlen=LONGEST)  # newest first
         self._labels: deque[str] = deque(maxlen=LONGEST)
-        self._states: OrderedDict[int, None] = OrderedDict()
+        self._states: dict[int, None] = {}  # newest last
         self._stale = 0
         self._stale_input = 0
 
@@ -81,6 +87,13 @@ class Track:
         each = self._views[0].next_would_repeat(self._of_calls(calls), self._calls)
         return None if each is None else self._loop(*each, 0)
 
+    def has_asked_for(self, call: tuple[str, str]) -> bool:
+        """Whether the last answer asked for this call, in whatever form its arguments came."""
+        if call in self.asked:
+            return True
+        kind = self._likeness.arguments.of(*call)
+        return any(kind == self._likeness.arguments.of(*one) for one in self.asked if one[0] == call[0])
+
     def _of_calls(self, calls: Calls) -> int:
         return hash(tuple(sorted(self._likeness.arguments.of(*call) for call in calls)))
 
@@ -93,7 +106,8 @@ class Track:
             results = ("\n".join(results),) * len(calls) if results else ()
         strict, loose, exact = [], [], []
         for at, (name, arguments) in enumerate(calls):
-            kind = self._likeness.arguments.of(name, arguments)
+            like = self._likeness
+            kind = like.arguments.of(name, arguments)
             letters = hash((name, arguments))
             exact.append(letters)
             if not results:
@@ -102,9 +116,9 @@ class Track:
                 continue
             result = results[at]
             same = hash(result)
-            strict.append((letters if _says_nothing(result) else kind, same))
-            short = len(result) <= 2 * ENDS
-            loose.append((kind, self._likeness.results.of(name, result) if short else same))
+            alike = letters if _says_nothing(result) else like.arguments_by_result.of((name, same), arguments)
+            strict.append((alike, same))
+            loose.append((kind, like.results.of(name, result) if len(result) <= 2 * ENDS else same))
         if not known:
             return _Symbols(id(strict), hash(tuple(loose)), id(exact))
         return _Symbols(*(hash(tuple(sorted(view))) for view in (strict, loose, exact)))
@@ -128,10 +142,10 @@ class Track:
         if state not in self._states:
             self._states[state] = None
             if len(self._states) > MOST_STATES:
-                self._states.popitem(last=False)
+                del self._states[next(iter(self._states))]
             self._stale, self._stale_input = 0, input_tokens
             return []
-        self._states.move_to_end(state)
+        self._states[state] = self._states.pop(state)
         self._stale += 1
         findings = []
         if self._stale >= settings.stale_steps:
