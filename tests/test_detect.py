@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bursar.detect import Detectors, Finding, RunWatch, Watchtower
-from bursar.detect.steps import Step, conversation, last_step
+from bursar.detect.steps import Step, asked_for, conversation, last_step
 
 SAMPLE = Path(__file__).parent / "data/detect/runs.jsonl.gz"
 STOPS = ("ask", "block", "kill")
@@ -235,6 +235,38 @@ def test_a_growing_context_without_progress_is_told() -> None:
     assert found[9] is not None
     assert (found[9].detector, found[9].action) == ("context", "notify")
     assert "1100 to 1900" in found[9].why
+
+
+def test_answers_are_read_as_the_sdks_give_them() -> None:
+    from anthropic.types import Message
+    from langchain_core.messages import AIMessage
+    from openai.types.chat import ChatCompletion
+    from openai.types.responses import ResponseFunctionToolCall
+
+    asked, arguments = {"query": "a thing"}, '{"query":"a thing"}'
+    call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": arguments}}
+    message = {"role": "assistant", "content": "Let me look.", "tool_calls": [call]}
+    words = {"type": "text", "text": "Let me look."}
+    use = {"type": "tool_use", "id": "t", "name": "search", "input": asked}
+    parts = {"parts": [{"text": "Let me look."}, {"function_call": {"name": "search", "args": asked}}], "role": "model"}
+    answers = [
+        ChatCompletion.model_validate(
+            {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+            | {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": message}]}
+        ),
+        Message.model_validate(
+            {"id": "1", "type": "message", "role": "assistant", "model": "m", "content": [words, use]}
+            | {"stop_reason": "tool_use", "usage": {"input_tokens": 1, "output_tokens": 1}}
+        ),
+        {"candidates": [{"content": parts}]},
+        AIMessage("Let me look.", tool_calls=[{"name": "search", "args": asked, "id": "c"}]),
+        SimpleNamespace(message=SimpleNamespace(role="assistant", content="Let me look.", tool_calls=[call])),
+        {"output": [ResponseFunctionToolCall(type="function_call", call_id="c", name="search", arguments=arguments)]},
+        {"output": {"message": {"role": "assistant", "content": [{"toolUse": {"name": "search", "input": asked}}]}}},
+        {"message": message},
+    ]
+    assert [asked_for(answer) for answer in answers] == [(("search", arguments),)] * len(answers)
+    assert asked_for({"choices": [{"text": "Just words."}]}) == (("", "Just words."),)
 
 
 # -- what is no loop ---------------------------------------------------------------------------------------------------

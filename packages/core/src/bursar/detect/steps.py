@@ -162,6 +162,7 @@ def _read(item: Any) -> _Item:
 
 def _read_part(part: Any, calls: list[tuple[str, str]], results: list[str], words: list[str]) -> None:
     """Add what one part of a message holds: a call, a result, or words; a picture as its hash."""
+    part = part if isinstance(part, (Mapping, str)) else plain(part)
     if not isinstance(part, Mapping):
         words.append(str(part))
         return
@@ -210,12 +211,15 @@ def _messages(answer: Mapping[str, Any]) -> Sequence[Any]:
         if isinstance(several, (list, tuple)) and several and isinstance(several[0], Mapping):
             answer = several[0]
             break
-    message = answer.get("message") or answer.get("content") or answer
-    if isinstance(message, Mapping):
-        return ({**message, "role": "assistant"},)
-    if message is answer.get("content") or isinstance(message, str):  # Anthropic's parts; a text
-        return ({"role": "assistant", "content": message},)
-    return (message,)
+    message = answer.get("message")
+    if message is not None and not isinstance(message, (Mapping, str)):
+        message = plain(message)
+    if not isinstance(message, Mapping):
+        content = answer.get("content")
+        message = content if isinstance(content, Mapping) else answer
+    if message.get("content") is None and isinstance(message.get("text"), str):  # completions
+        message = {"content": message["text"]}
+    return ({**message, "role": "assistant"},)
 
 
 def _json(value: Any) -> str:
