@@ -21,6 +21,8 @@ os.environ.update(
     OTEL_SDK_DISABLED="true",
     DEFER_PYDANTIC_BUILD="false",  # of OpenAI's SDK: at the first call it can fail, where threads make it together
     LITELLM_LOCAL_MODEL_COST_MAP="True",
+    SSL_CERT_FILE="",  # each client would read all certificates of the system, 17 ms, for a provider that speaks HTTP
+    SSL_CERT_DIR=os.path.dirname(__file__),
     OPENAI_API_KEY="replayed",
     ANTHROPIC_API_KEY="replayed",
 )
