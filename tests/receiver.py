@@ -1,4 +1,4 @@
-"""What delivery of alerts is tested against: a real HTTP receiver that can fail in every way, and an outbox in memory."""
+"""What delivery of alerts is tested against: a real HTTP receiver that can fail in every way, and alerts in a real store."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import hashlib
 import hmac
 import json
 import threading
-from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 from bursar.alerts import Alert
-from bursar.testing import ManualClock
+from bursar.commands import Tell
+from bursar.stores.base import Store
 
 KEY = bytes(range(32))
 SECRET = "whsec_" + base64.b64encode(KEY).decode()
@@ -108,39 +108,19 @@ class Receiver:
         self.close()
 
 
-class MemoryOutbox:
-    """An outbox that several deliverers share."""
-
-    def __init__(self, clock: ManualClock) -> None:
-        self.clock = clock
-        self.rows: dict[str, tuple[Alert, int, int]] = {}  # alert, when it is due, earlier attempts
-        self._lock = threading.Lock()
-
-    def put(self, *alerts: Alert) -> None:
-        self.rows |= {alert.id: (alert, 0, 0) for alert in alerts}
-
-    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
-        with self._lock:
-            now_us = self.clock.now_us()
-            due = [(alert, tries) for alert, due_us, tries in self.rows.values() if due_us <= now_us][:limit]
-            for alert, tries in due:
-                self.rows[alert.id] = (alert, now_us + lease_us, tries + 1)
-            return due
-
-    def delivered(self, ids: Iterable[str]) -> None:
-        with self._lock:
-            for id in ids:
-                self.rows.pop(id, None)
-
-    def retry(self, ids: Iterable[str], at_us: int) -> None:
-        with self._lock:
-            for id in ids:
-                if id in self.rows:
-                    alert, _, tries = self.rows[id]
-                    self.rows[id] = (alert, at_us, tries)
+def tell(store: Store, number: int, kind: str = "threshold", budget: str = "team", **facts: Any) -> str:
+    """Put an alert into a store's outbox, with an id of its own; the id."""
+    alert = an_alert(number, 0, kind, budget, **facts)
+    store.execute(Tell(alert.id, kind, alert.facts))
+    return alert.id
 
 
-def alert(number: int, at_us: int, kind: str = "threshold", budget: str = "team", **facts: Any) -> Alert:
-    """An alert with an id of its own."""
-    facts = {"unit": "USD", "limit": 10_000_000_000, "spent": 8_000_000_000, "mark": 80, **facts}
+def an_alert(number: int, at_us: int, kind: str = "threshold", budget: str = "team", **facts: Any) -> Alert:
+    """An alert as a store would give it."""
+    facts = {"unit": "USD", "limit": 10_000_000_000, "spent": 8_000_000_000, "at": 8_000_000_000, **facts}
     return Alert(f"alert-{kind}-{budget}-{number}", kind, at_us, {"budget": budget, **facts})
+
+
+def untold(store: Store) -> list[str]:
+    """What still waits in the outbox."""
+    return [alert.id for alert, told in store.alerts() if not told]

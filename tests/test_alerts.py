@@ -7,17 +7,20 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from receiver import SECRET, Got, MemoryOutbox, Receiver, alert
+from receiver import SECRET, Got, Receiver, an_alert, tell, untold
 
 from bursar import StoreError
 from bursar.alerts import Alert, Alerts, Deliverer, Message, Route, Undelivered, Webhook, deliverer
 from bursar.alerts.message import MAX_ALERTS
+from bursar.stores import open_store
+from bursar.stores.base import Store
 from bursar.testing import ManualClock
 
 MINUTE_S = 60
@@ -29,8 +32,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def outbox(clock: ManualClock) -> MemoryOutbox:
-    return MemoryOutbox(clock)
+def store(clock: ManualClock) -> Store:
+    return open_store("memory:", clock)
 
 
 @pytest.fixture
@@ -61,8 +64,8 @@ class Heard:
         return [one.id for message in self.messages for one in message.alerts]
 
 
-def told(outbox: MemoryOutbox, clock: ManualClock, *sinks: Any, seed: int = 1) -> Deliverer:
-    return Deliverer(outbox, Alerts(sinks), clock, Random(seed))
+def told(store: Store, *sinks: Any, seed: int = 1) -> Deliverer:
+    return Deliverer(store, Alerts(sinks), Random(seed))
 
 
 def run(delivery: Deliverer, clock: ManualClock, seconds: int, step_s: int = 5) -> None:
@@ -79,41 +82,42 @@ def assert_signed(got: list[Got], clock: ManualClock) -> None:
     assert all(ManualClock().now_us() <= one.at_s * 1_000_000 <= clock.now_us() for one in got)
 
 
+@pytest.mark.parametrize("kind", ["memory:", "sqlite:///bursar.db?durability=process"])
 def test_a_receiver_that_is_down_for_ten_minutes_gets_every_alert(
-    outbox: MemoryOutbox, clock: ManualClock, receiver: Receiver
+    kind: str, clock: ManualClock, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And another receiver gets them meanwhile, as if nothing were wrong."""
+    monkeypatch.chdir(tmp_path)
+    store = open_store(kind, clock)
     heard = Heard()
-    delivery = told(outbox, clock, Webhook(receiver.url, SECRET), heard)
+    delivery = told(store, Webhook(receiver.url, SECRET), heard)
     receiver.close()
     sent = []
     for round in range(120):
         for budget in range(3):
-            sent.append(alert(round, clock.now_us(), budget=f"budget-{budget}"))
-            outbox.put(sent[-1])
+            sent.append(tell(store, round, budget=f"budget-{budget}"))
         delivery.tend()
         clock.advance(5)
     assert receiver.got == []
     assert len(heard.alerts) > len(sent) - 3 * 13  # the last minute's wait to be told together
     receiver.open()
     run(delivery, clock, 5 * MINUTE_S)
-    ids = {one.id for one in sent}
-    assert set(receiver.taken) == ids
     assert (
-        sorted(receiver.taken) == sorted(heard.alerts) == sorted(ids)
+        sorted(receiver.taken) == sorted(heard.alerts) == sorted(sent)
     )  # once each: the failed attempts reached nobody
-    assert not outbox.rows
+    assert not untold(store)
     assert_signed(receiver.got, clock)
+    store.close()
 
 
 @pytest.mark.parametrize("status", [0, 307, 400, 404, 429, 500, 503])
 def test_an_answer_that_is_no_success_is_tried_again_with_the_same_id(
-    status: int, outbox: MemoryOutbox, clock: ManualClock
+    status: int, store: Store, clock: ManualClock
 ) -> None:
     """The receiver may have it already (0: the line was cut after the request): it can tell by the id. I.e. duplicates."""
     with Receiver(status, status, 200, location="/elsewhere") as receiver:
-        delivery = told(outbox, clock, Webhook(receiver.url, SECRET))
-        outbox.put(alert(1, clock.now_us()))
+        delivery = told(store, Webhook(receiver.url, SECRET))
+        tell(store, 1)
         run(delivery, clock, MINUTE_S)
         assert [(one.path, one.status) for one in receiver.got] == [
             ("/hook", status),
@@ -124,13 +128,13 @@ def test_an_answer_that_is_no_success_is_tried_again_with_the_same_id(
         assert len({one.body for one in receiver.got}) == 1
         assert len({one.at_s for one in receiver.got}) == 3  # each attempt is signed with its own time
         assert_signed(receiver.got, clock)
-        assert not outbox.rows
+        assert not untold(store)
 
 
-def test_a_receiver_says_when_to_come_again(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_a_receiver_says_when_to_come_again(store: Store, clock: ManualClock) -> None:
     with Receiver(429, 200, retry_after="300") as receiver:
-        delivery = told(outbox, clock, Webhook(receiver.url, SECRET))
-        outbox.put(alert(1, clock.now_us()))
+        delivery = told(store, Webhook(receiver.url, SECRET))
+        tell(store, 1)
         run(delivery, clock, 299, step_s=1)
         assert len(receiver.got) == 1
         run(delivery, clock, 2, step_s=1)
@@ -138,30 +142,31 @@ def test_a_receiver_says_when_to_come_again(outbox: MemoryOutbox, clock: ManualC
 
 
 def test_what_is_gone_is_left_alone_and_its_alerts_are_logged(
-    outbox: MemoryOutbox, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    store: Store, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Receiver(410) as receiver:
-        delivery = told(outbox, clock, Webhook(receiver.url, SECRET))
-        outbox.put(*(alert(number, clock.now_us(), budget=f"b{number}") for number in range(3)))
+        delivery = told(store, Webhook(receiver.url, SECRET))
+        for number in range(3):
+            tell(store, number, budget=f"b{number}")
         run(delivery, clock, MINUTE_S)
-        outbox.put(alert(9, clock.now_us(), budget="b9"))
+        tell(store, 9, budget="b9")
         run(delivery, clock, MINUTE_S)
         assert len(receiver.got) == 1
         assert all(f"Bursar: b{number}: a threshold is crossed" in caplog.text for number in (0, 1, 2, 9))
         assert "nothing more goes there" in caplog.text
-        assert not outbox.rows
+        assert not untold(store)
 
 
 def test_a_slow_receiver_holds_up_neither_calls_nor_other_sinks(
-    outbox: MemoryOutbox, clock: ManualClock, receiver: Receiver
+    store: Store, clock: ManualClock, receiver: Receiver
 ) -> None:
     done = threading.Semaphore(0)
-    delivery = told(outbox, clock, Webhook(receiver.url, SECRET), lambda message: done.release())
+    delivery = told(store, Webhook(receiver.url, SECRET), lambda message: done.release())
     receiver.held.clear()  # it takes the request, and does not answer
     delivery.start()
     try:
         for number in range(3):
-            outbox.put(alert(number, clock.now_us(), budget=f"b{number}"))
+            tell(store, number, budget=f"b{number}")
             delivery.wake()
             assert done.acquire(timeout=10)
         assert receiver.arrived.acquire(timeout=10)
@@ -172,23 +177,22 @@ def test_a_slow_receiver_holds_up_neither_calls_nor_other_sinks(
     finally:
         delivery.close()
     assert len(receiver.taken) == 3
-    assert not outbox.rows
+    assert not untold(store)
 
 
-def test_closing_sends_what_waits_and_gives_back_the_rest(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_closing_sends_what_waits_and_gives_back_the_rest(store: Store, clock: ManualClock) -> None:
     with Receiver() as well, Receiver(500) as ill:
-        delivery = told(outbox, clock, Webhook(well.url, SECRET), Route(Webhook(ill.url, SECRET), budgets=["ill"]))
+        delivery = told(store, Webhook(well.url, SECRET), Route(Webhook(ill.url, SECRET), budgets=["ill"]))
         delivery.start()
-        outbox.put(alert(1, clock.now_us()), alert(2, clock.now_us(), budget="ill"))
+        tell(store, 1)
+        tell(store, 2, budget="ill")
         delivery.close()
         assert sorted(well.taken) == ["alert-threshold-ill-2", "alert-threshold-team-1"]
-        assert [(id, due_us) for id, (_, due_us, _) in outbox.rows.items()] == [
-            ("alert-threshold-ill-2", clock.now_us())
-        ]
+        assert [one.id for one, _ in store.claim(9, 1)] == ["alert-threshold-ill-2"]  # by whoever is next
 
 
-def test_the_background_ends_with_its_bursar(outbox: MemoryOutbox, clock: ManualClock) -> None:
-    delivery = told(outbox, clock, Heard())
+def test_the_background_ends_with_its_bursar(store: Store, clock: ManualClock) -> None:
+    delivery = told(store, Heard())
     delivery.start()
     delivery.start()  # once
     mine = [thread for thread in threading.enumerate() if thread.name == "bursar-alerts"]
@@ -203,34 +207,34 @@ def test_the_background_ends_with_its_bursar(outbox: MemoryOutbox, clock: Manual
         assert not thread.is_alive()
 
 
-def test_a_store_that_is_out_of_reach_loses_nothing(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_a_store_that_is_out_of_reach_loses_nothing(store: Store, clock: ManualClock) -> None:
     heard = Heard()
-    delivery = told(outbox, clock, heard)
-    outbox.put(alert(1, clock.now_us()))
-    delivered = outbox.delivered
+    delivery = told(store, heard)
+    tell(store, 1)
+    delivered = store.delivered
     down = StoreError("The store is gone. Bring it back.", fault="unreachable")
 
     def fail(ids: Any) -> None:
         raise down
 
-    outbox.delivered = fail  # type: ignore[method-assign]
+    store.delivered = fail  # type: ignore[method-assign]
     with pytest.raises(StoreError):
         delivery.tend()
-    assert outbox.rows
-    outbox.delivered = delivered  # type: ignore[method-assign]
+    assert untold(store)
+    store.delivered = delivered  # type: ignore[method-assign]
     run(delivery, clock, MINUTE_S)
     assert heard.alerts == ["alert-threshold-team-1"]
-    assert not outbox.rows
+    assert not untold(store)
 
 
-def test_a_process_that_dies_is_followed_by_another(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_a_process_that_dies_is_followed_by_another(store: Store, clock: ManualClock) -> None:
     """What the first had delivered to one sink comes again, with the same id; what neither had is not lost."""
     first, second = Heard(), Heard(*[OSError("down")] * 100)
-    dying = told(outbox, clock, first, second)
-    outbox.put(alert(1, clock.now_us()))
+    dying = told(store, first, second)
+    tell(store, 1)
     run(dying, clock, MINUTE_S)
     assert first.alerts == ["alert-threshold-team-1"]
-    heir = told(outbox, clock, first, second)
+    heir = told(store, first, second)
     heir.tend()
     assert len(first.alerts) == 1  # hidden by the lease of the first
     second.errors.clear()
@@ -239,17 +243,17 @@ def test_a_process_that_dies_is_followed_by_another(outbox: MemoryOutbox, clock:
     assert first.alerts == ["alert-threshold-team-1"] * 2
     assert first.messages[0].id == first.messages[1].id
     assert second.alerts == ["alert-threshold-team-1"]
-    assert not outbox.rows
+    assert not untold(store)
 
 
-def test_processes_share_the_work(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_processes_share_the_work(store: Store, clock: ManualClock) -> None:
     """While a sink is down for longer than the lease, its holder keeps what it holds: the other sinks hear nothing twice."""
     heard, down = Heard(), Heard(*[OSError("down")] * 1_000)
-    all_of_them = [told(outbox, clock, heard, down, seed=seed) for seed in range(4)]
+    all_of_them = [told(store, heard, down, seed=seed) for seed in range(4)]
     order = Random(7)
     for number in range(60):
         if number < 40:
-            outbox.put(alert(number, clock.now_us(), budget=f"b{number}"))
+            tell(store, number, budget=f"b{number}")
         else:
             down.errors.clear()
         for one in order.sample(all_of_them, 4):
@@ -258,15 +262,16 @@ def test_processes_share_the_work(outbox: MemoryOutbox, clock: ManualClock) -> N
     assert all(one._lanes for one in all_of_them)
     assert len(heard.alerts) == len(set(heard.alerts)) == 40
     assert sorted(down.alerts) == sorted(heard.alerts)
-    assert not outbox.rows
+    assert not untold(store)
 
 
-def test_no_storm_reaches_people(outbox: MemoryOutbox, clock: ManualClock) -> None:
-    """6,000 refusals in ten minutes by one budget: a message a minute, with the count and the first and the last; then over."""
+def test_no_storm_reaches_people(store: Store, clock: ManualClock) -> None:
+    """6,000 alerts of a detector in ten minutes about one budget: a few messages with the counts; then over."""
     heard = Heard()
-    delivery = told(outbox, clock, heard)
+    delivery = told(store, heard)
     for second in range(600):
-        outbox.put(*(alert(10 * second + number, clock.now_us(), "refused", agent="loop") for number in range(10)))
+        for number in range(10):
+            tell(store, 10 * second + number, "detector", agent="loop")
         if second % 5 == 0:
             delivery.tend()
         clock.advance(1)
@@ -276,16 +281,16 @@ def test_no_storm_reaches_people(outbox: MemoryOutbox, clock: ManualClock) -> No
     assert len(heard.alerts) == 6_001
     assert max(len(message.alerts) for message in heard.messages) == MAX_ALERTS
     last = heard.messages[-1]
-    assert (last.kind, last.alerts[0].facts["was"], last.alerts[0].facts["count"]) == ("resolved", "refused", 6_000)
-    assert last.title == "Bursar: team: over: calls are refused"
+    assert (last.kind, last.alerts[0].facts["was"], last.alerts[0].facts["count"]) == ("resolved", "detector", 6_000)
+    assert last.title == "Bursar: team: over: runaway behaviour"
     assert sum(message.kind == "resolved" for message in heard.messages) == 1
 
 
-def test_the_first_of_a_kind_is_told_at_once_and_the_next_together(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_the_first_of_a_kind_is_told_at_once_and_the_next_together(store: Store, clock: ManualClock) -> None:
     heard = Heard()
-    delivery = told(outbox, clock, heard)
+    delivery = told(store, heard)
     for number in range(20):
-        outbox.put(alert(number, clock.now_us(), agent=f"a{number}"))
+        tell(store, number, agent=f"a{number}")
         delivery.tend()
         clock.advance(2)
     run(delivery, clock, MINUTE_S)
@@ -294,18 +299,28 @@ def test_the_first_of_a_kind_is_told_at_once_and_the_next_together(outbox: Memor
     assert heard.messages[1].text.count("\n") == 10  # ten of them, and how many more
 
 
-def test_what_ends_by_itself_ends_the_storm(outbox: MemoryOutbox, clock: ManualClock) -> None:
+def test_what_ends_by_itself_ends_the_storm(store: Store, clock: ManualClock) -> None:
     heard = Heard()
-    delivery = told(outbox, clock, heard)
-    outbox.put(alert(1, clock.now_us(), "detector"))
+    delivery = told(store, heard)
+    tell(store, 1, "detector")
     delivery.tend()
-    outbox.put(alert(2, clock.now_us(), "resolved", was="detector"))
+    tell(store, 2, "resolved", was="detector")
     run(delivery, clock, 30 * MINUTE_S, step_s=60)
     assert [message.kind for message in heard.messages] == ["detector", "resolved"]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_nobody_hears_that_it_is_over_before_it_began(seed: int, store: Store, clock: ManualClock) -> None:
+    heard = Heard(*[OSError("down")] * 3)
+    delivery = told(store, heard, seed=seed)
+    tell(store, 1, "frozen")
+    tell(store, 2, "resolved", was="frozen")
+    run(delivery, clock, MINUTE_S, step_s=1)
+    assert [message.kind for message in heard.messages] == ["frozen", "resolved"]
+
+
 def test_a_message_that_one_sink_never_takes_holds_up_no_other(
-    outbox: MemoryOutbox, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    store: Store, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After three days it is given up, and goes to the log."""
 
@@ -316,28 +331,28 @@ def test_a_message_that_one_sink_never_takes_holds_up_no_other(
             super().send(message, now_us)
 
     heard = Picky()
-    delivery = told(outbox, clock, heard)
-    outbox.put(alert(0, clock.now_us(), budget="poison"))
+    delivery = told(store, heard)
+    tell(store, 0, budget="poison")
     for number in range(1, 10):
-        outbox.put(alert(number, clock.now_us(), budget=f"b{number}"))
+        tell(store, number, budget=f"b{number}")
     run(delivery, clock, 2 * MINUTE_S)
     assert len(heard.alerts) == 9
-    assert list(outbox.rows) == ["alert-threshold-poison-0"]
+    assert untold(store) == ["alert-threshold-poison-0"]
     run(delivery, clock, 73 * 3_600, step_s=600)
-    assert not outbox.rows
+    assert not untold(store)
     assert "given up" in caplog.text
     assert "Bursar: poison: a threshold is crossed" in caplog.text
 
 
 def test_more_than_a_process_can_hold_goes_back_to_the_store(
-    outbox: MemoryOutbox, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then a sink that is down holds up no other either, and nothing is told twice."""
     monkeypatch.setattr(deliverer, "MAX_HELD", 20)
     heard, down = Heard(), Heard(*[OSError("down")] * 1_000)
-    delivery = told(outbox, clock, Route(heard, per_minute=1_000), down)
+    delivery = told(store, Route(heard, per_minute=1_000), down)
     for number in range(200):
-        outbox.put(alert(number, clock.now_us(), budget=f"b{number % 100}"))
+        tell(store, number, budget=f"b{number % 100}")
         delivery.tend()
         clock.advance(1)
         assert len(delivery._held) <= 20
@@ -347,14 +362,12 @@ def test_more_than_a_process_can_hold_goes_back_to_the_store(
     run(delivery, clock, 40 * MINUTE_S)
     assert sorted(down.alerts) == sorted(heard.alerts)
     assert len(set(heard.alerts)) == len(heard.alerts) == 200
-    assert not outbox.rows
+    assert not untold(store)
 
 
-def test_without_sinks_alerts_are_logged(
-    outbox: MemoryOutbox, clock: ManualClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    delivery = Deliverer(outbox, Alerts(), clock)
-    outbox.put(alert(1, clock.now_us(), agent="plan\nner", scope={"team": "red"}, owner="finance@example.com"))
+def test_without_sinks_alerts_are_logged(store: Store, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    delivery = Deliverer(store, Alerts())
+    tell(store, 1, agent="plan\nner", scope='{"team": "red"}', owner="finance@example.com")
     delivery.tend()
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("bursar.alerts", logging.WARNING)
@@ -367,7 +380,7 @@ def test_without_sinks_alerts_are_logged(
 @settings(max_examples=60)
 @given(
     arrivals=st.lists(
-        st.tuples(st.integers(0, 3), st.sampled_from(["threshold", "refused", "frozen"]), st.integers(0, 90)),
+        st.tuples(st.integers(0, 3), st.sampled_from(["threshold", "detector", "frozen"]), st.integers(0, 90)),
         max_size=60,
     ),
     faults=st.lists(st.lists(st.booleans(), max_size=40), min_size=2, max_size=2),
@@ -378,19 +391,19 @@ def test_whatever_fails_every_sink_gets_every_alert(
 ) -> None:
     """At least once, in messages that are the same at every attempt, and at most three a minute."""
     clock = ManualClock()
-    outbox = MemoryOutbox(clock)
+    store = open_store("memory:", clock)
     sinks = [Heard(*(OSError("down") if fails else None for fails in each)) for each in faults]
-    delivery = told(outbox, clock, *(Route(sink, per_minute=3) for sink in sinks), seed=seed)
+    delivery = told(store, *(Route(sink, per_minute=3) for sink in sinks), seed=seed)
     for number, (budget, kind, wait_s) in enumerate(arrivals):
-        outbox.put(alert(number, clock.now_us(), kind, f"b{budget}"))
+        tell(store, number, kind, f"b{budget}")
         delivery.tend()
         clock.advance(wait_s)
     for _ in range(400):
-        if not outbox.rows:
+        if not untold(store):
             break
         delivery.tend()
         clock.advance(20)
-    assert not outbox.rows
+    assert not untold(store)
     for sink in sinks:
         count = Counter(id for id in sink.alerts if not id.endswith(":over"))
         assert len(count) == len(arrivals)
@@ -414,7 +427,7 @@ def test_an_id_fits_a_header_and_the_signature() -> None:
 
 
 def test_names_of_agents_call_nobody_in_a_chat() -> None:
-    said = Message((alert(1, 0, agent="<!channel> @everyone \x1b[31m"),)).text
+    said = Message((an_alert(1, 0, agent="<!channel> @everyone \x1b[31m"),)).text
     assert "<!" not in said
     assert "@everyone" not in said
     assert "\x1b" not in said

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bursar.alerts.alert import Alert, Outbox
     from bursar.alerts.deliverer import Deliverer
     from bursar.alerts.message import Message
     from bursar.alerts.routes import Alerts, Route
     from bursar.alerts.sinks import Apprise, Log, Sink, Undelivered, Webhook
+    from bursar.commands import Alert
 
 __all__ = [
     "Alerts",
@@ -22,22 +22,20 @@ __all__ = [
     "Alert",
     "Undelivered",
     "Deliverer",
-    "Outbox",
 ]
 
 # public name -> the module that holds it; it loads when the name is first used
 _HOMES = {
-    "Alerts": "routes",
-    "Route": "routes",
-    "Log": "sinks",
-    "Webhook": "sinks",
-    "Apprise": "sinks",
-    "Sink": "sinks",
-    "Undelivered": "sinks",
-    "Message": "message",
-    "Alert": "alert",
-    "Outbox": "alert",
-    "Deliverer": "deliverer",
+    "Alerts": "alerts.routes",
+    "Route": "alerts.routes",
+    "Log": "alerts.sinks",
+    "Webhook": "alerts.sinks",
+    "Apprise": "alerts.sinks",
+    "Sink": "alerts.sinks",
+    "Undelivered": "alerts.sinks",
+    "Message": "alerts.message",
+    "Alert": "commands",
+    "Deliverer": "alerts.deliverer",
 }
 
 
@@ -47,5 +45,5 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'bursar.alerts' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"bursar.alerts.{home}"), name)
+    value = globals()[name] = getattr(import_module(f"bursar.{home}"), name)
     return value

@@ -1,56 +1,22 @@
-"""Alerts, and the outbox in the store that holds each until it is delivered."""
+"""What an alert is about: its kind, its budget, and whose that is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from bursar.commands import Alert
 
-KINDS = ("threshold", "refused", "frozen", "approval", "detector", "shadow", "policy", "resolved")
-
-
-class Alert(NamedTuple):
-    """One immutable row of the outbox.
-
-    `id` is the same for the same event, in whatever process it was noticed. `at_us`: when it happened, microseconds since the
-    epoch. `facts` is plain JSON: budget, scope, unit, limit, spent, reserved, mark, action, owner, run, agent, why, as far as
-    they apply; amounts are integers in the unit (USD in nano-dollars). A `resolved` alert has `was`: the kind that is over.
-    """
-
-    id: str
-    kind: str
-    at_us: int
-    facts: dict[str, Any]
-
-    @property
-    def budget(self) -> str:
-        """The budget it is about, or nothing."""
-        return str(self.facts.get("budget") or "")
-
-    @property
-    def owner(self) -> str:
-        """Who is responsible for that budget, or nothing."""
-        return str(self.facts.get("owner") or "")
-
-    @property
-    def topic(self) -> str:
-        """The kind that it begins or ends: whoever was told of the one is told of the other."""
-        return str(self.facts.get("was") or self.kind) if self.kind == "resolved" else self.kind
+KINDS = ("threshold", "approval", "frozen", "detector", "policy", "resolved")
 
 
-class Outbox(Protocol):
-    """What delivery asks of the store. Raises StoreError, with nothing done, when the store is out of reach."""
+def budget_of(alert: Alert) -> str:
+    """The budget's name, or nothing."""
+    return str(alert.facts.get("budget") or "")
 
-    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
-        """At most `limit` alerts that are due, oldest first, each with the number of earlier attempts.
 
-        They are hidden from every process, this one included, for `lease_us`.
-        """
-        ...
+def owner_of(alert: Alert) -> str:
+    """Who is responsible for that budget, or nothing."""
+    return str(alert.facts.get("owner") or "")
 
-    def delivered(self, ids: Iterable[str]) -> None:
-        """These need no further delivery."""
-        ...
 
-    def retry(self, ids: Iterable[str], at_us: int) -> None:
-        """These are due again at that time and hidden until then, whatever their lease says."""
-        ...
+def topic_of(alert: Alert) -> str:
+    """The kind that it is about: for what is resolved the kind that is over (`was`), or nothing where that is not said."""
+    return str(alert.facts.get("was") or "") if alert.kind == "resolved" else alert.kind

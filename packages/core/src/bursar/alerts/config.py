@@ -13,7 +13,7 @@ from bursar.alerts.routes import MAX_PER_MINUTE, PER_MINUTE, Alerts, Route
 from bursar.alerts.sinks import OWNER, Apprise, Log, Sink, Webhook
 from bursar.errors import PolicyError
 
-Kind = Literal["threshold", "refused", "frozen", "approval", "detector", "shadow", "policy", "resolved"]
+Kind = Literal["threshold", "approval", "frozen", "detector", "policy", "resolved"]
 _PASSWORD = re.compile(r"://[^/?#${}]*:[^/?#${}]+@")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 

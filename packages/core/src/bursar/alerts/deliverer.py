@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from bursar.alerts.alert import Alert, Outbox
+from bursar.alerts.alert import budget_of
 from bursar.alerts.lane import Lane
 from bursar.alerts.message import Message
 from bursar.alerts.routes import Alerts, Route
 from bursar.alerts.sinks import Undelivered, log, place
 from bursar.alerts.storms import Storms
-from bursar.clock import Clock
+from bursar.commands import Alert
 from bursar.errors import StoreError
+from bursar.stores.base import Store
 
 TEND_S = 5.0
 CLOSE_S = 5.0
@@ -45,13 +46,12 @@ class Deliverer:
     """Delivery for one Bursar. `tend` is one round; `start` has a daemon thread do one every few seconds.
 
     An alert leaves the outbox when every sink that it goes to has taken it. If this process dies before, its lease ends and
-    another process delivers it to all of them again, with the same id. A store serves as `clock`.
+    another process delivers it to all of them again, with the same id.
     """
 
-    def __init__(self, outbox: Outbox, alerts: Alerts, clock: Clock, random: Random | None = None) -> None:
-        self._outbox = outbox
+    def __init__(self, store: Store, alerts: Alerts, random: Random | None = None) -> None:
+        self._store = store
         self._alerts = alerts
-        self._clock = clock
         self._random = random or Random()
         self._pid = 0
         self._at_exit = partial(_close, weakref.ref(self))
@@ -84,15 +84,17 @@ class Deliverer:
 
     def tend(self) -> None:
         """One round: claim, send what is due, and tell the outbox. Raises StoreError; nothing is forgotten then."""
-        now_us = self._clock.now_us()
+        now_us = self._store.now_us()
         self._report(now_us)
         room = min(MAX_HELD - len(self._held), CLAIM)
         if room <= 0:
             self._hand_back(now_us)
-        claimed = self._outbox.claim(room, LEASE_US) if room > 0 else []
+        claimed = self._store.claim(room, LEASE_US) if room > 0 else []
+        owners = self._owners() if claimed else {}
         with self._lock:
             for alert, _ in claimed:
-                self._admit(alert, now_us)
+                owner = alert.facts.get("owner") or owners.get(budget_of(alert))
+                self._admit(alert._replace(facts={**alert.facts, "owner": owner}) if owner else alert, now_us)
             for over in self._storms.over(now_us):
                 self._enqueue(over, dict(self._alerts.of(over)))
             ready = [(name, lane) for name, lane in self._lanes.items() if not lane.busy and lane.due(now_us)]
@@ -115,16 +117,21 @@ class Deliverer:
             with self._idle:
                 self._idle.wait_for(lambda: not any(lane.busy for lane in self._lanes.values()), CLOSE_S)
         try:
-            now_us = self._clock.now_us()
+            now_us = self._store.now_us()
             self._report(now_us)
             with self._lock:
                 left = list(self._held)
                 self._held.clear()
             if left:
-                self._outbox.retry(left, now_us)
+                self._store.retry(left, now_us)
         except StoreError as error:
             # The store may be closed already; the leases end by themselves, so nothing is lost.
             log.debug("while closing: %s", error)
+
+    def _owners(self) -> dict[str, str | None]:
+        """Each budget's owner, as the newest policy has it."""
+        budgets = self._store.definitions()[1].get("budget", {})
+        return {name: one.definition.get("owner") for name, one in budgets.items()}
 
     def _admit(self, alert: Alert, now_us: int) -> None:
         """Put a claimed alert into its lanes, save those that have had it."""
@@ -159,13 +166,13 @@ class Deliverer:
         """Send what is due in one lane, until it fails or has to wait. Its rate bounds the loop."""
         try:
             while True:
-                now_us = self._clock.now_us()
+                now_us = self._store.now_us()
                 with self._lock:
                     message = lane.take(now_us)
                 if message is None or not self._deliver(name, lane, message, now_us):
                     break
         except StoreError as error:
-            # The clock is the store's. The message stays as it is, and is taken again at a later round.
+            # The time is the store's. The message stays as it is, and is taken again at a later round.
             log.warning("delivery waits: %s", error)
         finally:
             with self._idle:
@@ -179,7 +186,7 @@ class Deliverer:
         except Exception as error:  # noqa: BLE001 - a sink may raise anything; uncaught, nothing would ever be tried again
             self._failed(name, lane, message, error)
             return False
-        now_us = self._clock.now_us()
+        now_us = self._store.now_us()
         with self._lock:
             lane.taken(message, now_us)
             self._no_longer_owed(name, message.alerts)
@@ -187,7 +194,7 @@ class Deliverer:
 
     def _failed(self, name: str, lane: Lane, message: Message, error: Exception) -> None:
         why = str(error) if isinstance(error, Undelivered) else f"{lane.sink.name}: {place(error)}"
-        now_us = self._clock.now_us()
+        now_us = self._store.now_us()
         with self._lock:
             if isinstance(error, Undelivered) and error.gone:
                 lane.gone = True
@@ -218,9 +225,9 @@ class Deliverer:
             done = [id for id, held in self._held.items() if not held.owed]
             ending = [id for id, held in self._held.items() if held.owed and held.until_us < now_us + LEASE_US // 2]
         if done:
-            self._outbox.delivered(done)
+            self._store.delivered(done)
         if ending:
-            self._outbox.retry(ending, now_us + LEASE_US)
+            self._store.retry(ending, now_us + LEASE_US)
         with self._lock:
             for id in done:
                 self._held.pop(id, None)
@@ -244,7 +251,7 @@ class Deliverer:
             while len(self._accepted) > MAX_ACCEPTED:
                 self._accepted.popitem(last=False)
         if back:
-            self._outbox.retry(back, now_us + HAND_BACK_US)
+            self._store.retry(back, now_us + HAND_BACK_US)
 
 
 def _inline(work: Callable[[], None]) -> None:

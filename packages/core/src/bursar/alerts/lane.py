@@ -7,9 +7,10 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from random import Random
 
-from bursar.alerts.alert import Alert
+from bursar.alerts.alert import budget_of, topic_of
 from bursar.alerts.message import MAX_ALERTS, Message
 from bursar.alerts.sinks import Sink, Undelivered
+from bursar.commands import Alert
 
 MINUTE_US = 60_000_000
 TOGETHER_US = MINUTE_US  # between two messages about the same kind and budget
@@ -53,7 +54,7 @@ class Lane:
         return sum(len(one.waiting) + (len(one.message.alerts) if one.message else 0) for one in self._groups.values())
 
     def add(self, alert: Alert) -> None:
-        self._groups.setdefault((alert.kind, alert.topic, alert.budget), _Group()).waiting.append(alert)
+        self._group(alert).waiting.append(alert)
 
     def due(self, now_us: int) -> bool:
         """Whether `take` would give a message."""
@@ -72,14 +73,14 @@ class Lane:
 
     def taken(self, message: Message, now_us: int) -> None:
         """The receiver has it."""
-        group = self._group(message)
+        group = self._group(message.alerts[0])
         group.message, group.failures, self.failures = None, 0, 0
         # a full message more can go at once: what waits is many alerts, not many messages
         group.not_before_us = now_us + TOGETHER_US if len(group.waiting) < MAX_ALERTS else now_us
 
     def failed(self, message: Message, error: Exception, now_us: int) -> bool:
         """The receiver may not have it: it is tried again, later and later. True when that has been done for long enough."""
-        group = self._group(message)
+        group = self._group(message.alerts[0])
         group.failures += 1
         self.failures += 1
         if group.oldest_us < now_us - GIVE_UP_US:
@@ -105,9 +106,8 @@ class Lane:
         for group in self._groups.values():
             group.waiting = deque(alert for alert in group.waiting if alert.id not in ids)
 
-    def _group(self, message: Message) -> _Group:
-        first = message.alerts[0]
-        return self._groups.setdefault((first.kind, first.topic, first.budget), _Group())
+    def _group(self, alert: Alert) -> _Group:
+        return self._groups.setdefault((alert.kind, topic_of(alert), budget_of(alert)), _Group())
 
     def _next(self, now_us: int) -> _Group | None:
         if now_us < self._paused_until_us:
@@ -116,8 +116,14 @@ class Lane:
             return None
         for key in [key for key, group in self._groups.items() if group.idle and now_us >= group.not_before_us]:
             del self._groups[key]
-        ready = (group for group in self._groups.values() if not group.idle and now_us >= group.not_before_us)
+        ready = (group for key, group in self._groups.items() if now_us >= group.not_before_us and self._may_go(key))
         return min(ready, key=lambda group: group.oldest_us, default=None)
+
+    def _may_go(self, key: tuple[str, str, str]) -> bool:
+        """Whether something waits, and nobody would hear that it is over before hearing that it began."""
+        kind, topic, budget = key
+        begun = self._groups.get((topic, topic, budget)) if kind == "resolved" else None
+        return not self._groups[key].idle and (begun is None or begun.idle)
 
     def _backoff_us(self, failures: int) -> int:
         """1, 2, 4 ... seconds, at most two minutes, with jitter: between half of it and all of it."""

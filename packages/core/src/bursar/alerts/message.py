@@ -6,29 +6,32 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from bursar.alerts.alert import Alert
+from bursar.alerts.alert import budget_of, owner_of, topic_of
+from bursar.commands import Alert
 from bursar.money import dollar_text
 from bursar.records import instant
 
 MAX_ALERTS = 50  # of one message: a webhook's body stays near the 20 kB that its specification recommends
 MAX_LINES = 10
 MAX_TEXT = 300
+MAX_FACT = 2_000
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Names come from agents: no chat may take one for a call to everybody.
 _MENTION = re.compile(r"@(?=everyone|here|channel|all\b)|<(?=[!@#])", re.IGNORECASE)
 _HEADLINES = {
     "threshold": "a threshold is crossed",
-    "refused": "calls are refused",
-    "frozen": "frozen",
     "approval": "an approval is asked for",
-    "detector": "runaway behaviour is detected",
-    "shadow": "calls would have been refused",
+    "frozen": "stopped",
+    "detector": "runaway behaviour",
     "policy": "the policy has changed",
 }
 _AMOUNTS = ("limit", "spent", "reserved", "available", "asked")
+# Of use to programs, not to people.
+_UNTOLD = {"budget", "was", "account", "call", "mark", "at", "unit", "enforce", "state", "at_us"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,18 @@ class Message:
 
     @property
     def budget(self) -> str:
-        return self.alerts[0].budget
+        return budget_of(self.alerts[0])
 
     @property
     def owner(self) -> str:
-        return self.alerts[0].owner
+        return owner_of(self.alerts[0])
 
     @property
     def title(self) -> str:
         """One line, for people."""
-        first = self.alerts[0]
-        said = _HEADLINES.get(first.topic, _plain(first.topic))
-        said = f"over: {said}" if first.kind == "resolved" else said
+        topic = topic_of(self.alerts[0])
+        said = _HEADLINES.get(topic, _plain(topic))
+        said = f"over: {said}".removesuffix(": ") if self.kind == "resolved" else said
         times = f" ({len(self.alerts)} times)" if len(self.alerts) > 1 else ""
         return f"Bursar: {_plain(self.budget)}: {said}{times}" if self.budget else f"Bursar: {said}{times}"
 
@@ -107,22 +110,41 @@ def public(owner: str) -> str:
 
 
 def _line(alert: Alert) -> str:
-    facts = dict(_bounded(alert.facts))
-    unit = facts.pop("unit", None)
-    for left_out in ("budget", "was"):
-        facts.pop(left_out, None)
+    facts = {**alert.facts, "owner": public(owner_of(alert))}
     said = []
-    if isinstance(facts.get("mark"), int):
-        said.append(f"{facts.pop('mark')} %")
-    for name, value in facts.items():
-        if value in (None, "", {}, []):
-            continue
-        if name in _AMOUNTS and isinstance(value, int):
-            value = f"{dollar_text(value)} USD" if unit == "USD" else f"{value} {unit or ''}".rstrip()
-        elif isinstance(value, Mapping):
-            value = " ".join(f"{key}={one}" for key, one in value.items())
-        said.append(f"{_plain(name)} {_plain(value)}")
+    at, limit = facts.get("at"), facts.get("limit")
+    if isinstance(at, int) and isinstance(limit, int) and limit > 0:
+        said.append(f"{at * 100 // limit} %")
+    if facts.get("enforce") is False:
+        said.append("in shadow mode")
+    unit = _unit(facts)
+    said += [
+        f"{_plain(name)} {_shown(name, value, unit)}"
+        for name, value in facts.items()
+        if name not in _UNTOLD and value not in (None, "", "{}", {}, [])
+    ]
     return f"{instant(alert.at_us):%Y-%m-%d %H:%M:%S} UTC  {', '.join(said)}".rstrip()
+
+
+def _unit(facts: Mapping[str, Any]) -> str:
+    """What the amounts count: it stands in the facts, or in the account's key."""
+    try:
+        return str(facts.get("unit") or json.loads(facts["account"])[1])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return ""
+
+
+def _shown(name: str, value: Any, unit: str) -> str:
+    if isinstance(value, int) and name in _AMOUNTS:
+        return f"{dollar_text(value)} USD" if unit == "USD" else f"{value} {unit}".rstrip()
+    if isinstance(value, int) and name.endswith("_us"):
+        return f"{instant(value):%Y-%m-%d %H:%M:%S}"
+    if name == "scope" and isinstance(value, str):
+        with suppress(ValueError):  # shown as it is
+            value = json.loads(value)
+    if isinstance(value, Mapping):
+        return _plain(" ".join(f"{key}={one}" for key, one in value.items()))
+    return _plain(value)
 
 
 def _plain(value: object) -> str:
@@ -133,7 +155,7 @@ def _plain(value: object) -> str:
 
 def _bounded(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with long texts cut and the owner's address closed."""
-    cut = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in list(facts.items())[:50]}
+    cut = {name: value[:MAX_FACT] if isinstance(value, str) else value for name, value in list(facts.items())[:50]}
     if "owner" in cut:
         cut["owner"] = public(str(cut["owner"] or "")) or None
     return cut

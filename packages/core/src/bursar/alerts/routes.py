@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from bursar.alerts.alert import KINDS, Alert
+from bursar.alerts.alert import KINDS, budget_of, owner_of, topic_of
 from bursar.alerts.message import Message, public
 from bursar.alerts.sinks import Apprise, Function, Log, Sink, log
+from bursar.commands import Alert
 from bursar.errors import PolicyError
 
 PER_MINUTE = 10
@@ -54,10 +55,11 @@ class Route:
 
     def takes(self, alert: Alert) -> bool:
         """Whether the sink is told of it. What is over is told to whoever was told that it began."""
+        topic = topic_of(alert)
         return (
-            (not self.kinds or alert.kind in self.kinds or alert.topic in self.kinds)
-            and (not self.budgets or any(fnmatchcase(alert.budget, pattern) for pattern in self.budgets))
-            and (self.owner is None or self.is_for(alert.owner))
+            (not self.kinds or not topic or topic in self.kinds or alert.kind in self.kinds)
+            and (not self.budgets or any(fnmatchcase(budget_of(alert), pattern) for pattern in self.budgets))
+            and (self.owner is None or self.is_for(owner_of(alert)))
         )
 
 
@@ -76,14 +78,15 @@ class Alerts:
 
     def of(self, alert: Alert) -> Iterator[tuple[str, Route]]:
         """The routes of an alert, each with the name of its lane: an owner has a lane of its own."""
+        owner = owner_of(alert)
         found = [
-            (str(place) if route.owner is None else f"{place} {alert.owner}", route)
+            (str(place) if route.owner is None else f"{place} {owner}", route)
             for place, route in enumerate(self.routes)
             if route.takes(alert)
         ]
-        if alert.owner and not any(route.is_for(alert.owner) for route in self.routes):
-            own = self._own(alert.owner)
-            found += [] if own is None else [(f"owner {alert.owner}", own)]
+        if owner and not any(route.is_for(owner) for route in self.routes):
+            own = self._own(owner)
+            found += [] if own is None else [(f"owner {owner}", own)]
         yield from found or [("log", self.fallback)]
 
     def _own(self, owner: str) -> Route | None:

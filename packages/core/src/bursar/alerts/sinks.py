@@ -151,7 +151,7 @@ class Apprise:
     def send(self, message: Message, now_us: int) -> None:
         kinds = self._library.NotifyType
         kind = {"resolved": kinds.SUCCESS, "policy": kinds.INFO}.get(message.kind)
-        kind = kind or (kinds.FAILURE if message.kind in ("refused", "frozen", "detector") else kinds.WARNING)
+        kind = kind or (kinds.FAILURE if message.kind in ("frozen", "detector") else kinds.WARNING)
         with quiet():
             service = self._service(_addressed(self._url, message))
             taken = service.notify(body=message.text, title=message.title, notify_type=kind, body_format="text")
