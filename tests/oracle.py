@@ -96,12 +96,17 @@ class Spec:
     period_s: int = 0
     per_run: bool = False
     enforce: bool = True
+    marks: tuple[tuple[int, str], ...] = ()  # percent of the limit, and the action; rising
 
     @property
     def rolling_us(self) -> int:
         """The length of a rolling window; 0 of all others."""
         rolling = self.window.startswith("rolling")
         return int(self.window[8:-1]) * SECONDS[self.window[-1]] * 1_000_000 if rolling else 0
+
+    def reached_at(self, index: int) -> int:
+        """The amount of a mark, a fraction of a unit rounded up."""
+        return -(-self.limit * self.marks[index][0] // 100)
 
 
 Key = tuple[str, str, int]  # the budget's name, the run ("" where the budget has one account), where the window begins
@@ -142,6 +147,9 @@ class Oracle:
     moves: list[Move] = field(default_factory=list)
     ended: list[tuple[str, str]] = field(default_factory=list)  # kind and id of every record, in order
     touched: set[Key] = field(default_factory=set)
+    told: list[tuple[Key, int]] = field(
+        default_factory=list
+    )  # every crossing of a mark: the account, the mark's number
 
     def spec(self, key: Key) -> Spec:
         return next(spec for spec in self.specs if spec.name == key[0])
@@ -204,6 +212,30 @@ class Oracle:
         end_us = window_at(spec.window, spec.zone, now_us)[1]
         return None if end_us is None else end_us - now_us
 
+    def holds(self, key: Key, index: int, now_us: int) -> bool:
+        """Whether a mark acts on a reservation that is asked for now."""
+        spec = self.spec(key)
+        at, action = spec.reached_at(index), spec.marks[index][1]
+        spent = self.spent(key, now_us)
+        if action in ("ask", "kill"):
+            return (key, index) in self.told and (spent >= at or not spec.rolling_us)
+        return action != "notify" and spent + self.reserved(key) >= at
+
+    def acts(self, run: str, amounts: dict[str, int], now_us: int) -> dict[Key, list[int]]:
+        """The marks that act on a call, by account."""
+        lines = self.lines(run, amounts, now_us)
+        found = {key: [i for i in range(len(self.spec(key).marks)) if self.holds(key, i, now_us)] for key in lines}
+        return {key: held for key, held in found.items() if held}
+
+    def crossing(self, key: Key, before: int, now_us: int) -> None:
+        """Note the marks that this move has reached: once, or each time anew where a rolling window let them go."""
+        spec, after = self.spec(key), self.spent(key, now_us)
+        for index in range(len(spec.marks)):
+            at = spec.reached_at(index)
+            first = before < at if spec.rolling_us else (key, index) not in self.told
+            if after >= at and first:
+                self.told.append((key, index))
+
     # -- what happens ----------------------------------------------------------------------------------------------
 
     def lines(self, run: str, amounts: dict[str, int], now_us: int) -> dict[Key, int]:
@@ -217,7 +249,7 @@ class Oracle:
     def reserve(
         self, id: str, run: str, amounts: dict[str, int], now_us: int, ttl_us: int, *, charge: bool
     ) -> set[Key]:
-        """The accounts that refuse; none when the amounts are held."""
+        """The accounts that refuse for want of room; none when the amounts are held."""
         refusing = {key for key in self.short(run, amounts, now_us) if self.spec(key).enforce}
         if not refusing:
             keys = self.lines(run, amounts, now_us)
@@ -237,7 +269,9 @@ class Oracle:
             booked = spent[unit]
             over = max(0, booked - before[unit]) if given_back else max(0, booked)
             back = amount if given_back else 0
+            spent_before = self.spent(key, now_us)
             self.moves.append(Move(key, now_us, held.at_us, back, booked, over))
+            self.crossing(key, spent_before, now_us)
 
     def settle(self, id: str, actuals: dict[str, int], now_us: int) -> None:
         held = self.reservations[id]
@@ -283,5 +317,7 @@ class Oracle:
         for key, amount in self.lines(run, amounts, now_us).items():
             uncovered = max(0, amount - max(0, self.available(key, now_us)))
             self.touched.add(key)
+            spent_before = self.spent(key, now_us)
             self.moves.append(Move(key, now_us, now_us, 0, amount, uncovered))
+            self.crossing(key, spent_before, now_us)
         self.ended.append(("charge", id))

@@ -19,9 +19,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracle import Key, Oracle, Spec
 
-from bursar.accounts import Account, Rule, age
-from bursar.budget import Budget
-from bursar.commands import Answer, Charge, Command, Ended, Granted, Refused, Rejected, Release, Reserve, Settle
+from bursar.accounts import ACTIONS, Account, Rule, age
+from bursar.budget import Budget, Threshold
+from bursar.commands import (
+    Answer,
+    Charge,
+    Command,
+    Ended,
+    Granted,
+    Refused,
+    Rejected,
+    Release,
+    Reserve,
+    Settle,
+    Stepped,
+)
 from bursar.policy import Policy
 from bursar.records import UsageRecord
 from bursar.scope import Scope
@@ -48,7 +60,22 @@ WINDOWS = [
     "total", "minute", "hour", "day", "week", "month", "quarter", "year",
     "rolling 7s", "rolling 1m", "rolling 10m", "rolling 1d", "rolling 1m",
 ]  # fmt: skip
+STOPS = ("ask", "block", "kill")
+PARAMETERS = {
+    "downgrade": {"models": {"a": "b"}},
+    "clamp": {"max_output_tokens": 1},
+    "throttle": {"rate": "1 calls/second"},
+}
 AMOUNTS = st.one_of(st.integers(0, 12), st.integers(0, 2_000))
+
+
+MARKS = st.tuples(st.sampled_from([1, 10, 50, 50, 80, 99, 100]), st.sampled_from(ACTIONS))
+LADDERS = st.one_of(
+    st.just(()),
+    st.lists(MARKS, max_size=4, unique=True).map(
+        lambda marks: tuple(sorted(marks, key=lambda mark: (mark[0], ACTIONS.index(mark[1]))))
+    ),
+)
 
 
 @st.composite
@@ -66,7 +93,8 @@ def specs(draw: st.DrawFn, zone: str) -> list[Spec]:
         else:
             unit = draw(st.sampled_from(["USD", "tokens", "requests"]))
             window, limit = draw(st.sampled_from(WINDOWS)), draw(st.integers(1, 3_000))
-            found.append(Spec(name, unit, limit, window, zone, per_run=per_run, enforce=enforce))
+            marks = draw(LADDERS)
+            found.append(Spec(name, unit, limit, window, zone, per_run=per_run, enforce=enforce, marks=marks))
     return found
 
 
@@ -81,11 +109,12 @@ def budget(spec: Spec) -> Budget:
         tz=spec.zone,
         per="run" if spec.per_run else (),
         mode="enforce" if spec.enforce else "shadow",
+        thresholds=[Threshold(f"{at}%", action, **PARAMETERS.get(action, {})) for at, action in spec.marks],
     )
 
 
-def key_of(rule: Rule) -> Key:
-    name, _, _, scope, start_us = json.loads(rule.key)
+def key_of(rule: Rule | dict[str, Any]) -> Key:
+    name, _, _, scope, start_us = json.loads(rule["account"] if isinstance(rule, dict) else rule.key)
     return name, scope.get("run", ""), start_us
 
 
@@ -141,19 +170,30 @@ class World(RuleBasedStateMachine):
     def draft(self, run: str, cost_nanos: int) -> dict[str, Any]:
         return {"path": [run], "tags": {"run": run}, "cost_nanos": cost_nanos, "usage": {}}
 
-    @rule(data=st.data(), run=st.sampled_from(RUNS), ttl_s=st.sampled_from([1, 60, 5_000]), charge=st.booleans())
-    def reserve(self, data: st.DataObject, run: str, ttl_s: int, charge: bool) -> None:
+    @rule(
+        data=st.data(),
+        run=st.sampled_from(RUNS),
+        ttl_s=st.sampled_from([1, 60, 5_000]),
+        charge=st.booleans(),
+        complies=st.booleans(),
+    )
+    def reserve(self, data: st.DataObject, run: str, ttl_s: int, charge: bool, complies: bool) -> None:
         self.counted += 1
         id = f"c{self.counted:04}"
         amounts, now_us, ttl_us = self.amounts(data, run), self.now_us(), ttl_s * 1_000_000
         lines = tuple((one, amounts[one.unit]) for one in self.matching(run, UNITS))
         on_expiry = "charge" if charge else "release"
-        command = Reserve(id, lines, ttl_us, self.draft(run, amounts["USD"]), "d", on_expiry)
-        short = self.oracle.short(run, amounts, now_us)
+        complied = {one.key: len(one.marks) for one, _ in lines} if complies else {}
+        command = Reserve(id, lines, ttl_us, self.draft(run, amounts["USD"]), "d", on_expiry, complied=complied)
+        acting = self.oracle.acts(run, amounts, now_us)
+        if self.is_held_up(command, acting, complies=complies):
+            return
+        short = self.oracle.short(run, amounts, now_us) | {key for key in acting if not self.oracle.spec(key).enforce}
         refusing = self.oracle.reserve(id, run, amounts, now_us, ttl_us, charge=charge)
         answer = self.apply(command)
         if refusing:
             assert type(answer) is Refused
+            assert answer.mark is None
             key = key_of(answer.account.rule)
             assert key in refusing
             assert answer.account.available == self.oracle.available(key, now_us)
@@ -162,6 +202,28 @@ class World(RuleBasedStateMachine):
             assert type(answer) is Granted
             assert {key_of(one.rule) for one in answer.accounts if one.rule.key in answer.shadowed} == short
             self.kept[id] = command
+
+    def is_held_up(self, command: Reserve, acting: dict[Key, list[int]], *, complies: bool) -> bool:
+        """Whether a mark stops the call, or asks for a step that it has not taken; the law has to say the same."""
+        enforced = {key: held for key, held in acting.items() if self.oracle.spec(key).enforce}
+        stops = {
+            key: [index for index in held if self.oracle.spec(key).marks[index][1] in STOPS]
+            for key, held in enforced.items()
+        }
+        if any(stops.values()):
+            answer = self.apply(command)
+            assert type(answer) is Refused
+            assert answer.mark == stops[key_of(answer.account.rule)][0]
+            return True
+        if enforced and not complies:
+            answer = self.apply(command)
+            assert type(answer) is Stepped
+            assert {
+                key_of(next(one for one, _ in command.lines if one.key == key)): rung
+                for key, rung in answer.marks.items()
+            } == {key: held[-1] + 1 for key, held in enforced.items()}
+            return True
+        return False
 
     def ids(self, *states: str) -> list[str]:
         return [id for id, held in self.oracle.reservations.items() if held.state in states]
@@ -261,6 +323,9 @@ class World(RuleBasedStateMachine):
         assert self.oracle.touched <= set(found)
         for key, account in found.items():
             self.check(key, age(account, self.now_us()))
+        told = [(*key_of(alert.facts), alert.facts["mark"]) for alert, _ in self.memory.alerts()]
+        assert sorted(told) == sorted((*key, index) for key, index in self.oracle.told)
+        assert [alert for alert, _ in self.sqlite.alerts()] == [alert for alert, _ in self.memory.alerts()]
         open_ones = len(self.ids("open"))
         assert self.memory.open_reservations() == self.sqlite.open_reservations() == open_ones
 

@@ -80,9 +80,15 @@ def under(account: Account, rule: Rule) -> Account:
     return account._replace(rule=rule, crossed=min(account.crossed, reached(rule, account.spent)))
 
 
+def still_crossed(account: Account) -> int:
+    """How many of the crossed marks spending is still above, where a rolling window lets it go; all of them elsewhere."""
+    rule, crossed = account.rule, account.crossed
+    return min(crossed, reached(rule, account.spent)) if rule.kind == "rolling" else crossed
+
+
 def in_force(account: Account) -> tuple[int, ...]:
     """The indices of the marks that hold for a call that is to be reserved now."""
-    balance, crossed = account.spent + account.reserved, account.crossed
+    balance, crossed = account.spent + account.reserved, still_crossed(account)
     return tuple(
         index
         for index, (at, action) in enumerate(account.rule.marks)
@@ -99,9 +105,7 @@ def age(account: Account, now_us: int) -> Account:
         if not account.buckets or account.buckets[0][0] >= oldest:
             return account
         buckets = tuple(bucket for bucket in account.buckets if bucket[0] >= oldest)
-        spent = sum(amount for _, amount in buckets)
-        crossed = min(account.crossed, reached(rule, spent))
-        return account._replace(buckets=buckets, spent=spent, crossed=crossed)
+        return account._replace(buckets=buckets, spent=sum(amount for _, amount in buckets))
     if rule.kind == "refill":
         level, remainder, at_us = _refilled(rule, account.level, account.remainder, account.at_us, now_us)
         return account._replace(level=level, remainder=remainder, at_us=at_us)

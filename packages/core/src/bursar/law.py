@@ -12,7 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bursar.accounts import STOPPING, Account, Rule, age, book, hold, in_force, may_free, reached, under, until
+from bursar.accounts import (
+    STOPPING,
+    Account,
+    Rule,
+    age,
+    book,
+    hold,
+    in_force,
+    may_free,
+    reached,
+    still_crossed,
+    under,
+    until,
+)
 from bursar.commands import (
     Alert,
     Charge,
@@ -237,9 +250,10 @@ def _end(
         assert account.reserved >= held, f"I2 broken: {key} holds less than its reservations"
         actual = amounts[key]
         overrun = actual - held if actual > held else 0
+        before = account
         account = book(account, held, actual, reserved_us, now_us, overrun)
         if account.rule.marks:
-            account = _crossed(account, row.id, row.draft, now_us, puts)
+            account = _crossed(before, account, row.id, row.draft, now_us, puts)
         puts[key] = account
         accounts.append(account)
     cost_nanos, usage, estimated = (
@@ -266,13 +280,16 @@ def _end(
     return _new(Decision, (_new(Ended, (entry, tuple(accounts), False, alerts)), puts))
 
 
-def _crossed(account: Account, id: str, draft: Mapping[str, Any], now_us: int, puts: dict[str, Row]) -> Account:
+def _crossed(
+    before: Account, account: Account, id: str, draft: Mapping[str, Any], now_us: int, puts: dict[str, Row]
+) -> Account:
     """The account with its newly reached marks counted, and an alert for each of them among the rows to put."""
     rule = account.rule
+    told = still_crossed(age(before, now_us))
     now_reached = reached(rule, account.spent)
-    if now_reached <= account.crossed:
+    if now_reached <= told:
         return account
-    for index in range(account.crossed, now_reached):
+    for index in range(told, now_reached):
         at, action = rule.marks[index]
         facts = {
             "account": rule.key,
@@ -326,8 +343,8 @@ def _correct(
     for account_key, amount in amounts.items():
         account = read(account_key)
         assert type(account) is Account, f"I2 broken at {account_key}"
-        account = book(account, 0, amount, expired.reserved_us, now_us, max(0, amount))
-        puts[account_key] = _crossed(account, key, expired.draft, now_us, puts)
+        after = book(account, 0, amount, expired.reserved_us, now_us, max(0, amount))
+        puts[account_key] = _crossed(account, after, key, expired.draft, now_us, puts)
     alerts = tuple(put for put in puts.values() if type(put) is Alert)
     puts[key] = entry = Entry(
         key,
@@ -435,9 +452,9 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
         if type(account) is not Account:
             return _reject(*account)
         uncovered = max(0, amount - max(0, age(account, now_us).available))
-        account = book(account, 0, amount, now_us, now_us, uncovered)
-        account = puts[rule.key] = _crossed(account, command.id, command.draft, now_us, puts)
-        accounts.append(account)
+        after = book(account, 0, amount, now_us, now_us, uncovered)
+        after = puts[rule.key] = _crossed(account, after, command.id, command.draft, now_us, puts)
+        accounts.append(after)
     alerts = tuple(put for put in puts.values() if type(put) is Alert)
     puts[command.id] = entry = Entry(
         command.id,

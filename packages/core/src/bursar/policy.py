@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from math import ceil
 from typing import NamedTuple
 
 from bursar.accounts import Account, Mark, Rule
@@ -90,7 +91,7 @@ def throttle_rule(rule: Rule, rate: str) -> Rule:
 
 
 def _mark(threshold: Threshold, limit: int, waived: bool) -> Mark:
-    at = -int(-threshold.share * limit // 1)  # rounded up: at 50% of 1 it is not reached by 0
+    at = ceil(threshold.share * limit)  # at 50% of 1 it is not reached by 0
     return Mark(at, "waived" if waived and threshold.action == "ask" else threshold.action)
 
 
