@@ -18,7 +18,7 @@ _SEVERITY = ("notify", "downgrade", "clamp", "throttle", "ask", "block", "kill")
 
 
 class RunWatch:
-    """Watches one run. Safe for threads; some 30 kB, however long the run.
+    """Watches one run. Safe for threads. Some 30 kB, however long the run; half a MB at most, with 64 conversations at once.
 
     The guard tells of each model call before it is sent (`model_called`) and of its end (`model_answered` or
     `model_failed`), all by the id of its reservation. That is enough: a request holds what the model asked for before,
@@ -34,7 +34,7 @@ class RunWatch:
         self._lock = threading.Lock()
         self._likeness = Likeness()
         self._retries = Retries(self._settings)
-        self._tracks: OrderedDict[int, Track] = OrderedDict()  # by what the last request ended with, oldest first
+        self._tracks: list[Track] = []  # newest last
         self._open: OrderedDict[str, tuple[int, Track]] = OrderedDict()  # calls under way, by id
         self._stopped: tuple[int, Finding] | None = None
         self._begun_us = 0
@@ -53,15 +53,12 @@ class RunWatch:
                 return self._stopped[1]
             findings = [self._retries.check(key, now_us), *self._limits(now_us)]
             track = self._track(step.before if step else None, end)
-            if content != track.content or not (
-                track.open or track.failed
-            ):  # else a sample, or a further attempt: no step
-                calls = step.calls if step else ()
-                if calls or track.asked:
-                    results = step.results if step else ()
-                    findings += track.took(calls or tuple(track.asked), results, input_tokens)
-                elif step:
-                    findings += track.took((), step.results, input_tokens)
+            a_sample = content == track.content and track.open
+            a_further_attempt = content == track.content and track.failed
+            if not a_sample and not a_further_attempt:
+                calls = (step.calls if step else ()) or tuple(track.asked)
+                if step or calls:
+                    findings += track.took(calls, step.results if step else (), input_tokens)
                 track.asked = []
             track.content = content
             finding = _worst(findings)
@@ -72,6 +69,7 @@ class RunWatch:
                 return finding
             self._stopped = None
             self._steps += 1
+            self._close(call_id)
             track.open += 1
             self._open[call_id] = key, track
             if len(self._open) > MOST_OPEN:
@@ -105,12 +103,10 @@ class RunWatch:
             call = name, text_of(arguments)
             alone = not self._steps
             if not alone:
-                for track in reversed(self._tracks.values()):
+                for track in reversed(self._tracks):
                     if track.has_asked_for(call):
                         return track.asks(tuple(track.asked))
-            if not self._tracks:
-                self._tracks[0] = Track(self._settings, self._likeness, 0)
-            track = next(reversed(self._tracks.values()))
+            track = self._tracks[-1] if self._tracks else self._track(None, 0)
             findings: list[Finding | None] = []
             if alone and track.asked:
                 findings = track.took(tuple(track.asked), (), 0)
@@ -133,20 +129,21 @@ class RunWatch:
         A request that was first before begins the same one again, unless that is under way: many agents at once may
         have the same task, but a task that is given again and again is a loop.
         """
-        tracks = self._tracks
+        idle = [one for one in reversed(self._tracks) if not one.open]
         if before is None:
-            track = next((one for one in tracks.values() if one.start == end and not one.open), None)
-            key = next((key for key, one in tracks.items() if one is track), None)
+            track = next((one for one in idle if one.start == end), None)
         else:
-            key = before if before in tracks else next(reversed(tracks), None)
-            track = tracks.get(key) if key is not None else None
-        if key is not None:
-            del tracks[key]
+            track = next((one for one in [*idle, *reversed(self._tracks)] if one.end == before), None)
+            # The end of the earlier request is gone where a framework changes the last message: the newest goes on.
+            track = track or next(iter(idle), None)
         if track is None:
             track = Track(self._settings, self._likeness, end)
-        tracks[end] = track
-        if len(tracks) > MOST_TRACKS:
-            tracks.popitem(last=False)
+        else:
+            self._tracks.remove(track)
+        track.end = end
+        self._tracks.append(track)
+        if len(self._tracks) > MOST_TRACKS:
+            del self._tracks[0]
         return track
 
     def _close(self, call_id: str) -> tuple[int, Track | None]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from bursar.detect.cycles import LONGEST, Cycles
 from bursar.detect.likeness import ENDS, Kinds
 from bursar.detect.settings import Detectors, Finding, found
+from bursar.detect.steps import Calls
 
 LOOSE, EXACT = 3, 10  # how many times the repetitions, where the results were nearly the same, or were others
 MOST_STATES = 64
@@ -21,8 +22,6 @@ _NO_NEWS = frozenset(
         *("sent", "added", "written", "closed"),
     )
 )
-
-Calls = tuple[tuple[str, str], ...]
 
 
 class Likeness:
@@ -55,14 +54,14 @@ class Track:
     same, or unknown; three times the repetitions. *Exact*: equal calls, whatever they gave; ten times.
     """
 
-    __slots__ = ("_calls", "_labels", "_likeness", "_settings", "_stale", "_stale_input", "_states", "_views", "asked",
-                 "content", "failed", "open", "start")  # fmt: skip
+    __slots__ = ("_calls", "_labels", "_likeness", "_settings", "_stale", "_stale_input", "_states", "_unknown",
+                 "_views", "asked", "content", "end", "failed", "open", "start")  # fmt: skip
 
     def __init__(self, settings: Detectors, likeness: Likeness, start: int) -> None:
-        self.start = start
+        self.start = self.end = start  # hashes of what its first and its last request ended with
         self.asked: list[tuple[str, str]] = []
         self.open = 0  # calls under way
-        self.content = 0  # of its last request, as a hash
+        self.content = 0  # a hash of its last request
         self.failed = False  # the last call that ended did
         self._settings = settings
         self._likeness = likeness
@@ -72,6 +71,7 @@ class Track:
         self._states: dict[int, None] = {}  # newest last
         self._stale = 0
         self._stale_input = 0
+        self._unknown = 0
 
     def took(self, calls: Calls, results: tuple[str, ...], input_tokens: int) -> list[Finding | None]:
         """A step is over: what it shows. `input_tokens`: of the request that comes after it, 0 where unknown."""
@@ -98,10 +98,9 @@ class Track:
         return hash(tuple(sorted(self._likeness.arguments.of(*call) for call in calls)))
 
     def _symbols(self, calls: Calls, results: tuple[str, ...]) -> _Symbols:
-        if not calls:  # the provider keeps the conversation, and nobody told of the answer
-            calls, known = (("", ""),) * max(1, len(results)), False
-        else:
-            known = True
+        known = bool(calls)
+        if not known:  # the provider keeps the conversation, and nobody told of the answer
+            calls = (("", ""),) * len(results)
         if len(results) != len(calls):
             results = ("\n".join(results),) * len(calls) if results else ()
         strict, loose, exact = [], [], []
@@ -119,8 +118,9 @@ class Track:
             alike = letters if _says_nothing(result) else like.arguments_by_result.of((name, same), arguments)
             strict.append((alike, same))
             loose.append((kind, like.results.of(name, result) if len(result) <= 2 * ENDS else same))
-        if not known:
-            return _Symbols(id(strict), hash(tuple(loose)), id(exact))
+        if not known:  # like no other step
+            self._unknown += 1
+            return _Symbols(-self._unknown, hash(tuple(loose)), -self._unknown)
         return _Symbols(*(hash(tuple(sorted(view))) for view in (strict, loose, exact)))
 
     def _loop(self, repetitions: int, period: int, view: int) -> Finding | None:
