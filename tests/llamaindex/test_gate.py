@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from llama_index.core import PromptTemplate, Settings
+from llama_index.core.base.llms.types import TextBlock, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, CBEventType, TokenCountingHandler
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.embeddings import MockEmbedding
@@ -22,6 +23,7 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 from bursar import Budget, BudgetExceeded, Bursar, BursarError, UnknownPrice
+from bursar.estimate import Request
 from bursar.testing.provider import Answer, Provider
 from bursar_llamaindex import BursarCallbackHandler, guard_llm, install
 
@@ -203,6 +205,39 @@ def test_an_async_batch_with_a_cache_is_guarded_though_it_asks_no_rate_limiter(
         asyncio.run(awaited(model.aget_text_embedding_batch, ["a", "b"]))
     assert provider.requests == 0
     assert broke.store.open_reservations() == 0
+
+
+TOLD = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "search", "arguments": '{"query": "' + "x" * 400 + '"}'},
+}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ChatMessage(role="user", content="a b " * 100),
+        ChatMessage(role="user", blocks=[TextBlock(text="a b " * 100), TextBlock(text="c d " * 100)]),
+        ChatMessage(
+            role="assistant", blocks=[ToolCallBlock(tool_call_id="1", tool_name="search", tool_kwargs={"q": "x" * 400})]
+        ),
+        ChatMessage(role="assistant", content="", additional_kwargs={"tool_calls": [TOLD]}),
+        ChatMessage(role="tool", content="found " * 60, additional_kwargs={"tool_call_id": "call_1"}),
+    ],
+    ids=["text", "texts", "a tool's call", "a tool's call, as it was kept", "a tool's result"],
+)
+def test_what_is_reserved_covers_what_is_sent(
+    message: ChatMessage, provider: Provider, bursar: Bursar, guarding: Any
+) -> None:
+    """Every byte of the messages, and little more."""
+    guarding(bursar)
+    measured: list[Any] = []
+    reserve = bursar.reserve
+    bursar.reserve = lambda **asked: (measured.append(asked["messages"]), reserve(**asked))[1]  # type: ignore[method-assign]
+    llm_at(provider.url).chat([message])
+    sent = Request("openai", "gpt-4o", provider.account[0].request["messages"]).size
+    assert sent <= Request("openai", "gpt-4o", measured[0]).size <= sent + 100
 
 
 # -- wiring ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from bursar_llamaindex.answer import failed, read_answer, settled, unknown
 from bursar_llamaindex.calls import Call, drain
 from bursar_llamaindex.embedded import listen, sending
 from bursar_llamaindex.gate import Gate
+from bursar_llamaindex.messages import plain_messages
 from bursar_llamaindex.request import embedded_texts, kind_of, read_embedding, read_llm, sends_nothing
 from bursar_llamaindex.serving import is_served
 from bursar_llamaindex.spans import Span, Spans, clean, current
@@ -87,7 +88,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if call is None:
             return event_id
         span.begun.append((guard, event_id))
-        if self._continues(span, call):
+        if self._continues(span, call, payload or {}):
             return event_id
         if span.waits:
             span.pending.append(call)
@@ -107,21 +108,22 @@ class BursarCallbackHandler(BaseCallbackHandler):
             texts = embedded_texts(span.arguments, batch, getattr(instance, "embed_batch_size", 1))
             return Call(self.bursar, {**read_embedding(instance, texts), **tags}, event_id)
         settings = payload.get(EventPayload.ADDITIONAL_KWARGS, {})
-        conversation = payload.get(EventPayload.MESSAGES) or payload.get(EventPayload.PROMPT) or ""
-        call = announce_llm(self.bursar, instance, span.method, conversation, settings, event_id)
+        call = announce_llm(self.bursar, instance, span.method, _conversation(payload), settings, event_id)
         call.request.update(tags)
         return call
 
-    def _continues(self, span: Span, call: Call) -> bool:
+    def _continues(self, span: Span, call: Call, payload: dict[str, Any]) -> bool:
         """Whether the call is one of those that LlamaIndex's own async streams make when they are first read, after their span.
 
         They hand on the messages or the prompt as the very same object, and each makes one.
         """
-        key = (id(span.instance), id(call.request.get("messages")))
+        conversation = _conversation(payload)
+        key = (id(span.instance), id(conversation))
         if span.method in ("stream_chat", "stream_complete"):
             return self._lazy.pop(key, None) is not None
         inherited = getattr(type(span.instance), span.method, None)
         if span.method.startswith("astream_") and getattr(inherited, "__module__", "") == CustomLLM.__module__:
+            call.request["messages"] = conversation  # with the call it lives as long as its id is looked for
             self._lazy[key] = call
         return False
 
@@ -153,6 +155,10 @@ class BursarCallbackHandler(BaseCallbackHandler):
         """Nothing: a trace is no call."""
 
 
+def _conversation(payload: dict[str, Any]) -> Any:
+    return payload.get(EventPayload.MESSAGES) or payload.get(EventPayload.PROMPT) or ""
+
+
 def announce_llm(
     bursar: Bursar, instance: Any, method: str, conversation: Any, settings: dict[str, Any], event_id: str
 ) -> Call:
@@ -160,7 +166,7 @@ def announce_llm(
     state their usage only when asked to, and a smaller answer is granted by a smaller maximum.
     """
     kind = kind_of(type(instance))
-    request = read_llm(instance, method, conversation, settings)
+    request = read_llm(instance, method, plain_messages(conversation), settings)
     if kind.has_stream_options and "stream" in method and "stream_options" not in instance.additional_kwargs:
         settings.setdefault("stream_options", {"include_usage": True})
     return Call(bursar, request, event_id, settings, kind.limit_name)
