@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ TAGS = (
     "model",
     "provider",
 )
+_KNOWN = frozenset(TAGS)
 MAX_TAGS = 64
 MAX_VALUE_LENGTH = 512
 MAX_DEPTH = 32
@@ -33,12 +33,12 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,63}")
 def check_tags(tags: Mapping[str, object]) -> dict[str, str]:
     """The tags as text, without those that are None. Raises InvalidInput for names and values that no store should hold."""
     checked: dict[str, str] = {}
-    if not isinstance(tags, Mapping):
+    if not isinstance(tags, (dict, Mapping)):
         raise InvalidInput(f'Tags cannot be {str(tags)[:40]!r}. Give them as {{"team": "research"}}.', argument="tags")
     for name, value in tags.items():
         if value is None:
             continue
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or (name not in _KNOWN and not _NAME.fullmatch(name)):
             raise InvalidInput(
                 f"{name!r} cannot name a tag. Use letters, digits and _.:/- (64 at most).", argument=str(name)
             )
@@ -60,7 +60,7 @@ class Scope:
     `limits` are (tags at the level, limit text) of scopes that were opened with a budget of their own.
     """
 
-    __slots__ = ("key", "limits", "path", "tags")
+    __slots__ = ("_key", "limits", "path", "tags")
 
     def __init__(self, tags: dict[str, str], parent: Scope | None = None, limit: str | None = None) -> None:
         self.tags: dict[str, str] = tags if parent is None else {**parent.tags, **tags}
@@ -70,7 +70,7 @@ class Scope:
         self.limits: tuple[tuple[dict[str, str], str], ...] = () if parent is None else parent.limits
         if limit is not None:
             self.limits = (*self.limits, (self.tags, limit))
-        self.key = json.dumps([self.path, self.limits])
+        self._key = ""
 
     def with_tags(self, tags: dict[str, str], defaults: Mapping[str, str]) -> Scope:
         """The same scope with more tags at its innermost level: `tags` win over its own, `defaults` do not."""
@@ -81,8 +81,16 @@ class Scope:
         scope.tags = leaf
         scope.path = (*self.path[:-1], leaf)
         scope.limits = self.limits
-        scope.key = json.dumps([scope.path, scope.limits])
+        scope._key = ""
         return scope
+
+    @property
+    def key(self) -> str:
+        """What scopes of the same path and limits have in common."""
+        key = self._key
+        if not key:
+            key = self._key = repr((self.path, self.limits))
+        return key
 
     @property
     def runs(self) -> tuple[str, ...]:

@@ -115,18 +115,13 @@ class Usage:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and facts that are not empty, as plain JSON data; `Usage(**usage.as_dict())` gives it back."""
-        result: dict[str, Any] = {}
-        for name in _NAMES:
-            value = getattr(self, name)
-            if name == "server_tools":
-                value = dict(value)
-            elif name == "other_models":
-                value = [other.as_dict() for other in value]
-            if value != _EMPTY[name]:
-                result[name] = value
+        result = {name: value for name, empty in _EMPTY if (value := getattr(self, name)) != empty}
+        if self.server_tools:
+            result["server_tools"] = dict(self.server_tools)
+        if self.other_models:
+            result["other_models"] = [other.as_dict() for other in self.other_models]
         return result
 
 
-_NAMES = tuple(f.name for f in fields(Usage))
-_EMPTY = {f.name: f.default for f in fields(Usage)} | {"server_tools": {}, "other_models": []}
+_EMPTY = tuple((f.name, _NOTHING if f.name == "server_tools" else f.default) for f in fields(Usage))
 _COUNTS = tuple(f.name for f in fields(Usage) if type(f.default) is int)

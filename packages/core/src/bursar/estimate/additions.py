@@ -16,18 +16,11 @@ _ANTHROPIC_CLIENT = ("bash_", "text_editor_", "computer_", "memory_")
 _GEMINI_CLIENT = frozenset(("functionDeclarations", "function_declarations", "computerUse", "computer_use"))
 _TOOL_LISTS = ("tools", "functions", "toolConfig", "tool_config", "mcp_servers")
 # Settings that make the provider search, read or compact by itself.
-_SETTINGS = (
-    "web_search_options",
-    "search_parameters",
-    "search_settings",
-    "plugins",
-    "connectors",
-    "data_sources",
-    "retrieveAndGenerateConfiguration",
-    "retrievalQuery",
-    "agent",
-    "mcp_servers",
-    "enable_search",
+_SETTINGS = words(
+    """
+    web_search_options search_parameters search_settings plugins connectors data_sources
+    retrieveAndGenerateConfiguration retrievalQuery agent mcp_servers enable_search
+    """
 )
 _STORED = ("previous_response_id", "conversation", "cachedContent", "cached_content", "container", "variables")
 _SEARCHING = ("-search-preview", "-search-api", "deep-research", "sonar", "compound", ":online")
@@ -65,7 +58,8 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
         else:
             found.server.append(name)
             uses.append(tool.get("max_uses") if isinstance(tool.get("max_uses"), int) else None)
-    found.server += [name for name in _SETTINGS if body.get(name)]
+    if not _SETTINGS.isdisjoint(body):
+        found.server += sorted(name for name in _SETTINGS if body.get(name))
     found.server += [f"the model {model!r}" for part in _SEARCHING if part in model]
     if provider == "perplexity":
         found.server.append("its search")

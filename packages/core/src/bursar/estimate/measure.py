@@ -14,6 +14,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_OBJECT = (dict, Mapping)  # told from a dict at once, from the abstract class ten times slower
 MAX_DEPTH = 64  # deeper than any wire format nests; what lies below is counted as plain JSON
 
 # Top-level fields that never reach the prompt. Every other field is counted, so an unknown one errs on the safe side.
@@ -140,7 +141,7 @@ class Meter:
             if key in TOOLS:
                 self.schema_bytes += json_bytes(value) if value else 0
             elif key in FORMATS and not isinstance(value, str):
-                if key in ("generationConfig", "generation_config") and isinstance(value, Mapping):
+                if key in ("generationConfig", "generation_config") and isinstance(value, _OBJECT):
                     value = {name: part for name, part in value.items() if "chema" in name}  # the rest are settings
                 self.format_bytes += json_bytes(value) if value else 0
             elif key in CONVERSATION and isinstance(value, (list, tuple)):
@@ -163,7 +164,7 @@ class Meter:
             if isinstance(message, (list, tuple)):
                 self.token_ids += len(message)
             else:
-                data = message if isinstance(message, (str, Mapping)) else plain(message)
+                data = message if isinstance(message, (str, dict, Mapping)) else plain(message)
                 if _is_user_turn(data):  # what was reasoned before it is no longer part of the prompt
                     self.stale_bytes += self.reasoning_bytes
                     self.reasoning_bytes = 0
@@ -184,7 +185,7 @@ class Meter:
         """Count any value inside a message: text, parts, media, calls of tools and their results."""
         if isinstance(node, str):
             self.text(node)
-        elif isinstance(node, Mapping):
+        elif isinstance(node, _OBJECT):
             self._mapping(node, depth)
         elif isinstance(node, (list, tuple)):
             self.syntax_bytes += 2 * len(node) + 2
@@ -231,10 +232,10 @@ class Meter:
                 self.schema_bytes += json_bytes(value)
             elif key in _REASONING_PARTS:
                 self.reasoning_bytes += json_bytes(value)
-            elif key in _DATA or (key == "input" and kind in ("tool_use", None) and isinstance(value, Mapping)):
+            elif key in _DATA or (key == "input" and kind in ("tool_use", None) and isinstance(value, _OBJECT)):
                 self.calls += 1
                 self.data_bytes += json_bytes(value)
-            elif key in _MEDIA_KEYS and isinstance(value, Mapping) and self._medium(value, key):
+            elif key in _MEDIA_KEYS and isinstance(value, _OBJECT) and self._medium(value, key):
                 continue
             else:
                 self.content(value, depth + 1)
@@ -279,7 +280,7 @@ def _is_user_turn(message: Any) -> bool:
     parts = message.get("content") or message.get("parts")
     if isinstance(parts, (list, tuple)):
         return not any(
-            isinstance(part, Mapping) and (part.get("type") in _TOOL_RESULTS or _TOOL_RESULTS & part.keys())
+            isinstance(part, _OBJECT) and (part.get("type") in _TOOL_RESULTS or _TOOL_RESULTS & part.keys())
             for part in parts
         )
     return True

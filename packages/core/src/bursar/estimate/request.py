@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
+from functools import lru_cache
 from typing import Any
 
 from bursar.errors import InvalidInput
@@ -148,7 +149,7 @@ class Request:
             return "routed"
         if self.additions.server:
             return "server_tools"
-        if _GENERATES.search(self.endpoint) or _GENERATES.search(self.model):
+        if _generates(self.endpoint, self.model):
             return "generated"
         if self.stored:
             return "session" if self.additions.rounds is None else "stored"
@@ -174,6 +175,12 @@ class Request:
         if kind == "server_tools" and self.additions.rounds is None:
             return f"the provider runs {', '.join(self.additions.server[:3])} on its side, with no limit on the rounds"
         return None
+
+
+@lru_cache(maxsize=4096)
+def _generates(endpoint: str, model: str) -> bool:
+    """Whether it makes pictures, sound or films."""
+    return bool(_GENERATES.search(endpoint) or _GENERATES.search(model))
 
 
 def _features(meter: Meter, fields: Mapping[str, Any], additions: Additions) -> tuple[int, ...]:
