@@ -284,3 +284,32 @@ def test_a_failed_call_inside_of_langchain_is_charged_once_when_it_is_made_again
     again.invoke("Why?", config={"callbacks": [BursarCallbackHandler(bursar)]})
     assert provider.requests == 2
     charged_once(bursar, provider)
+
+
+def test_litellm_inside_of_langchain(bursar: Bursar, provider: Provider) -> None:
+    langchain_litellm = pytest.importorskip("langchain_litellm")
+    import litellm
+
+    from bursar_langchain import install
+    from bursar_litellm import install as install_litellm
+
+    settings = {"api_base": f"{provider.url}/v1", "api_key": "any", "max_tokens": 500}
+    model = langchain_litellm.ChatLiteLLM(model="openai/gpt-4o", max_retries=0, **settings)
+    uninstalls = [install(bursar), install_litellm(bursar)]
+    try:
+        for style in STYLES:
+            consume(
+                style,
+                lambda: model.invoke("Why?"),
+                lambda: model.ainvoke("Why?"),
+                lambda: model.stream("Why?"),
+                lambda: model.astream("Why?"),
+            )
+        assert len(list(bursar.records())) == 4
+        litellm.completion("openai/gpt-4o", [{"role": "user", "content": "Why?"}], **settings)
+        provider.wait_idle()
+        assert len(list(bursar.records())) == provider.billed_calls == 5
+        assert bursar.store.open_reservations() == 0
+    finally:
+        for uninstall in uninstalls:
+            uninstall()

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from bursar.errors import BursarError
+from bursar.sending import Sending
 from bursar_crewai.answer import Answers
 from bursar_crewai.errors import crew_error
 from bursar_crewai.frames import told_only
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 class Attempt:
     """One call under way: of which client, and what has been answered."""
 
-    __slots__ = ("answers", "client", "earlier_error", "messages", "service_tier", "streamed")
+    __slots__ = ("answers", "client", "earlier_error", "messages", "sending", "service_tier", "streamed")
 
-    def __init__(self, client: object, said: dict[str, Any]) -> None:
+    def __init__(self, bursar: Bursar, client: object, said: dict[str, Any]) -> None:
         self.client = client
         self.messages = said["messages"]
+        self.sending = Sending(bursar, said["model"], said["messages"] or said["body"])
         tier = said["body"].get("service_tier")
         self.service_tier = tier if tier in ("flex", "priority") else None
         self.answers = Answers()
@@ -62,6 +64,7 @@ def note_answer(client: object, stated: Any) -> None:
     """The client has read the usage of an answer."""
     attempt = _attempt.get()
     if attempt is not None and attempt.client is client:
+        attempt.sending.end()  # tools may follow inside the same call of the client
         attempt.answers.add(stated)
 
 
@@ -69,6 +72,7 @@ def note_chunk(client: object) -> None:
     """A part of a streamed answer has reached the user's code: the call cannot be made again behind its back."""
     attempt = _attempt.get()
     if attempt is not None and attempt.client is client:
+        attempt.sending.end()
         attempt.streamed = True
 
 
@@ -78,7 +82,7 @@ def run(bursar: Bursar, client: object, said: dict[str, Any], send: Callable[[],
     Raises Bursar's errors before anything is sent, and none later.
     """
     for tried in itertools.count():
-        attempt = Attempt(client, said)
+        attempt = Attempt(bursar, client, said)
         try:
             return _run_once(bursar, attempt, said, send)
         except Exception as error:
@@ -93,7 +97,7 @@ async def arun(
 ) -> Any:
     """As `run`; the event loop goes on while the call waits for headroom, for the store, or to be made again."""
     for tried in itertools.count():
-        attempt = Attempt(client, said)
+        attempt = Attempt(bursar, client, said)
         try:
             return await _arun_once(bursar, attempt, said, send)
         except Exception as error:
@@ -109,7 +113,8 @@ def _run_once(bursar: Bursar, attempt: Attempt, said: dict[str, Any], send: Call
         reservation = block.__enter__()
     token = _attempt.set(attempt)
     try:
-        answer = send()
+        with attempt.sending:
+            answer = send()
     except BaseException as error:
         attempt.end(reservation, error)
         raise
@@ -125,7 +130,8 @@ async def _arun_once(bursar: Bursar, attempt: Attempt, said: dict[str, Any], sen
         reservation = await block.__aenter__()
     token = _attempt.set(attempt)
     try:
-        answer = await send()
+        with attempt.sending:
+            answer = await send()
     except BaseException as error:
         # Without awaiting: a cancelled task may be cancelled again, and a loop that closes runs nothing any more.
         attempt.end(reservation, error)

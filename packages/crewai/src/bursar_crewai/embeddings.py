@@ -57,9 +57,7 @@ def guarded_embedder(function: Callable[..., Any], provider: str, model: str) ->
 
 def _embed(send: Callable[[Any, Any], Any], function: Any, texts: Any, provider: str, model: str) -> Any:
     guard = guard_here()
-    if (
-        guard is None or not texts or hasattr(getattr(function, "client", None), "_bursar_gate")
-    ):  # wrapped: guarded there
+    if guard is None or not texts:
         return send(function, texts)
     texts = [texts] if isinstance(texts, str) else list(texts)
     frame = current()

@@ -5,16 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import litellm
 
+from bursar.sending import passing
 from bursar_litellm.answer import Ending, read_answer, read_error, unknown
 from bursar_litellm.errors import BudgetStop, litellm_error
-from bursar_litellm.gate import Attempt, Door, end_soon, expect_orphans
+from bursar_litellm.gate import Attempt, Door, end_soon, expect_orphans, open_door
 from bursar_litellm.request import UNBOUNDED
 from bursar_litellm.streams import ABANDONED, guard_stream, is_stream
+
+if TYPE_CHECKING:
+    from bursar import Bursar
 
 _NAMES = (
     *("completion", "text_completion", "embedding", "responses", "anthropic_messages", "image_generation"),
@@ -37,16 +42,13 @@ def wrap_functions() -> None:
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        _arm(function.__name__)
-        door = Door(is_mock=_is_mock(kwargs))
-        try:
-            answer = function(*args, **kwargs)
-        except BaseException as error:  # noqa: BLE001 - raised again, below
-            for attempt, ending in _failed(door, error):
-                attempt.gate.end(attempt, ending)
-            _raise(door, error)
-        finally:
-            door.close()
+        with _opened(function.__name__, args, kwargs) as door:
+            try:
+                answer = function(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - raised again, below
+                for attempt, ending in _failed(door, error):
+                    attempt.gate.end(attempt, ending)
+                _raise(door, error)
         if is_stream(answer):
             return guard_stream(answer, door.own())
         for attempt, ending in _answered(door, answer):
@@ -57,23 +59,27 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(function).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
-        _arm(function.__name__)
-        door = Door(is_mock=_is_mock(kwargs))
-        try:
-            answer = await function(*args, **kwargs)
-        except GeneratorExit:  # its task was thrown away: nothing can be awaited here
-            expect_orphans()
-            for attempt in door.own():
-                end_soon(attempt, unknown(ABANDONED))
-            raise
-        except BaseException as error:  # noqa: BLE001 - raised again, below
-            for attempt, ending in _failed(door, error):
-                await attempt.gate.aend(attempt, ending)
-            _raise(door, error)
-        finally:
-            door.close()
+        told = dict(zip(names, args, strict=False))
+        if told and not told.keys() & kwargs.keys():
+            # LiteLLM announces named arguments only.
+            args, kwargs = args[len(told) :], {**told, **kwargs}
+        with _opened(function.__name__, args, kwargs) as door:
+            try:
+                answer = await function(*args, **kwargs)
+            except GeneratorExit:  # its task was thrown away: nothing can be awaited here
+                expect_orphans()
+                for attempt in door.own():
+                    end_soon(attempt, unknown(ABANDONED))
+                raise
+            except BaseException as error:  # noqa: BLE001 - raised again, below
+                for attempt, ending in _failed(door, error):
+                    await attempt.gate.aend(attempt, ending)
+                _raise(door, error)
         if is_stream(answer):
             return guard_stream(answer, door.own())
         for attempt, ending in _answered(door, answer):
@@ -83,10 +89,26 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _arm(name: str) -> None:
+@contextmanager
+def _opened(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Door]:
+    """The door of one call; it lets those calls pass that a framework around LiteLLM has reserved for with the same guard."""
+    guards, outer = _arm(name), open_door()
+    if outer is not None:
+        guards = outer.held  # LiteLLM's own retries are attempts of its own
+    asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs}
+    with ExitStack() as stack:
+        held = [one for one in guards if stack.enter_context(passing(one, str(asked.get("model")), asked))]
+        door = Door(is_mock=_is_mock(kwargs), held=held)
+        try:
+            yield door
+        finally:
+            door.close()
+
+
+def _arm(name: str) -> Sequence[Bursar]:
     """Have LiteLLM announce what goes out, too: it does so to this list, and adds nothing to it beyond 100 callbacks.
 
-    Raises what the guard says of a function whose cost does not come with its answer.
+    The guards there are. Raises what one says of a function whose cost does not come with its answer.
     """
     callbacks: list[Any] = litellm.callbacks
     for callback in callbacks:
@@ -94,6 +116,8 @@ def _arm(name: str) -> None:
             if callback not in litellm.input_callback:
                 litellm.input_callback.append(callback)
             callback.check_bounded(name)
+    announced: list[Any] = litellm.input_callback
+    return list(dict.fromkeys(callback.bursar for callback in announced if hasattr(callback, "gate")))
 
 
 def _is_mock(kwargs: dict[str, Any]) -> bool:

@@ -6,13 +6,14 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from bursar.errors import BudgetExceeded
+from bursar.sending import Sending
 from bursar_litellm.answer import Ending, log, unknown
 from bursar_litellm.errors import litellm_error
 
@@ -40,6 +41,7 @@ class Attempt:
         "moment",
         "provider",
         "reservation",
+        "sending",
     )
 
     def __init__(self, gate: Gate, key: str, door: Door | None) -> None:
@@ -53,15 +55,25 @@ class Attempt:
         self.characters = 0
         self.hides_usage = False
         self.is_sent = False
+        self.sending: Sending | None = None
+
+    def sent(self) -> None:
+        """LiteLLM's client has sent it: what is called from now on is another call."""
+        if self.sending is not None:
+            self.sending.end()
 
 
 class Door:
-    """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused."""
+    """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused.
 
-    __slots__ = ("attempts", "is_mock", "is_open", "outer", "refusal", "token")
+    `held`: the guards for which a framework around LiteLLM has reserved for this call already.
+    """
 
-    def __init__(self, *, is_mock: bool = False) -> None:
+    __slots__ = ("attempts", "held", "is_mock", "is_open", "outer", "refusal", "token")
+
+    def __init__(self, *, is_mock: bool = False, held: Sequence[Bursar] = ()) -> None:
         self.attempts: list[Attempt] = []
+        self.held = held
         self.refusal: BaseException | None = None
         outer: Door | None = open_door()
         self.outer = outer
@@ -72,10 +84,16 @@ class Door:
     def close(self) -> None:
         """The call has returned. Tasks that it started go on in its context, and may make calls of their own."""
         self.is_open = False
+        for attempt in self.attempts:
+            attempt.sent()
         try:
             _current.reset(self.token)
         except ValueError:
             return  # an abandoned coroutine, closed in another context: there this door never stood
+
+    def is_free(self, bursar: Bursar) -> bool:
+        """Whether nothing is to be reserved in it for this guard."""
+        return self.is_mock or bursar in self.held
 
     def refused(self, error: BaseException | None) -> None:
         """Remember a refusal here and further out, where it may come to light in another error's clothes; None: no more."""
@@ -174,6 +192,7 @@ class Gate:
             if self._open.get(attempt.key) is not attempt:
                 return False
             del self._open[attempt.key]
+        attempt.sent()
         if attempt.reservation is None:
             self._count_end()
         return attempt.reservation is not None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.errors import UnboundedEstimate
+from bursar.sending import Sending, passing
 from bursar_litellm.answer import Ending, read_answer, read_error, released, unknown
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
@@ -68,13 +69,13 @@ class BursarLogger(CustomLogger):
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
         """Reserve for an awaited call, once per attempt; returns its arguments when its answer has to be smaller."""
         kind, door = kind_of(call_type), open_door()
-        if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_mock):
+        if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_free(self.bursar)):
             return None  # a sync call is reserved for where it goes out; a mocked one never does
         if kwargs.get("fallbacks"):
             return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
-        if kind not in ENDPOINTS:
-            return None
+        if kind not in ENDPOINTS or not kwargs.get("model"):
+            return None  # without its name, as it came by position, it is reserved for where it goes out
         notes = kwargs.get("litellm_logging_obj")
         attempt = self.gate.enter(getattr(notes, "litellm_call_id", None) or str(kwargs.get("litellm_call_id")))
         if attempt is None:
@@ -99,13 +100,15 @@ class BursarLogger(CustomLogger):
 
     def _dispatch(self, details: dict[str, Any]) -> None:
         kind, door = kind_of(details.get("call_type")), open_door()
-        if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_mock):
+        if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_free(self.bursar)):
             return
         key = str(details.get("litellm_call_id"))
         attempt, moment = self.gate.find(key), details.get("api_call_start_time")
         if attempt is not None and attempt.is_sent and attempt.moment is moment:
             return  # told by another logger of the same guard
         if attempt is None or attempt.is_sent:
+            if door is None and self._is_held(details):
+                return
             attempt = self.gate.enter(key)
             assert attempt is not None
             with self.gate.admission(attempt):
@@ -118,6 +121,12 @@ class BursarLogger(CustomLogger):
             details["original_response"] = None  # an earlier attempt's
         attempt.details, attempt.moment, attempt.is_sent = details, moment, True
         attempt.hides_usage = ask_for_usage(details)
+        attempt.sending = Sending(self.bursar, str(details.get("model")), details).begin()
+
+    def _is_held(self, details: dict[str, Any]) -> bool:
+        """Whether a framework around LiteLLM has reserved for this call of a function that no wrapper stands around."""
+        with passing(self.bursar, str(details.get("model")), details) as is_held:
+            return is_held
 
     def _prepare(
         self, attempt: Attempt, kind: str, request: dict[str, Any], settings: Mapping[str, Any]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from bursar.sending import Sending
 from bursar_llamaindex.answer import Ending
 from bursar_llamaindex.spans import log
 
@@ -21,7 +24,7 @@ class Call:
     where a smaller answer than was asked for may be granted. `usage`: what was heard of its cost before its end.
     """
 
-    __slots__ = ("__weakref__", "_held", "bursar", "event", "limit_name", "request", "settings", "usage")
+    __slots__ = ("__weakref__", "_held", "bursar", "event", "limit_name", "request", "sending", "settings", "usage")
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class Call:
         self.settings = settings
         self.limit_name = limit_name
         self.usage: Usage | None = None
+        self.sending = Sending(bursar, request["model"], request.get("messages") or request.get("body"))
         self._held: list[Reservation] = []
 
     @property
@@ -58,26 +62,46 @@ class Call:
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held.append(reservation)
+        self.sending.begin()
         if reservation.capped and self.limit_name is not None and self.settings is not None:
             self.settings[self.limit_name] = reservation.max_output_tokens
         return reservation
 
     def end(self, ending: Ending) -> None:
         """End it, if it is open. What goes wrong is logged: raised, it would cost the caller the model's answer."""
+        reservation = self._let_go()
+        if reservation is not None:
+            with _told():
+                getattr(reservation, ending.verb)(*ending.args, **ending.options)
+
+    async def aend(self, ending: Ending) -> None:
+        """As `end`, where it can be awaited: the event loop goes on meanwhile."""
+        reservation = self._let_go()
+        if reservation is not None:
+            with _told():
+                await getattr(reservation, "a" + ending.verb)(*ending.args, **ending.options)
+
+    def _let_go(self) -> Reservation | None:
         try:
             reservation = self._held.pop()
         except IndexError:  # ended already, or never reserved
-            return
-        try:
-            getattr(reservation, ending.verb)(*ending.args, **ending.options)
-        except Exception as error:  # noqa: BLE001 - after a store's failure the guard goes on trying by itself
-            log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+            return None
+        self.sending.end()
+        return reservation
 
     def end_soon(self, ending: Ending) -> None:
         """End it in the background: a finaliser may run anywhere, under any lock."""
         if self._held:
             _ends.put((self, ending))
             _start()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - after a store's failure the guard goes on trying by itself
+        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
 
 
 _ends: SimpleQueue[tuple[Call, Ending] | threading.Event] = SimpleQueue()

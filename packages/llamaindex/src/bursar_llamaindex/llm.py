@@ -83,7 +83,7 @@ def _async(name: str) -> Callable[..., Any]:
         await call.areserve()
         with _failing(call), serving(self):
             answer = await inner(*args, **settings)
-        call.end(read_answer(call.provider, answer))
+        await call.aend(read_answer(call.provider, answer))
         return answer
 
     return method
@@ -148,7 +148,7 @@ def _astream(name: str) -> Callable[..., Any]:
                         yield part
                 finally:
                     await _aclose(source)
-                call.end(read_answer(call.provider, last))
+                await call.aend(read_answer(call.provider, last))
 
         return parts()
 

@@ -34,7 +34,7 @@ _PROVIDERS = {
     "vercel": "vercel-ai-gateway",
     "novita": "novita-ai",
     "dashscope": "alibaba qwen",
-    "gateway": "portkey helicone litellm-proxy cloudflare-ai-gateway",
+    "gateway": "portkey helicone litellm chatlitellm litellm-proxy cloudflare-ai-gateway",
 }
 _CANONICAL = {spelling: name for name, spellings in _PROVIDERS.items() for spelling in (name, *spellings.split())}
 
