@@ -104,7 +104,7 @@ def test_an_owner_is_told_and_nobody_else_s_owner(
     owners = ["red", "#spend", "mailto:cfo@example.com", f"{base}/own/{TOKEN}", "nobody", "hook-a", None]
     delivery = Deliverer(store, alerts)
     for number, owner in enumerate([*owners, "nobody"]):
-        tell(store, number, "frozen", f"b{number}", owner=owner)
+        tell(store, number, "frozen", f"b{number}", owner=owner, why=f"ask {owner}")
     tell(store, 9, "threshold", "b9", owner="hook-a")
     for _ in range(3):
         delivery.tend()
@@ -127,7 +127,7 @@ def test_an_owner_is_told_and_nobody_else_s_owner(
 
 def test_apprise_is_given_words_for_people(store: Store, clock: ManualClock, receiver: Receiver) -> None:
     receiver.statuses = [500, 200]
-    delivery = Deliverer(store, Alerts([Apprise(f"json://127.0.0.1:{receiver.port}/")]))
+    delivery = Deliverer(store, Alerts([Apprise(f"json://127.0.0.1:{receiver.port}/{{group}}")]))
     tell(store, 1, "frozen", who="ann", why="runaway")
     tell(store, 2, "resolved", was="frozen")
     for _ in range(12):
@@ -139,6 +139,8 @@ def test_apprise_is_given_words_for_people(store: Store, clock: ManualClock, rec
         ("Bursar: team: stopped", "failure"),  # the first was answered with 500
         ("Bursar: team: over: stopped", "success"),
     ]
+    assert len({got.path for got in receiver.got}) == 1  # one incident, opened and closed
+    assert len(receiver.got[0].path) == 17
     assert "who ann, why runaway" in bodies[0]["message"]
     assert not untold(store)
 

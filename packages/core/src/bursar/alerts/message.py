@@ -63,6 +63,12 @@ class Message:
         return owner_of(self.alerts[0])
 
     @property
+    def group(self) -> str:
+        """The same for what is about one kind and budget, its end included: pagers open and close incidents by it."""
+        said = f"{topic_of(self.alerts[0])}\n{self.budget}"
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    @property
     def title(self) -> str:
         """One line, for people."""
         topic = topic_of(self.alerts[0])
@@ -92,7 +98,7 @@ class Message:
                 "first": first,
                 "last": last,
                 "alerts": [
-                    {"id": one.id, "at": instant(one.at_us).isoformat(), "facts": _bounded(one.facts)}
+                    {"id": one.id, "at": instant(one.at_us).isoformat(), "facts": _bounded(_closed(one))}
                     for one in self.alerts
                 ],
             },
@@ -110,7 +116,7 @@ def public(owner: str) -> str:
 
 
 def _line(alert: Alert) -> str:
-    facts = {**alert.facts, "owner": public(owner_of(alert))}
+    facts = _closed(alert)
     said = []
     at, limit = facts.get("at"), facts.get("limit")
     if isinstance(at, int) and isinstance(limit, int) and limit > 0:
@@ -153,9 +159,16 @@ def _plain(value: object) -> str:
     return _MENTION.sub(lambda found: f"{found[0]}\u200b", text)
 
 
+def _closed(alert: Alert) -> dict[str, Any]:
+    """The facts with the owner's address closed, wherever a text quotes it."""
+    owner = owner_of(alert)
+    shown = public(owner)
+    if shown == owner:
+        return alert.facts
+    return {
+        name: value.replace(owner, shown) if isinstance(value, str) else value for name, value in alert.facts.items()
+    }
+
+
 def _bounded(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with long texts cut and the owner's address closed."""
-    cut = {name: value[:MAX_FACT] if isinstance(value, str) else value for name, value in list(facts.items())[:50]}
-    if "owner" in cut:
-        cut["owner"] = public(str(cut["owner"] or "")) or None
-    return cut
+    return {name: value[:MAX_FACT] if isinstance(value, str) else value for name, value in list(facts.items())[:50]}

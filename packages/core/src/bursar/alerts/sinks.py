@@ -21,6 +21,7 @@ from bursar.records import instant
 log = logging.getLogger("bursar.alerts")
 
 OWNER = "{owner}"
+GROUP = "{group}"
 TIMEOUT_S = 15.0  # the least that the Standard Webhooks specification recommends
 MIN_SECRET_BYTES = 24
 MAX_RETRY_AFTER_S = 3_600.0
@@ -139,7 +140,8 @@ class Webhook:
 class Apprise:
     """Hands messages to one of the services that Apprise knows: Slack, Teams, Discord, mail, PagerDuty and many more.
 
-    `url` is Apprise's own (`slack://...`), and may hold `{owner}`. Needs `bursar[alerts]`. Raises PolicyError.
+    `url` is Apprise's own (`slack://...`), and may hold `{owner}` and `{group}` (`Message.group`). Needs `bursar[alerts]`.
+    Raises PolicyError.
     """
 
     def __init__(self, url: str) -> None:
@@ -190,7 +192,8 @@ def place(error: BaseException) -> str:
 
 
 def _addressed(url: str, message: Message) -> str:
-    """The address with the owner in its place."""
+    """The address with the owner, and what the message is about, in their places."""
+    url = url.replace(GROUP, message.group)
     if OWNER not in url:
         return url
     owner = message.owner.removeprefix("mailto:")
