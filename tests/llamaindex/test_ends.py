@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import pickle
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ pytest.importorskip("llama_index.core")
 
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.llms import ChatMessage
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.anthropic import Anthropic
@@ -339,6 +342,52 @@ def test_a_settlement_that_fails_costs_the_user_no_answer(provider: Provider, ca
     assert len(list(stream)) > 5
     uninstall()
     assert "while ending a call" in caplog.text
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_guarded_copy_settles_without_holding_up_its_event_loop(
+    streams: bool, provider: Provider, tmp_path: Path
+) -> None:
+    """Somebody else holds the books' file when the answer comes, until the loop has gone on."""
+    path = tmp_path / "held.db"
+    with (
+        Bursar(f"sqlite:///{path}", [Budget("ample", "100 USD")]) as bursar,
+        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        llm = guard_llm(llm_at(provider), bursar)
+        holding = asyncio.Event()
+
+        class Holder(BaseCallbackHandler):
+            def on_event_start(self, *args: Any, **more: Any) -> str:
+                return ""
+
+            def on_event_end(self, *args: Any, **more: Any) -> None:
+                if not holding.is_set():
+                    other.execute("BEGIN IMMEDIATE")
+                    holding.set()
+
+            def start_trace(self, trace_id: str | None = None) -> None: ...
+
+            def end_trace(self, trace_id: str | None = None, trace_map: Any = None) -> None: ...
+
+        llm.callback_manager = CallbackManager([Holder([], [])])
+
+        async def call() -> None:
+            if not streams:
+                await llm.achat(HELLO)
+                return
+            async for _ in await llm.astream_chat(HELLO):
+                pass
+
+        async def go() -> None:
+            calling = asyncio.ensure_future(call())
+            await holding.wait()
+            await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+            await calling
+
+        asyncio.run(go())
+        assert [(record.outcome, record.estimated) for record in bursar.records()] == [("completed", False)]
 
 
 def test_nothing_is_sent_when_the_span_handler_is_gone(provider: Provider, bursar: Bursar) -> None:
