@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from bursar.sending import Sending
 from bursar_llamaindex.answer import Ending
 from bursar_llamaindex.spans import log
 
@@ -23,7 +24,7 @@ class Call:
     where a smaller answer than was asked for may be granted. `usage`: what was heard of its cost before its end.
     """
 
-    __slots__ = ("__weakref__", "_held", "bursar", "event", "limit_name", "request", "settings", "usage")
+    __slots__ = ("__weakref__", "_held", "bursar", "event", "limit_name", "request", "sending", "settings", "usage")
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Call:
         self.settings = settings
         self.limit_name = limit_name
         self.usage: Usage | None = None
+        self.sending = Sending(bursar, request["model"], request.get("messages") or request.get("body"))
         self._held: list[Reservation] = []
 
     @property
@@ -60,6 +62,7 @@ class Call:
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held.append(reservation)
+        self.sending.begin()
         if reservation.capped and self.limit_name is not None and self.settings is not None:
             self.settings[self.limit_name] = reservation.max_output_tokens
         return reservation
@@ -83,6 +86,7 @@ class Call:
             reservation = self._held.pop()
         except IndexError:  # ended already, or never reserved
             return None
+        self.sending.end()
         return reservation
 
     def end_soon(self, ending: Ending) -> None:
