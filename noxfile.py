@@ -141,7 +141,9 @@ def adapter(session: nox.Session, name: str, versions: str) -> None:
         _uv(session, "pip", "install", "--quiet", "--upgrade", "--no-config", "--group", "test", *beside, *wanted)
     else:
         own = f"packages/{name}/pins.txt" if name in APART else PINS
-        _install(session, _lowest_pins(name) if versions == "lowest" else own, packages=["core", name])
+        # CrewAI may send by LiteLLM: where both adapters are there, each call is charged once.
+        packages = ["core", name, *(["litellm"] if name == "crewai" else [])]
+        _install(session, _lowest_pins(name) if versions == "lowest" else own, packages=packages)
     if name in APART:
         session.run("mypy", "--config-file=", "--strict", "-p", f"bursar_{name}")
         # The other versions are run at night, and with them what is too long for every change.
