@@ -57,8 +57,9 @@ class CallOptions(TypedDict, total=False):
 
 
 class ToolOptions(TypedDict, total=False):
-    """What may be said of a tool call or a charge, as for CallOptions."""
+    """What may be said of a tool call or a charge, as for CallOptions. `arguments`: what the tool is called with, for detectors."""
 
+    arguments: Any
     connection: str | None
     tags: Mapping[str, str] | None
     default_tags: Mapping[str, str] | None
@@ -95,7 +96,7 @@ class Call:
     tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate.
     `complied`: by account key, up to which mark the call does what thresholds ask for; `actions` says what that was,
     `model_asked` the model that another took the place of, `throttles` the accounts of rates. `stopped`: set while the call is
-    in flight, when a switch or a budget stops it.
+    in flight, when a switch or a budget stops it. `content`: the request, or a tool's arguments, for the detectors alone.
     """
 
     __slots__ = (
@@ -106,6 +107,7 @@ class Call:
         "changeable",
         "complied",
         "connection",
+        "content",
         "draft",
         "estimate",
         "given_id",
@@ -140,6 +142,7 @@ class Call:
         self.ttl_us = int(ttl_s * 1e6)
         self.provider = self.model = self.tool = self.connection = ""
         self.request: Request | None = None
+        self.content: Any = None
         self.usage: Usage | None = None
         self.resize = False
         self.service_tier: str | None = None

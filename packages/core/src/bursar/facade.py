@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from bursar.budget import Budget
 from bursar.call import CHANGEABLE, CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Step, ToolOptions
 from bursar.clock import Clock
 from bursar.decisions import Decisions
+from bursar.detect import Detectors
 from bursar.driver import Driver
 from bursar.errors import InvalidInput, StoreError
 from bursar.estimate import Request
@@ -21,10 +22,14 @@ from bursar.prices import PriceBook
 from bursar.records import BudgetStatus, UsageRecord
 from bursar.reservation import Block, Reservation, tool_cost
 from bursar.scope import Scope, check_tags, current, process_run
+from bursar.sentry import Sentry
 from bursar.signing import content
 from bursar.stores import open_store
 from bursar.stores.base import Store
 from bursar.usage import Usage
+
+if TYPE_CHECKING:
+    from bursar.alerts import Alerts, Deliverer
 
 Client = TypeVar("Client")
 
@@ -37,7 +42,10 @@ class Bursar:
     Budget; they are published to the store, where the newest version of a name is in force (None: all that are published
     there already). `prices`: a PriceBook with own rates. `rates`: US dollars per unit of other currencies used in limits.
     `on_expiry`: what becomes of a reservation whose process died, "charge" (booked as estimated) or "release".
-    `max_accounts`: how many accounts one budget may have. `tags`: on every call that has no such
+    `max_accounts`: how many accounts one budget may have. `detectors`: what is done about runs that loop, retry or spend too
+    fast: "report" tells of them by alerts, a Detectors acts as it says, "off" does not look. `require`: tags that every call
+    has to carry. `default_limit`: what a run may spend ("1 USD") whose calls no budget limits. `alerts`: who is told of
+    crossed thresholds and findings, beside the log. `tags`: on every call that has no such
     tags of its own. `clock` and `ids` are for tests and simulations.
     Raises PolicyError, InvalidInput or StoreError.
     """
@@ -51,6 +59,10 @@ class Bursar:
         rates: Mapping[str, str] | None = None,
         on_expiry: str = "charge",
         max_accounts: int = 1_000_000,
+        detectors: Detectors | Literal["report", "off"] = "report",
+        require: Sequence[str] = (),
+        default_limit: str | None = None,
+        alerts: Alerts | None = None,
         tags: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         ids: Callable[[], str] | None = None,
@@ -62,13 +74,20 @@ class Bursar:
                 f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
             )
         self._rates = dict(rates or {})
-        policy = Policy(budgets or (), rates=self._rates)
+        self._default = None if default_limit is None else Budget("default", default_limit, per="run")
+        policy = Policy(budgets or (), rates=self._rates, default=self._default)
         self._names = None if budgets is None else [budget.name for budget in policy.budgets]
         self._tags = check_tags(tags or {})
         self._new_id = ids
         self.guard = Guard(policy, prices or PriceBook.packaged(), on_expiry=on_expiry, max_accounts=max_accounts)
+        if detectors != "off":
+            acting = None if detectors == "report" else detectors
+            self.guard.sentry = Sentry(acting or Detectors(), acts=acting is not None, require=_texts_of(require))
+        elif require:
+            self.guard.sentry = Sentry(require=_texts_of(require))
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
         self._driver = Driver(self.guard, self.store, self._load_policy)
+        self._deliverer = self._deliver(alerts)
         try:
             self.store.publish({budget.name: budget.definition() for budget in policy.budgets})
             self._load_policy()
@@ -190,6 +209,7 @@ class Bursar:
         call.request, call.usage = Request(provider, model, body=body, **said), usage
         call.resize = call.request.max_output_tokens is None if resize is None else resize
         call.changeable = changeable
+        call.content = messages if body is None else body
         tier = body.get("service_tier") if isinstance(body, Mapping) else None
         call.service_tier = tier if isinstance(tier, str) else None
         return call
@@ -199,6 +219,7 @@ class Bursar:
         name: str,
         *,
         cost: str | None = None,
+        arguments: Any = None,
         connection: str | None = None,
         tags: Mapping[str, str] | None = None,
         default_tags: Mapping[str, str] | None = None,
@@ -208,7 +229,7 @@ class Bursar:
         price = tool_cost(cost)
         own = _texts(tool=name, connection=connection or name)
         call = self._call(TOOL_UNITS, tags, default_tags, id, ttl_s)
-        call.tool, call.connection = own["tool"], own["connection"]
+        call.tool, call.connection, call.content = own["tool"], own["connection"], arguments
         call.amounts = {"USD": (self.guard.book.tool_price(name) or 0) if price is None else price}
         return call
 
@@ -280,6 +301,8 @@ class Bursar:
     def close(self) -> None:
         """Book kept settlements a last time and close the store. Open reservations stay, and expire."""
         self._driver.keeper.stop()
+        if self._deliverer is not None:
+            self._deliverer.close()
         self.store.close()
 
     def __enter__(self) -> Bursar:
@@ -288,14 +311,33 @@ class Bursar:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _deliver(self, alerts: Alerts | None) -> Deliverer | None:
+        if alerts is None:
+            return None
+        from bursar.alerts import Deliverer
+
+        deliverer = Deliverer(self.store, alerts)
+        deliverer.start()
+        self.guard.told = deliverer.wake
+        return deliverer
+
     def _load_policy(self) -> int:
         """Take the newest definitions of this process's budgets, and what operators decided, from the store; the store's time."""
         version, held = self.store.definitions()
         newest = held.get("budget", {})
         names = newest if self._names is None else self._names
         budgets = [Budget(**content(newest[name].definition)) for name in names]
-        self.guard.policy = Policy(budgets, version=version, rates=self._rates, decisions=Decisions(held))
+        self.guard.policy = Policy(
+            budgets, version=version, rates=self._rates, decisions=Decisions(held), default=self._default
+        )
         return self.store.now_us()
+
+
+def _texts_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of tags, one or several. Raises InvalidInput."""
+    found = (names,) if isinstance(names, str) else tuple(names)
+    check_tags(dict.fromkeys(found, "x"))
+    return found
 
 
 def _texts(**given: object) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from bursar.accounts import Account, Rule
+from bursar.accounts import STOPPING, Account, Rule
 from bursar.amounts import Amounts
 from bursar.budget import Budget
 from bursar.call import Call, Pause, Publish, Reload, Step, Steps
@@ -32,7 +33,8 @@ from bursar.policy import Matched, Policy
 from bursar.prices import PriceBook
 from bursar.queueing import Queueing
 from bursar.records import facts_of
-from bursar.refusal import asking, denied, exceeded, reaching, rejection, stopped
+from bursar.refusal import asking, denied, exceeded, found, reaching, rejection, run_account, stopped
+from bursar.sentry import Sentry, Sign
 from bursar.signing import short_id
 from bursar.usage import Usage
 from bursar.waiting import Ticket, WaitingRoom
@@ -40,6 +42,7 @@ from bursar.waiting import Ticket, WaitingRoom
 MAX_RELOADS = 8
 MAX_LOOKS = 100_000
 MAX_STEPS = 20
+MAX_PAUSES = 100
 
 log = logging.getLogger("bursar")
 
@@ -55,6 +58,8 @@ class Guard:
         self.learner = Learner()
         self.amounts = Amounts(book, self.learner)
         self.room = WaitingRoom()
+        self.sentry = Sentry()
+        self.told: Callable[[], None] = _nobody  # called when the outbox has something new
         self.on_expiry = on_expiry
         self.max_accounts = max_accounts
 
@@ -63,6 +68,7 @@ class Guard:
         if call.request is not None:
             call.price = self.book.find(call.provider, call.model, now_us, call.tags())
             call.attempts = call.request.retries + 1
+        now_us = yield from self._watch(call, now_us)
         queue = Queueing(self.room)
         try:
             for _ in range(MAX_LOOKS):
@@ -104,6 +110,53 @@ class Guard:
             return None
         freeze = self.policy.stop(call.scope, call.own_tags(), self.matched(call, now_us))
         return None if freeze is None else stopped(freeze)
+
+    def _watch(self, call: Call, now_us: int) -> Generator[Step, Any, int]:
+        """Show the call to the detectors; wait where they want a pause. Raises Stopped, ApprovalRequired."""
+        begun_us = now_us
+        for _ in range(MAX_PAUSES):
+            signs = self.sentry.before(call, [one.rule for one in self.matched(call, now_us)], now_us)
+            for sign in signs:
+                yield from self._tell(call, sign, now_us)
+            for sign in signs:
+                if sign.action in STOPPING:
+                    yield from self._hold_up(call, sign, now_us)
+            go_us = begun_us + max((sign.wait_us for sign in signs if sign.action == "throttle"), default=0)
+            if now_us >= go_us:
+                break
+            now_us = yield Pause(Ticket(""), (go_us - now_us) / 1e6)
+        return now_us
+
+    def _hold_up(self, call: Call, sign: Sign, now_us: int) -> Generator[Step, Any, None]:
+        """Raise what a detector asks for, unless an operator has approved it."""
+        if sign.action == "ask":
+            id, account = short_id("ask", call.run, sign.name), run_account(call.run, sign.name)
+            answered = self.policy.decisions.approval(id, now_us)
+            if answered.state == "approved":
+                self.sentry.forgive(call)
+                return
+            error = found(sign, call.run, id=id)
+            if answered.state == "open":
+                yield from self._put_question(id, account, call, str(error), now_us)
+                raise error
+        if sign.action == "kill":
+            yield from self._switch({"tags": {"run": call.run}}, sign.name, sign.why, call.run)
+        raise found(sign, call.run)
+
+    def _tell(self, call: Call, sign: Sign, now_us: int) -> Generator[Step, Any, None]:
+        """Put a finding into the outbox, once for each run."""
+        if not self.sentry.is_news(sign, call):
+            return
+        log.warning("%s (%s): %s", sign.name, call.run, sign.why)
+        facts = {
+            "detector": sign.name,
+            "cause": sign.cause,
+            "action": sign.action,
+            "why": sign.why,
+            "tags": call.tags(),
+        }
+        yield Tell(f"{sign.name} {call.run} {now_us}", "detector", facts)
+        self.told()
 
     def _queue_up(self, call: Call, queue: Queueing, now_us: int) -> Generator[Step, Any, int]:
         """Behind those who wait for an account of this call already; nobody is overtaken before the patience is over."""
@@ -203,38 +256,43 @@ class Guard:
         if answered.state == "denied":
             raise denied(account, asked, budget, answered)
         error = asking(account, asked, budget, mark, id)
+        yield from self._put_question(
+            id, rule.key, call, str(error), now_us, owner=budget.owner, limit=rule.limit, spent=account.spent
+        )
+        raise error
+
+    def _put_question(
+        self, id: str, account: str, call: Call, why: str, now_us: int, **facts: Any
+    ) -> Generator[Step, Any, None]:
+        """Ask an operator, once."""
+        if self.policy.decisions.is_open(id):
+            return
         question = {
             "state": "open",
-            "account": rule.key,
-            "budget": budget.name,
-            "owner": budget.owner,
+            "account": account,
+            "budget": json.loads(account)[0],
             "at_us": now_us,
-            "mark": mark,
-            "limit": rule.limit,
-            "spent": account.spent,
             "tags": call.tags(),
-            "why": str(error),
+            "why": why,
+            **facts,
         }
-        if not self.policy.decisions.is_open(id):
-            yield Publish("approval", {id: question})
-            yield Tell(f"approval {id} {now_us}", "approval", {**question, "id": id})
-        raise error
+        yield Publish("approval", {id: question})
+        yield Tell(f"approval {id} {now_us}", "approval", {**question, "id": id})
+        self.told()
 
     def _kill(self, rule: Rule, budget: str) -> Generator[Step, Any, None]:
         """Throw the switch of an account, so that every process stops what is in flight on it."""
         if any(one.account == rule.key for one in self.policy.decisions.freezes):
             return
-        switch = {
-            "frozen": True,
-            "account": rule.key,
-            "cause": "killed",
-            "why": f"the budget {budget!r} reached its kill threshold",
-            "by": budget,
-        }
+        why = f"the budget {budget!r} reached its kill threshold"
+        yield from self._switch({"account": rule.key}, "killed", why, budget)
+
+    def _switch(self, what: dict[str, Any], cause: str, why: str, by: str) -> Generator[Step, Any, None]:
+        switch = {"frozen": True, **what, "cause": cause, "why": why, "by": by}
         try:
-            yield Publish("freeze", {short_id("kill", rule.key): switch})
-        except StoreError as error:  # the mark itself stops every further call; only streams in flight go on
-            log.error("the switch of %s could not be thrown: %s", rule.key, error)
+            yield Publish("freeze", {short_id("kill", what): switch})
+        except StoreError as error:  # what led here stops every further call; only streams in flight go on
+            log.error("the switch of %s could not be thrown: %s", what, error)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -247,8 +305,9 @@ class Guard:
         outcome: str = "completed",
         reason: str = "",
         headers: Mapping[str, str] | None = None,
+        answer: Any = None,
     ) -> Steps:
-        """Book the real cost, at the prices of the reserve time. Raises UnknownPrice."""
+        """Book the real cost, at the prices of the reserve time. `answer`: for the detectors. Raises UnknownPrice."""
         at_us = call.reserved_us or now_us
         price = self.book.cost(call.provider, call.model, usage, at_us=at_us, tags=call.tags())
         tokens = usage.input_tokens + usage.output_tokens
@@ -258,6 +317,12 @@ class Guard:
         entry = yield from self._end(call, command)
         if call.request is not None:
             self.learner.observe(call.request, usage, run=call.run)
+        rules = [one.rule for one in self.matched(call, at_us)] if self.sentry.settings else []
+        for sign in self.sentry.answered(call, answer, price.cost_nanos, rules, now_us):
+            yield from self._tell(call, sign, now_us)
+            if sign.action == "kill":
+                yield from self._switch({"tags": {"run": call.run}}, sign.name, sign.why, call.run)
+        call.content = None
         return entry
 
     def settle_tool(self, call: Call, cost_nanos: int | None, outcome: str, now_us: int) -> Steps:
@@ -276,6 +341,7 @@ class Guard:
                 cost, usage = least, worst.as_dict()
                 actuals = {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
         facts = facts_of(latency_us=now_us - call.reserved_us)
+        self.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, reason, facts))
 
     def _worst(self, call: Call, known: Usage | None) -> Usage | None:
@@ -288,8 +354,10 @@ class Guard:
             return Usage(input_tokens=estimate.input_tokens, output_tokens=output, service_tier=call.service_tier)
         return known.replace(output_tokens=max(output, known.output_tokens))
 
-    def release(self, call: Call, reason: str, *, outcome: str = "cancelled") -> Steps:
+    def release(self, call: Call, reason: str, now_us: int, *, outcome: str = "cancelled") -> Steps:
         """Give everything back: the call was surely not billed."""
+        if outcome == "failed":
+            self.sentry.failed(call, now_us)
         return self._end(call, Release(call.id, outcome, reason))
 
     def _end(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
@@ -307,6 +375,7 @@ class Guard:
 
     def _act(self, alerts: tuple[Alert, ...], accounts: tuple[Account, ...]) -> Generator[Step, Any, None]:
         """What newly crossed marks cause beside an alert: `kill` stops what is in flight."""
+        self.told()
         rules = {account.rule.key: account.rule for account in accounts}
         for alert in alerts:
             facts = alert.facts
@@ -371,3 +440,7 @@ class Guard:
         """Whether every budget of this call says that calls go on while the store is out of reach (I12)."""
         matched = self.matched(call, now_us)
         return bool(matched) and all(one.budget.on_unreachable == "open" for one in matched)
+
+
+def _nobody() -> None:
+    """Nobody waits for alerts."""

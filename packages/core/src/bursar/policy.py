@@ -27,6 +27,11 @@ class Matched(NamedTuple):
     rule: Rule
 
 
+def limits(rule: Rule) -> bool:
+    """Whether this account bounds what a call may cost in all, rather than how many go at a time or how fast."""
+    return rule.enforce and rule.kind in ("window", "rolling")
+
+
 class _Compiled:
     """One budget, ready to match calls."""
 
@@ -113,6 +118,7 @@ class Policy:
         version: int = 0,
         rates: Mapping[str, str] | None = None,
         decisions: Decisions = NO_DECISIONS,
+        default: Budget | None = None,
     ) -> None:
         self.budgets = tuple(budgets)
         self.version = version
@@ -133,6 +139,7 @@ class Policy:
             for budget in self.budgets
             if budget.mode != "off"
         ]
+        self._default = None if default is None else _Compiled(default, parse_limit(default, self.rates), decisions)
         # the most granular budget first: refusals name the first account that is short
         self._compiled = sorted(compiled, key=lambda one: (-len(one.per) - len(one.matches), one.budget.name))
         self._cache: dict[tuple[str, ...], tuple[int, int, tuple[Matched, ...]]] = {}
@@ -174,6 +181,10 @@ class Policy:
                 rule = one.rule(tags, now_us, leaf=leaf)
                 if rule is not None:
                     found.setdefault(rule.key, Matched(one.budget, rule))
+        default = self._default
+        if default is not None and default.limit.unit in units and not any(limits(one.rule) for one in found.values()):
+            rule = default.account_rule(levels[0][0], now_us)
+            found[rule.key] = Matched(default.budget, rule)
         return tuple(found.values())
 
     def stop(self, scope: Scope, own: Mapping[str, str], matched: Iterable[Matched]) -> Freeze | None:

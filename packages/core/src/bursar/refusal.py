@@ -25,6 +25,7 @@ from bursar.errors import (
 from bursar.money import dollar_text
 from bursar.policy import Matched
 from bursar.records import amount, spent_on
+from bursar.sentry import Sign
 
 POLL_S = 0.05  # how often the first of a queue looks, because other processes cannot wake it
 
@@ -129,6 +130,36 @@ def stopped(freeze: Freeze) -> Stopped:
         retry_after=None,
         max_output_tokens=None,
     )
+
+
+def found(sign: Sign, run: str, *, id: str | None = None) -> BudgetExceeded:
+    """The error of what a detector found in a run; with the `id` of a question where an operator may let it go on."""
+    facts = {
+        "budget": "",
+        "scope": {"run": run},
+        "unit": "",
+        **dict.fromkeys(("limit", "spent", "reserved", "available", "asked"), Decimal(0)),
+        "retry_after": sign.wait_us / 1e6 or None,
+        "max_output_tokens": None,
+    }
+    if id is not None:
+        return ApprovalRequired(
+            f"The run {run!r} was held up ({sign.name}): {sign.why} Nothing was sent. "
+            f"Have an operator run `bursar approve {id}`, then try again.",
+            id=id,
+            **facts,
+        )
+    return Stopped(
+        f"The run {run!r} was stopped ({sign.name}): {sign.why} Nothing was sent.",
+        cause=sign.name,
+        why=sign.why,
+        **facts,
+    )
+
+
+def run_account(run: str, detector: str) -> str:
+    """What a question about a run is about, in the form of an account's key."""
+    return json.dumps([f"detector {detector}", "USD", "", {"run": run}, 0], ensure_ascii=False)
 
 
 def _fields(account: Account, asked: int, retry_s: float | None, fit: int | None) -> dict[str, Any]:

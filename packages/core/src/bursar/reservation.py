@@ -116,7 +116,7 @@ class Reservation:
         try:
             usage = answer if isinstance(answer, Usage) else Usage.from_response(call.provider, answer)
             steps = driver.guard.settle(
-                call, usage, driver.store.now_us(), outcome=outcome, reason=reason, headers=headers
+                call, usage, driver.store.now_us(), outcome=outcome, reason=reason, headers=headers, answer=answer
             )
             return (yield from self._ending(steps))
         except UnreadableAnswer as error:
@@ -129,7 +129,11 @@ class Reservation:
             return (yield from self._unknown(str(error), None))
 
     def _releasing(self, reason: str, outcome: str = "cancelled") -> Ending:
-        return (yield from self._ending(self._driver.guard.release(self._call, reason, outcome=outcome)))
+        return (
+            yield from self._ending(
+                self._driver.guard.release(self._call, reason, self._driver.store.now_us(), outcome=outcome)
+            )
+        )
 
     def _unknown(self, reason: str, known: Usage | None) -> Ending:
         now_us = self._driver.store.now_us()

@@ -8,9 +8,12 @@ from typing import Literal, NamedTuple, get_args
 from bursar.errors import InvalidInput
 
 Action = Literal["off", "notify", "downgrade", "clamp", "throttle", "ask", "block", "kill"]
-Detector = Literal["loop", "stale", "context", "steps", "time", "backoff", "attempts", "storm", "velocity", "burn"]
+Detector = Literal[
+    "uncapped", "loop", "stale", "context", "steps", "time", "backoff", "attempts", "storm", "velocity", "burn"
+]
 # The cause of runaway spend that a detector stands for; "velocity" sees the spending itself, whatever causes it.
 CAUSES: dict[Detector, str] = {
+    "uncapped": "no cap",
     "loop": "ambiguous termination",
     "stale": "ambiguous termination",
     "context": "ambiguous termination",
@@ -46,15 +49,17 @@ class Finding(NamedTuple):
 class Detectors:
     """What each detector does when it fires ("off" to "kill", as on a budget's ladder), and from where on it fires.
 
-    `loops`: a round of 1 to 20 steps is asked for again after as many repetitions as `repetitions` allows. `stale`: so
-    many steps in a row (`stale_steps`) brought nothing that the run did not have. `context`: half as many did, while the
-    input grew by `context_growth_percent`. `limits`: `max_steps` and `max_minutes` of one run, where set. `retries`: the
-    same call failed `max_attempts` times in a row; before that, each next attempt waits `backoff_ms`, doubled each time up
-    to `max_backoff_ms`. `storms`: within a minute, `storm_failures` calls failed, and they are half of all or more.
-    `velocity`: a minute cost `velocity_factor` times the learned baseline, and at least `velocity_floor_nanos`. `burn`: a
-    budget is used up too fast, by two windows. Raises InvalidInput for a value that cannot be meant.
+    `uncapped`: no budget limits the call. `loops`: a round of 1 to 20 steps is asked for again after as many repetitions as
+    `repetitions` allows. `stale`: so many steps in a row (`stale_steps`) brought nothing that the run did not have.
+    `context`: half as many did, while the input grew by `context_growth_percent`. `limits`: `max_steps` and `max_minutes`
+    of one run, where set. `retries`: the same call failed `max_attempts` times in a row; before that, each next attempt
+    waits `backoff_ms`, doubled each time up to `max_backoff_ms`. `storms`: within a minute, `storm_failures` calls failed,
+    and they are half of all or more. `velocity`: a minute cost `velocity_factor` times the learned baseline, and at least
+    `velocity_floor_nanos`. `burn`: a budget is used up too fast, by two windows. Raises InvalidInput for a value that
+    cannot be meant.
     """
 
+    uncapped: Action = "notify"
     loops: Action = "block"
     repetitions: int = 3
     stale: Action = "ask"
