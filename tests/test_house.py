@@ -60,13 +60,14 @@ ARROWS: dict[str, set[str]] = {
     "decisions": {"commands", "signing"},
     "policy": _BASE | _LAW | {"budget", "decisions", "prices", "scope"},
     "call": _BASE | _LAW | {"estimate", "prices", "scope", "waiting", "policy"},
-    "refusal": _BASE | _LAW | {"budget", "decisions", "policy", "records"},
+    "refusal": _BASE | _LAW | {"budget", "decisions", "policy", "records", "sentry"},
+    "sentry": _BASE | _LAW | {"call", "detect", "policy", "scope"},
     "amounts": _BASE | _LAW | {"call", "estimate", "prices", "policy"},
     "ladder": _BASE | _LAW | {"budget", "call", "prices", "policy"},
     "queueing": _BASE | _LAW | {"call", "policy", "refusal", "waiting"},
     "guard": _BASE
     | _LAW
-    | {"call", "amounts", "budget", "ladder", "queueing", "refusal", "signing"}
+    | {"call", "amounts", "budget", "ladder", "queueing", "refusal", "sentry", "signing"}
     | {"estimate", "prices", "scope", "waiting", "records", "policy"},
     "operator": _BASE | _LAW | {"budget", "records", "refusal", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},

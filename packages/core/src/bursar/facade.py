@@ -312,7 +312,7 @@ class Bursar:
         self.close()
 
     def _deliver(self, alerts: Alerts | None) -> Deliverer | None:
-        if alerts is None:
+        if alerts is None or not alerts.configured:  # what nobody else is told of is in the log already
             return None
         from bursar.alerts import Deliverer
 

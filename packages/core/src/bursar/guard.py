@@ -129,16 +129,17 @@ class Guard:
 
     def _hold_up(self, call: Call, sign: Sign, now_us: int) -> Generator[Step, Any, None]:
         """Raise what a detector asks for, unless an operator has approved it."""
-        if sign.action == "ask":
-            id, account = short_id("ask", call.run, sign.name), run_account(call.run, sign.name)
-            answered = self.policy.decisions.approval(id, now_us)
-            if answered.state == "approved":
-                self.sentry.forgive(call)
-                return
+        id = short_id("ask", call.run, sign.name)
+        answered = self.policy.decisions.approval(id, now_us)
+        if sign.action == "ask" and answered.state == "approved":
+            self.sentry.forgive(call)
+            return
+        if sign.name not in ("unattributed", "uncapped"):
+            self.sentry.stop(call, sign)
+        if sign.action == "ask" and answered.state == "open":
             error = found(sign, call.run, id=id)
-            if answered.state == "open":
-                yield from self._put_question(id, account, call, str(error), now_us)
-                raise error
+            yield from self._put_question(id, run_account(call.run, sign.name), call, str(error), now_us)
+            raise error
         if sign.action == "kill":
             yield from self._switch({"tags": {"run": call.run}}, sign.name, sign.why, call.run)
         raise found(sign, call.run)

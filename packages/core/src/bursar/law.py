@@ -302,6 +302,7 @@ def _crossed(
             "at": at,
             "action": action,
             "enforce": rule.enforce,
+            "until_us": rule.end_us,
             "call": id,
             "tags": draft["tags"],
         }

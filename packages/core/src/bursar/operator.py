@@ -78,7 +78,7 @@ class Operator:
             known = ", ".join(self.frozen()) or "nothing"
             raise InvalidInput(f"{name!r} is not stopped; stopped are: {known}. Give one of these.", argument="name")
         self._publish("freeze", name, {**held.definition, "frozen": False, "why": why}, signed=True)
-        self._tell("resolved", f"resume {name}", {"name": name, "why": why, "by": self._by})
+        self._tell("resolved", f"resume {name}", {"name": name, "why": why, "by": self._by, "was": "frozen"})
 
     def questions(self) -> list[Question]:
         """What thresholds have asked, and how it was answered."""
@@ -96,13 +96,13 @@ class Operator:
             "why": why,
         }
         self._publish("approval", id, answer, signed=True)
-        self._tell("resolved", f"approve {id}", {"id": id, "budget": held.definition["budget"], "by": self._by})
+        self._answered("approve", id, held)
 
     def deny(self, id: str, *, why: str = "") -> None:
         """Refuse what asked, for as long as its limit stays as it is. Needs no key: it only stops."""
         held = self._question(id)
         self._publish("approval", id, {**held.definition, "state": "denied", "why": why}, signed=False)
-        self._tell("resolved", f"deny {id}", {"id": id, "budget": held.definition["budget"], "by": self._by})
+        self._answered("deny", id, held)
 
     def raise_limit(
         self, budget: str, by: str, scope: Mapping[str, str] | None = None, *, for_s: float | None = None, why: str = ""
@@ -198,6 +198,10 @@ class Operator:
 
     def _until_us(self, for_s: float | None) -> int | None:
         return None if for_s is None else self.store.now_us() + int(for_s * 1e6)
+
+    def _answered(self, verb: str, id: str, held: Definition) -> None:
+        budget = held.definition["budget"]
+        self._tell("resolved", f"{verb} {id}", {"id": id, "budget": budget, "by": self._by, "was": "approval"})
 
     def _tell(self, kind: str, name: str, facts: dict[str, Any]) -> None:
         self.store.execute(Tell(f"{name} {self.store.now_us()}", kind, facts))

@@ -38,6 +38,7 @@ class Sentry:
         self._acts = acts
         self._require = tuple(require)
         self._told: OrderedDict[str, None] = OrderedDict()
+        self._stopped: OrderedDict[str, Sign] = OrderedDict()
         self._lock = threading.Lock()
 
     def before(self, call: Call, rules: Sequence[Rule], now_us: int) -> list[Sign]:
@@ -50,6 +51,9 @@ class Sentry:
         tower, settings = self._tower, self.settings
         if tower is None or settings is None:
             return [sign for sign in found if sign is not None]
+        stopped = self._stopped.get(call.run)
+        if stopped is not None:
+            return [*filter(None, found), stopped]
         if settings.uncapped != "off" and not any(map(limits, rules)):
             why = "No budget limits this call. Add one that matches it, or a default_limit."
             found.append(self._sign(Finding("uncapped", "no cap", settings.uncapped, why)))
@@ -93,10 +97,19 @@ class Sentry:
         if call.connection:
             self._tower.connection(call.connection).ended(1, 1, now_us)
 
+    def stop(self, call: Call, sign: Sign) -> None:
+        """The run is over: a framework that hands the refusal back to its model would go on with another request."""
+        if self._tower is not None and _is_task(call):
+            with self._lock:
+                self._stopped[call.run] = sign
+                if len(self._stopped) > MOST_TOLD:
+                    self._stopped.popitem(last=False)
+
     def forgive(self, call: Call) -> None:
         """An operator lets the run go on: what was seen of it counts no more."""
         if self._tower is not None:
             self._tower.run(call.run).forgive()
+            self._stopped.pop(call.run, None)
 
     def is_news(self, sign: Sign, call: Call) -> bool:
         """Whether nobody was told of this yet: once per detector and run, or agent where it is no matter of one run."""

@@ -240,6 +240,8 @@ class SqliteStore:
 
     def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
         now_us = self.now_us()
+        if not self._query(rows.DUE, (now_us,)):  # looking takes no lock
+            return []
         found = self._write(rows.CLAIM, [(now_us + lease_us, now_us, limit)])
         return sorted(((rows.alert(row), row[4]) for row in found), key=lambda one: (one[0].at_us, one[0].id))
 

@@ -33,6 +33,7 @@ CLAIM = (
     "UPDATE alerts SET due_us=?, claims=claims+1 WHERE id IN (SELECT id FROM alerts WHERE delivered_us=0 AND due_us<=? "
     "ORDER BY due_us, id LIMIT ?) RETURNING id, kind, at_us, facts, claims-1"
 )
+DUE = "SELECT 1 FROM alerts WHERE delivered_us=0 AND due_us<=? LIMIT 1"
 DELIVERED = "UPDATE alerts SET delivered_us=? WHERE id=?"
 RETRY = "UPDATE alerts SET due_us=? WHERE id=?"
 _ENTRY = (
