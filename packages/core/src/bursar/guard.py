@@ -129,6 +129,7 @@ class Guard:
 
     def _hold_up(self, call: Call, sign: Sign, now_us: int) -> Generator[Step, Any, None]:
         """Raise what a detector asks for, unless an operator has approved it."""
+        now_us = yield Reload()  # an answer may have come since
         id = short_id("ask", call.run, sign.name)
         answered = self.policy.decisions.approval(id, now_us)
         if sign.action == "ask" and answered.state == "approved":
