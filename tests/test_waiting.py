@@ -14,6 +14,7 @@ import pytest
 
 from bursar import Budget, BudgetExceeded, Bursar, Reservation
 from bursar.testing import ManualClock
+from bursar.waiting import Ticket, WaitingRoom
 
 FLIGHT = Budget("flight", "1 slots", on_exceed="wait 60s")
 
@@ -34,7 +35,7 @@ def bursar(url: str) -> Iterator[Bursar]:
 
 
 def waiting(bursar: Bursar) -> int:
-    return sum(len(queue) for queue in list(bursar.guard.room._queues.values()))
+    return len(bursar.guard.room)
 
 
 class Crowd:
@@ -210,3 +211,35 @@ def test_a_limit_that_is_raised_meanwhile_is_noticed(tmp_path: Path) -> None:
         Bursar(url, [Budget("flight", "2 slots", on_exceed="wait 60s")]).close()
         crowd.go()
         assert crowd.served == [0]
+
+
+def test_a_ticket_keeps_its_number_in_whatever_queue_it_stands() -> None:
+    room = WaitingRoom()
+    first, second, third = room.join("a"), room.join("b"), room.join("a")
+    assert room.occupied(["a", "b"], second) == "a", "it came second, and the first waits in a"
+    assert room.occupied(["b"], first) is None
+    assert room.occupied(["c", "b"]) == "b"
+    room.move(first, "b")
+    assert (room.is_first(first), room.is_first(second), room.is_first(third)) == (True, False, True)
+    assert not third.arm(list), "woken: it is first now"
+    assert second.arm(list), "not woken"
+    room.leave(first)
+    assert not second.arm(list)
+    room.leave(second)
+    room.leave(third)
+    assert not room
+
+
+def test_a_wake_reaches_whoever_waits_later() -> None:
+    room = WaitingRoom()
+    ticket = room.join("a")
+    room.freed(["a", "b"])
+    ticket.wait(60)
+    asyncio.run(_freed_while_awaited(room, ticket))
+
+
+async def _freed_while_awaited(room: WaitingRoom, ticket: Ticket) -> None:
+    waiting = asyncio.ensure_future(ticket.await_wake(60))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(room.freed, ["a"])
+    await waiting
