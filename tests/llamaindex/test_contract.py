@@ -77,8 +77,9 @@ class TestInstalled(AdapterContract):
         return self.embeddings(url).get_text_embedding_batch(list(texts))
 
 
+@pytest.mark.nightly
 class TestHandler(TestInstalled):
-    """With a handler in the callback manager of each object."""
+    """With a handler in the callback manager of each object: the same gate, which is wired there and not found by itself."""
 
     @contextmanager
     def install(self, bursar: Bursar) -> Iterator[None]:

@@ -56,8 +56,8 @@ def test_importing_the_adapter_adds_little_to_importing_the_framework() -> None:
         "import gc, time, llama_index.core; gc.collect(); gc.disable(); start = time.process_time();"
         "import bursar_llamaindex; print(time.process_time() - start)"
     )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(times) <= 0.050
+
+    def added_s() -> float:
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    assert any(added_s() <= 0.050 for _ in range(3))  # the best of three, and mostly one is enough
