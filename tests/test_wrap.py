@@ -11,6 +11,7 @@ import openai
 
 from bursar import Bursar
 from bursar.testing import AdapterContract
+from bursar.wrap.construct import guard_new_clients
 
 
 class TestOpenAI(AdapterContract):
@@ -61,6 +62,23 @@ class TestOpenAI(AdapterContract):
 
     def embed(self, url: str, texts: Sequence[str]) -> Any:
         return self.client(url).embeddings.create(model="text-embedding-3-small", input=list(texts))
+
+
+class TestNewClients(TestOpenAI):
+    """Clients that the program makes for itself, as `bursar run` guards them."""
+
+    @contextlib.contextmanager
+    def install(self, bursar: Bursar) -> Iterator[None]:
+        end = guard_new_clients(bursar, openai)
+        yield
+        end()
+        assert type(self.client("http://localhost")) is openai.OpenAI
+
+    def client(self, url: str, timeout_s: float = 30, retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{url}/v1", api_key="any", timeout=timeout_s, max_retries=retries)
+
+    def aclient(self, url: str, timeout_s: float = 30, retries: int = 0) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", timeout=timeout_s, max_retries=retries)
 
 
 class TestResponses(TestOpenAI):
