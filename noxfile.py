@@ -222,10 +222,11 @@ def pins(session: nox.Session) -> None:
             "packages/core/pyproject.toml",
         )
         _compile(session, f"{source.parent}/pins.txt", "--no-config", "--all-extras", *framework)
-    for name in ("langchain",):
         # Beside the adapter's own requirements the core's stand at their lowest too; the test tools do not matter.
-        lowest = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
-        _compile(session, _lowest_pins(name), *lowest, f"packages/{name}/pyproject.toml")
+        lowest = ("--no-config", "--resolution", "lowest-direct", "--all-extras")
+        _compile(session, _lowest_pins(source.parent.name), *lowest, *framework)
+    lowest = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
+    _compile(session, _lowest_pins("langchain"), *lowest, "packages/langchain/pyproject.toml")
     with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
         wanted.write(PRICE_SOURCE)
         wanted.flush()
