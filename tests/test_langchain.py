@@ -515,7 +515,7 @@ print(json.dumps([time.process_time() - start, sorted(sys.modules)]))
 """
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(5)  # the fastest of five: other tests run beside this one
+        for _ in range(3)  # the fastest of three: other tests run beside this one
     ]
     assert min(took_s for took_s, _ in runs) < 0.05
     assert not {"langchain", "langgraph", "langchain_core.tracers.context", "bursar.prices.book"} & set(runs[0][1])
@@ -526,10 +526,3 @@ def test_no_coroutine_of_the_handler_is_left_unawaited(provider: Provider, guard
         warnings.simplefilter("always")
         asyncio.run(chat(provider).ainvoke("hi", with_(BursarCallbackHandler(guard))))
     assert not [warning for warning in caught if issubclass(warning.category, RuntimeWarning)]
-
-
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("langchain_*.py")), ids=lambda path: path.name)
-def test_an_example_runs(example: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
