@@ -12,4 +12,5 @@ settings.register_profile("nightly", settings.get_profile("change"), max_example
 settings.load_profile("change")
 
 # Every HTTP client reads all of the system's certificates when it is made, 17 ms, for providers that speak plain HTTP.
-os.environ.update(SSL_CERT_FILE="", SSL_CERT_DIR=os.path.dirname(__file__))
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)

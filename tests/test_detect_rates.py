@@ -157,4 +157,4 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, object]) -> 
 
 
 def test_every_detector_stands_for_a_cause() -> None:
-    assert set(CAUSES.values()) == {"ambiguous termination", "retries", "velocity"}
+    assert set(CAUSES.values()) == {"no cap", "ambiguous termination", "retries", "velocity"}
