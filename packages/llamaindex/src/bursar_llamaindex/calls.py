@@ -62,6 +62,7 @@ class Call:
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held.append(reservation)
+        _start()  # here, because where a finaliser runs a thread cannot safely be started
         self.sending.begin()
         if reservation.capped and self.limit_name is not None and self.settings is not None:
             self.settings[self.limit_name] = reservation.max_output_tokens
@@ -93,7 +94,6 @@ class Call:
         """End it in the background: a finaliser may run anywhere, under any lock."""
         if self._held:
             _ends.put((self, ending))
-            _start()
 
 
 @contextlib.contextmanager

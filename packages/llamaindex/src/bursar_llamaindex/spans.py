@@ -174,7 +174,8 @@ class Spans(NullSpanHandler):
                 continue
             if isinstance(result, (Generator, AsyncGenerator)):
                 # A stream that nobody begins to read has no end that would be told of; some send all the same.
-                weakref.finalize(result, call.end_soon, unknown("its stream was not read to its end")).atexit = False
+                finalizer = weakref.finalize(result, call.end_soon, unknown("its stream was not read to its end"))
+                finalizer.atexit = False  # type: ignore[misc, unused-ignore]  # mypy 2.0 does not know it
             else:
                 call.end(read_drop(None))
 
