@@ -225,8 +225,8 @@ def pins(session: nox.Session) -> None:
         # Beside the adapter's own requirements the core's stand at their lowest too; the test tools do not matter.
         lowest = ("--no-config", "--resolution", "lowest-direct", "--all-extras")
         _compile(session, _lowest_pins(source.parent.name), *lowest, *framework)
-    lowest = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
-    _compile(session, _lowest_pins("langchain"), *lowest, "packages/langchain/pyproject.toml")
+    direct = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
+    _compile(session, _lowest_pins("langchain"), *direct, "packages/langchain/pyproject.toml")
     with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
         wanted.write(PRICE_SOURCE)
         wanted.flush()

@@ -65,9 +65,10 @@ ARROWS: dict[str, set[str]] = {
     "amounts": _BASE | _LAW | {"call", "estimate", "prices", "policy"},
     "ladder": _BASE | _LAW | {"budget", "call", "prices", "policy"},
     "queueing": _BASE | _LAW | {"call", "policy", "refusal", "waiting"},
+    "notices": _BASE | _LAW | {"budget", "call", "policy", "refusal", "sentry", "signing", "waiting"},
     "guard": _BASE
     | _LAW
-    | {"call", "amounts", "budget", "ladder", "queueing", "refusal", "sentry", "signing"}
+    | {"call", "amounts", "ladder", "notices", "queueing", "refusal", "sentry"}
     | {"estimate", "prices", "scope", "waiting", "records", "policy"},
     "operator": _BASE | _LAW | {"budget", "records", "refusal", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},

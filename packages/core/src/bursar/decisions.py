@@ -50,6 +50,14 @@ class Decisions:
             for name, one in _plain(held.get("freeze", {}))
             if one.get("frozen")
         )
+        # However many runs were killed, a call is looked up in them, not compared with each.
+        self._by_account = {one.account: one for one in self.freezes if one.account is not None}
+        self._by_tags: dict[tuple[str, ...], dict[tuple[str, ...], Freeze]] = {}
+        for freeze in self.freezes:
+            if freeze.account is None:
+                pairs = sorted((freeze.tags or {}).items())
+                values = self._by_tags.setdefault(tuple(name for name, _ in pairs), {})
+                values[tuple(value for _, value in pairs)] = freeze
         self._approvals = dict(_plain(held.get("approval", {})))
         granted = [*_plain(held.get("raise", {})), *self._approvals.items()]
         kinds = ["raise"] * len(held.get("raise", {})) + ["approval"] * len(self._approvals)
@@ -83,16 +91,15 @@ class Decisions:
         return id in self._approvals and self._approvals[id].get("state") == "open"
 
     def stop(self, levels: Iterable[Mapping[str, str]], accounts: Iterable[str]) -> Freeze | None:
-        """The first switch that stops a call with these tags, level by level, on these accounts."""
-        if not self.freezes:
-            return None
-        levels, accounts = list(levels), set(accounts)
-        for freeze in self.freezes:
-            if freeze.account is not None:
-                if freeze.account in accounts:
+        """The switch that stops a call with these tags, level by level, on these accounts; None when there is none."""
+        for account in accounts:
+            if account in self._by_account:
+                return self._by_account[account]
+        for tags in levels:
+            for names, switches in self._by_tags.items():
+                freeze = switches.get(tuple(tags.get(name, "") for name in names))
+                if freeze is not None:
                     return freeze
-            elif any((freeze.tags or {}).items() <= tags.items() for tags in levels):
-                return freeze
         return None
 
 

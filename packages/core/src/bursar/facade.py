@@ -82,9 +82,11 @@ class Bursar:
         self.guard = Guard(policy, prices or PriceBook.packaged(), on_expiry=on_expiry, max_accounts=max_accounts)
         if detectors != "off":
             acting = None if detectors == "report" else detectors
-            self.guard.sentry = Sentry(acting or Detectors(), acts=acting is not None, require=_texts_of(require))
+            self.guard.notices.sentry = Sentry(
+                acting or Detectors(), acts=acting is not None, require=_texts_of(require)
+            )
         elif require:
-            self.guard.sentry = Sentry(require=_texts_of(require))
+            self.guard.notices.sentry = Sentry(require=_texts_of(require))
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
         self._driver = Driver(self.guard, self.store, self._load_policy)
         self._deliverer = self._deliver(alerts)
@@ -318,7 +320,7 @@ class Bursar:
 
         deliverer = Deliverer(self.store, alerts)
         deliverer.start()
-        self.guard.told = deliverer.wake
+        self.guard.notices.told = deliverer.wake
         return deliverer
 
     def _load_policy(self) -> int:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
-from bursar.accounts import STOPPING, Account, Rule
+from bursar.accounts import Account
 from bursar.amounts import Amounts
-from bursar.budget import Budget
-from bursar.call import Call, Pause, Publish, Reload, Step, Steps
+from bursar.call import Call, Pause, Reload, Step, Steps
 from bursar.commands import (
-    Alert,
     Answer,
     Charge,
     Ended,
@@ -24,18 +21,17 @@ from bursar.commands import (
     Reserve,
     Settle,
     Stepped,
-    Tell,
 )
 from bursar.errors import Stopped, StoreError
 from bursar.estimate import Learner
 from bursar.ladder import comply
+from bursar.notices import Notices
 from bursar.policy import Matched, Policy
 from bursar.prices import PriceBook
 from bursar.queueing import Queueing
 from bursar.records import facts_of
-from bursar.refusal import asking, denied, exceeded, found, reaching, rejection, run_account, stopped
-from bursar.sentry import Sentry, Sign
-from bursar.signing import short_id
+from bursar.refusal import exceeded, rejection, stopped
+from bursar.sentry import Sentry
 from bursar.usage import Usage
 from bursar.waiting import Ticket, WaitingRoom
 
@@ -51,15 +47,20 @@ class Guard:
     """Turns calls into commands: estimate, price, match, reserve, wait or clamp, settle. It does no I/O itself."""
 
     def __init__(
-        self, policy: Policy, book: PriceBook, *, on_expiry: str = "charge", max_accounts: int = 1_000_000
+        self,
+        policy: Policy,
+        book: PriceBook,
+        *,
+        on_expiry: str = "charge",
+        max_accounts: int = 1_000_000,
+        notices: Notices | None = None,
     ) -> None:
         self.policy = policy
         self.book = book
         self.learner = Learner()
         self.amounts = Amounts(book, self.learner)
         self.room = WaitingRoom()
-        self.sentry = Sentry()
-        self.told: Callable[[], None] = _nobody  # called when the outbox has something new
+        self.notices = notices or Notices(Sentry())
         self.on_expiry = on_expiry
         self.max_accounts = max_accounts
 
@@ -68,7 +69,7 @@ class Guard:
         if call.request is not None:
             call.price = self.book.find(call.provider, call.model, now_us, call.tags())
             call.attempts = call.request.retries + 1
-        now_us = yield from self._watch(call, now_us)
+        now_us = yield from self.notices.watch(call, self.matched(call, now_us), self._policy, now_us)
         queue = Queueing(self.room)
         try:
             for _ in range(MAX_LOOKS):
@@ -104,61 +105,15 @@ class Guard:
         )
         return (*matched, *call.throttles) if call.throttles else matched
 
+    def _policy(self) -> Policy:
+        return self.policy
+
     def stop_of(self, call: Call, now_us: int) -> Stopped | None:
         """The error of the switch that stops this call, if one is thrown."""
         if not self.policy.decisions.freezes:
             return None
         freeze = self.policy.stop(call.scope, call.own_tags(), self.matched(call, now_us))
         return None if freeze is None else stopped(freeze)
-
-    def _watch(self, call: Call, now_us: int) -> Generator[Step, Any, int]:
-        """Show the call to the detectors; wait where they want a pause. Raises Stopped, ApprovalRequired."""
-        begun_us = now_us
-        for _ in range(MAX_PAUSES):
-            signs = self.sentry.before(call, [one.rule for one in self.matched(call, now_us)], now_us)
-            for sign in signs:
-                yield from self._tell(call, sign, now_us)
-            for sign in signs:
-                if sign.action in STOPPING:
-                    yield from self._hold_up(call, sign, now_us)
-            go_us = begun_us + max((sign.wait_us for sign in signs if sign.action == "throttle"), default=0)
-            if now_us >= go_us:
-                break
-            now_us = yield Pause(Ticket(""), (go_us - now_us) / 1e6)
-        return now_us
-
-    def _hold_up(self, call: Call, sign: Sign, now_us: int) -> Generator[Step, Any, None]:
-        """Raise what a detector asks for, unless an operator has approved it."""
-        now_us = yield Reload()  # an answer may have come since
-        id = short_id("ask", call.run, sign.name)
-        answered = self.policy.decisions.approval(id, now_us)
-        if sign.action == "ask" and answered.state == "approved":
-            self.sentry.forgive(call)
-            return
-        if sign.name not in ("unattributed", "uncapped"):
-            self.sentry.stop(call, sign)
-        if sign.action == "ask" and answered.state == "open":
-            error = found(sign, call.run, id=id)
-            yield from self._put_question(id, run_account(call.run, sign.name), call, str(error), now_us)
-            raise error
-        if sign.action == "kill":
-            yield from self._switch({"tags": {"run": call.run}}, sign.name, sign.why, call.run)
-        raise found(sign, call.run)
-
-    def _tell(self, call: Call, sign: Sign, now_us: int) -> Generator[Step, Any, None]:
-        """Put a finding into the outbox, once for each run."""
-        if not self.sentry.is_news(sign, call):
-            return
-        log.warning("%s (%s): %s", sign.name, call.run, sign.why)
-        facts = {
-            "detector": sign.name,
-            "cause": sign.cause,
-            "action": sign.action,
-            "why": sign.why,
-            "tags": call.tags(),
-        }
-        yield Tell(f"{sign.name} {call.run} {now_us}", "detector", facts)
-        self.told()
 
     def _queue_up(self, call: Call, queue: Queueing, now_us: int) -> Generator[Step, Any, int]:
         """Behind those who wait for an account of this call already; nobody is overtaken before the patience is over."""
@@ -233,7 +188,7 @@ class Guard:
             if self.policy.decisions.granted(one.rule.key, now_us)[1]:  # an operator let it go on as it is
                 call.complied[one.rule.key] = rung
                 continue
-            yield from self._ask(call, Account(one.rule), 0, one.budget, index, now_us)
+            yield from self.notices.ask(call, Account(one.rule), 0, one.budget, index, self.policy, now_us)
 
     def _refuse(self, call: Call, refused: Refused, now_us: int) -> Generator[Step, Any, None]:
         """Raise the error of a refusal; a mark that asks or kills is published first, for every process."""
@@ -243,58 +198,11 @@ class Guard:
         action = None if refused.mark is None else rule.marks[refused.mark].action
         if action == "ask":
             assert refused.mark is not None
-            yield from self._ask(call, account, refused.asked, budget, refused.mark, now_us)
+            yield from self.notices.ask(call, account, refused.asked, budget, refused.mark, self.policy, now_us)
         if action == "kill":
-            yield from self._kill(rule, budget.name)
+            yield from self.notices.kill(rule, budget.name, self.policy)
             raise exceeded(refused, budget, None)
         raise exceeded(refused, budget, self.amounts.fit(call, refused))
-
-    def _ask(
-        self, call: Call, account: Account, asked: int, budget: Budget, mark: int, now_us: int
-    ) -> Generator[Step, Any, None]:
-        rule = account.rule
-        id = short_id("ask", rule.key, rule.limit, mark)
-        answered = self.policy.decisions.approval(id, now_us)
-        if answered.state == "denied":
-            raise denied(account, asked, budget, answered)
-        error = asking(account, asked, budget, mark, id)
-        yield from self._put_question(
-            id, rule.key, call, str(error), now_us, owner=budget.owner, limit=rule.limit, spent=account.spent
-        )
-        raise error
-
-    def _put_question(
-        self, id: str, account: str, call: Call, why: str, now_us: int, **facts: Any
-    ) -> Generator[Step, Any, None]:
-        """Ask an operator, once."""
-        if self.policy.decisions.is_open(id):
-            return
-        question = {
-            "state": "open",
-            "account": account,
-            "budget": json.loads(account)[0],
-            "at_us": now_us,
-            "tags": call.tags(),
-            "why": why,
-            **facts,
-        }
-        yield Publish("approval", {id: question})
-        yield Tell(f"approval {id} {now_us}", "approval", {**question, "id": id})
-        self.told()
-
-    def _kill(self, rule: Rule, budget: str) -> Generator[Step, Any, None]:
-        """Throw the switch of an account, so that every process stops what is in flight on it."""
-        if any(one.account == rule.key for one in self.policy.decisions.freezes):
-            return
-        why = f"the budget {budget!r} reached its kill threshold"
-        yield from self._switch({"account": rule.key}, "killed", why, budget)
-
-    def _switch(self, what: dict[str, Any], cause: str, why: str, by: str) -> Generator[Step, Any, None]:
-        switch = {"frozen": True, **what, "cause": cause, "why": why, "by": by}
-        try:
-            yield Publish("freeze", {short_id("kill", what): switch})
-        except StoreError as error:  # what led here stops every further call; only streams in flight go on
-            log.error("the switch of %s could not be thrown: %s", what, error)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -319,11 +227,7 @@ class Guard:
         entry = yield from self._end(call, command)
         if call.request is not None:
             self.learner.observe(call.request, usage, run=call.run)
-        rules = [one.rule for one in self.matched(call, at_us)] if self.sentry.settings else []
-        for sign in self.sentry.answered(call, answer, price.cost_nanos, rules, now_us):
-            yield from self._tell(call, sign, now_us)
-            if sign.action == "kill":
-                yield from self._switch({"tags": {"run": call.run}}, sign.name, sign.why, call.run)
+        yield from self.notices.answered(call, answer, price.cost_nanos, self.matched(call, at_us), now_us)
         call.content = None
         return entry
 
@@ -343,7 +247,7 @@ class Guard:
                 cost, usage = least, worst.as_dict()
                 actuals = {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
         facts = facts_of(latency_us=now_us - call.reserved_us)
-        self.sentry.failed(call, now_us)
+        self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, reason, facts))
 
     def _worst(self, call: Call, known: Usage | None) -> Usage | None:
@@ -359,7 +263,7 @@ class Guard:
     def release(self, call: Call, reason: str, now_us: int, *, outcome: str = "cancelled") -> Steps:
         """Give everything back: the call was surely not billed."""
         if outcome == "failed":
-            self.sentry.failed(call, now_us)
+            self.notices.sentry.failed(call, now_us)
         return self._end(call, Release(call.id, outcome, reason))
 
     def _end(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
@@ -372,18 +276,8 @@ class Guard:
         call.state = "settled" if type(command) is Settle else "released"
         self.room.freed(account.rule.key for account in answer.accounts)
         if answer.alerts:
-            yield from self._act(answer.alerts, answer.accounts)
+            yield from self.notices.crossed(answer.alerts, answer.accounts, self.policy)
         return answer.entry
-
-    def _act(self, alerts: tuple[Alert, ...], accounts: tuple[Account, ...]) -> Generator[Step, Any, None]:
-        """What newly crossed marks cause beside an alert: `kill` stops what is in flight."""
-        self.told()
-        rules = {account.rule.key: account.rule for account in accounts}
-        for alert in alerts:
-            facts = alert.facts
-            log.warning("%s", reaching(facts))
-            if facts["action"] == "kill" and facts["enforce"]:
-                yield from self._kill(rules[facts["account"]], facts["budget"])
 
     def _end_unguarded(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
         """The store was away when the call went out (policy "open"): what it cost is booked all the same."""
@@ -442,7 +336,3 @@ class Guard:
         """Whether every budget of this call says that calls go on while the store is out of reach (I12)."""
         matched = self.matched(call, now_us)
         return bool(matched) and all(one.budget.on_unreachable == "open" for one in matched)
-
-
-def _nobody() -> None:
-    """Nobody waits for alerts."""
