@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -462,3 +464,39 @@ def test_a_budget_is_its_definition() -> None:
     budget = Budget("b", "1 USD", thresholds=[Threshold("80%", "block"), {"at": "50%", "action": "notify"}])
     assert [one.at for one in budget.ladder] == ["50%", "80%"]
     assert Budget(**budget.definition()) == budget
+
+
+EIGHTH = """
+import sys
+from bursar import Budget, BudgetExceeded, Bursar, Usage
+bursar = Bursar(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    try:
+        call = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=750)
+        call.settle(Usage(input_tokens=1_000, output_tokens=750))
+    except BudgetExceeded as error:
+        print(type(error).__name__, flush=True)
+        break
+"""
+
+
+def test_eight_processes_fire_each_action_once(tmp_path: Path) -> None:
+    """A hundred calls fit; of eight processes one settles the fiftieth, one the eightieth, and one the last."""
+    url = f"sqlite:///{tmp_path / 'eight.db'}?durability=process"
+    ladder = [Threshold("50%", "notify"), Threshold("80%", "clamp", max_output_tokens=800), Threshold("100%", "kill")]
+    with Bursar(url, [Budget("b", "1 USD", window="year", thresholds=ladder)]) as bursar:
+        command = [sys.executable, "-c", EIGHTH, url]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        workers = [subprocess.Popen(command, **pipes) for _ in range(8)]  # type: ignore[call-overload]
+        assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 8
+        for worker in workers:
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        ends = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+        fired = [alert.facts["action"] for alert, _ in bursar.store.alerts() if alert.kind == "threshold"]
+        assert sorted(fired) == ["clamp", "kill", "notify"]
+        assert len(Operator(bursar.store).frozen()) == 1
+        assert bursar.status()[0].spent == 1
+        assert "Stopped" in ends

@@ -201,7 +201,11 @@ def test_four_processes_of_thirteen_threads(tmp_path: Path, provider: Provider, 
             assert worker.stdout is not None
             assert worker.stdout.readline() == b"ready\n"
         for worker in workers:
-            worker.communicate(b"go\n", timeout=60)
+            assert worker.stdin is not None
+            worker.stdin.write(b"go\n")
+            worker.stdin.flush()
+        for worker in workers:
+            worker.communicate(timeout=60)
         assert [worker.returncode for worker in workers] == [0] * 4
         check_billed(provider, mode)
         check_books(guard, provider)
