@@ -222,7 +222,7 @@ class AdapterContract:
     @pytest.mark.parametrize("style", ["stream", "astream"])
     def test_an_abandoned_stream_is_billed(self, style: str, provider: Provider, bursar: Bursar) -> None:
         self.need(style)
-        slow = Answer(input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS, chunks=50, event_delay_s=0.01)
+        slow = Answer(input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS, chunks=30, event_delay_s=0.01)
         provider.script([slow])
         with self.install(bursar):
             if style == "stream":
