@@ -427,3 +427,36 @@ def test_thousands_of_runs_are_thousands_of_accounts(tmp_path: Path) -> None:
         assert len(bursar.status()) == 2_000
         assert [status.spent for status in bursar.status(run="r7")] == [Decimal("0.001")]
         assert sum(record.cost_nanos for record in bursar.records()) == 2_000 * 1_000_000
+
+
+# -- failures -----------------------------------------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """What an SDK raises for a 429."""
+
+    status_code = 429
+
+
+@pytest.mark.parametrize("url", ["memory:", "sqlite:///FILE?durability=process"])
+def test_a_storm_of_failures_stops_at_its_limit_in_every_process(url: str, tmp_path: Path, clock: ManualClock) -> None:
+    """Refusals, time-outs and failing tools count, whoever met them; time alone lets calls through again."""
+    url = url.replace("FILE", str(tmp_path / "storm.db"))
+    budgets = [Budget("storm", "3 failures/minute", per="connection"), Budget("b", "1 USD")]
+    with Bursar(url, budgets, clock=clock) as one, Bursar(one.store, budgets, clock=clock) as other:
+        for number in range(4):
+            error: Exception = Refusal() if number % 2 else TimeoutError()
+            with pytest.raises(type(error)), call((one, other)[number % 2]):
+                raise error
+        with pytest.raises(BudgetExceeded) as caught:
+            other.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        assert (caught.value.budget, caught.value.unit) == ("storm", "failures")
+        assert caught.value.retry_after == 20
+        one.reserve("anthropic", "claude-sonnet-4-5", input_tokens=10, max_output_tokens=10).release()
+        clock.advance(20)
+        with call(other) as passing:
+            passing.settle(ANSWER)
+        with pytest.raises(KeyError), one.tool("search"):
+            raise KeyError
+        counts = {status.scope["connection"]: status.spent for status in one.status() if status.name == "storm"}
+        assert counts["search"] == 1

@@ -161,7 +161,7 @@ def test_calls_without_a_limit_are_told_of_refused_or_limited(make: Any) -> None
     limited = make(budgets=only_team, default_limit="0.01 USD")
     with pytest.raises(BudgetExceeded) as caught:
         limited.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=10)
-    assert caught.value.budget == "default"
+    assert caught.value.budget == "(default)"
     assert told(limited) == []
 
 

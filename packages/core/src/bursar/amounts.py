@@ -27,7 +27,7 @@ class Amounts:
         """The amount that the call may cost, for every account it matches."""
         if call.request is None:
             self.write_draft(call, call.amounts["USD"], {})
-            return tuple((one.rule, call.amounts.get(one.rule.unit, 1)) for one in matched)
+            return tuple((one.rule, call.amounts.get(one.rule.unit, one.rule.unit != "failures")) for one in matched)
         learned = self._learned(call)
         bound: dict[str, int] = {}
         lines = []
@@ -145,4 +145,4 @@ def _said(call: Call, usage: Usage, cost_nanos: int) -> dict[str, int]:
 
 def amounts_of(estimate: Estimate, cost_nanos: int, *, requests: int) -> dict[str, int]:
     tokens = estimate.input_tokens + estimate.output_tokens
-    return {"USD": cost_nanos, "tokens": tokens, "requests": requests, "slots": 1}
+    return {"USD": cost_nanos, "tokens": tokens, "requests": requests, "failures": 0, "slots": 1}

@@ -13,7 +13,7 @@ from bursar.errors import InvalidInput, PolicyError
 from bursar.money import MAX_NANOS, NANOS_PER_USD, nanos
 from bursar.windows import SECOND_US, window
 
-UNITS = ("USD", "tokens", "requests", "calls", "slots")
+UNITS = ("USD", "tokens", "requests", "calls", "failures", "slots")
 MAX_WAIT_S = 600.0
 # commas only between thousands: "1,50 USD" is somebody's 1.50, and must not become 150
 _NUMBER = r"\d{1,3}(?:[,_]\d{3})+(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?"
@@ -96,13 +96,14 @@ def _wrong(threshold: Threshold, key: str, value: object, remedy: str) -> Policy
 class Budget:
     """A limit on a scope over a window.
 
-    `limit`: "5 USD", "4.50 EUR" (at the rate given to Bursar), "200_000 tokens", "60 requests/minute", "20 calls" (of tools),
-    "8 slots" (in flight). `window`: total, minute, hour, day, week, month, quarter, year (of `tz`), or "rolling 10m".
-    `per`: one account for each value of these tags. `match`: only calls whose tags have these values (`*` and lists allowed).
-    `estimate`: "learned", or "strict" for an upper bound. `on_exceed`: "refuse", "wait" or "wait 30s". `on_unreachable`:
-    "closed" refuses calls while the store is out of reach, "open" lets them go and books them later. `mode`: "enforce",
-    "shadow" (counts, never refuses, records what it would have done) or "off". `owner`: who is told and to be asked.
-    `thresholds`: see Threshold; for amounts with a window or a total, not for rates and slots. Raises PolicyError.
+    `limit`: "5 USD", "4.50 EUR" (at the rate given to Bursar), "200_000 tokens", "60 requests/minute", "20 calls" (of
+    tools), "20 failures/minute" (of calls: beyond it no further one is sent, so retries cannot storm), "8 slots" (in
+    flight). `window`: total, minute, hour, day, week, month, quarter, year (of `tz`), or "rolling 10m". `per`: one account
+    for each value of these tags. `match`: only calls whose tags have these values (`*` and lists allowed). `estimate`:
+    "learned", or "strict" for an upper bound. `on_exceed`: "refuse", "wait" or "wait 30s". `on_unreachable`: "closed"
+    refuses calls while the store is out of reach, "open" lets them go and books them later. `mode`: "enforce", "shadow"
+    (counts, never refuses, records what it would have done) or "off". `owner`: who is told and to be asked. `thresholds`:
+    see Threshold; for amounts with a window or a total, not for rates and slots. Raises PolicyError.
     """
 
     name: str

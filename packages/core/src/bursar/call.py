@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from bursar.policy import Matched
 
 CHANGEABLE = ("model", "max_output_tokens")
-MODEL_UNITS = ("USD", "tokens", "requests", "slots")
-TOOL_UNITS = ("USD", "calls", "slots")
+MODEL_UNITS = ("USD", "tokens", "requests", "failures", "slots")
+TOOL_UNITS = ("USD", "calls", "failures", "slots")
 CHARGE_UNITS = ("USD",)
 TTL_S = 600.0
 MAX_TTL_S = 86_400.0

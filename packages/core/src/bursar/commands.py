@@ -93,7 +93,8 @@ class Settle(NamedTuple):
 class Release(NamedTuple):
     """End a reservation whose call was surely not billed; or, by an operator, take an expired one off the books.
 
-    `proof`: the operator's signature, for an expired one in a store that has an operator.
+    `proof`: the operator's signature, for an expired one in a store that has an operator. `actuals`: what it counts for all the
+    same, by unit (a failure).
     """
 
     id: str
@@ -101,6 +102,7 @@ class Release(NamedTuple):
     reason: str = ""
     facts: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
     proof: str = ""
+    actuals: Mapping[str, int] = {}
 
 
 class Extend(NamedTuple):

@@ -74,7 +74,7 @@ class Bursar:
                 f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
             )
         self._rates = dict(rates or {})
-        self._default = None if default_limit is None else Budget("default", default_limit, per="run")
+        self._default = None if default_limit is None else Budget("(default)", default_limit, per="run")
         policy = Policy(budgets or (), rates=self._rates, default=self._default)
         self._names = None if budgets is None else [budget.name for budget in policy.budgets]
         self._tags = check_tags(tags or {})

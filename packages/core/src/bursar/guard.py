@@ -235,17 +235,18 @@ class Guard:
         """Book a tool call at its real cost, or at its price when that is not given."""
         cost = call.amounts["USD"] if cost_nanos is None else cost_nanos
         facts = facts_of(latency_us=now_us - call.reserved_us)
-        return self._end(call, Settle(call.id, {"USD": cost}, cost, {}, outcome, facts=facts))
+        actuals = {"USD": cost, "failures": int(outcome == "failed")}
+        return self._end(call, Settle(call.id, actuals, cost, {}, outcome, facts=facts))
 
     def settle_unknown(self, call: Call, reason: str, now_us: int, *, known: Usage | None = None) -> Steps:
         """Book the worst case, as estimated: what is `known` so far, else what was reserved, and the whole maximum output."""
-        cost, usage, actuals = call.draft["cost_nanos"], call.draft["usage"], {}
+        cost, usage, actuals = call.draft["cost_nanos"], call.draft["usage"], {"failures": 1}
         worst = self._worst(call, known)
         if worst is not None and call.price is not None:
             least = call.price.cost_nanos(worst)
             if known is not None or least > cost:
                 cost, usage = least, worst.as_dict()
-                actuals = {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
+                actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, reason, facts))
@@ -264,7 +265,8 @@ class Guard:
         """Give everything back: the call was surely not billed."""
         if outcome == "failed":
             self.notices.sentry.failed(call, now_us)
-        return self._end(call, Release(call.id, outcome, reason))
+        failures = {"failures": 1} if outcome == "failed" else {}
+        return self._end(call, Release(call.id, outcome, reason, actuals=failures))
 
     def _end(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
         if call.state == "unguarded":

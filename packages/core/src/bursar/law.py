@@ -385,7 +385,8 @@ def _difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[st
 def _release(read: Read, command: Release, now_us: int) -> Decision:
     row = read(command.id)
     if type(row) is Reservation:
-        return _end(read, row, "release", {key: 0 for key, _, _ in row.held}, command, now_us)
+        amounts = {key: command.actuals.get(unit, 0) for key, unit, _ in row.held}
+        return _end(read, row, "release", amounts, command, now_us)
     if type(row) is not Entry:
         return _reject("unknown", command.id)
     if row.kind == "release":

@@ -29,7 +29,7 @@ class Matched(NamedTuple):
 
 def limits(rule: Rule) -> bool:
     """Whether this account bounds what a call may cost in all, rather than how many go at a time or how fast."""
-    return rule.enforce and rule.kind in ("window", "rolling")
+    return rule.enforce and rule.kind in ("window", "rolling") and rule.unit != "failures"
 
 
 class _Compiled:

@@ -26,6 +26,7 @@ LONG = [
         "attempts",
     ),
     *TAGS,
+    *("model_asked", "actions", "shadowed"),
     *("model_answered", "usage", "cost_usd", "cost_nanos", "price_version", "amounts", "path", "headers"),
 ]
 
