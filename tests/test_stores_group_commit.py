@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -126,3 +129,29 @@ def test_i7_a_lone_command_that_is_cut_off_is_seen_through(commits: GroupCommit,
     again = log.batches[1:]
     assert sorted(id for ids, _ in again for id in ids) == ["a", "b"]
     assert all(not first_time for ids, first_time in again if "a" in ids)
+
+
+def test_commands_that_come_at_any_step_of_whoever_leads_are_applied(commits: GroupCommit, log: Log) -> None:
+    """A trace stands for the threads that get their turn in between: it queues a command at each step."""
+    posted: list[str] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is not GroupCommit._lead.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and len(posted) < 300:
+            posted.append(f"{len(posted)}")
+            commits.post(Release(posted[-1]))
+        return trace
+
+    commits.post(Release("first"))
+    tracing = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with commits._turn:
+            commits._lead()
+    finally:
+        sys.settrace(tracing)
+    commits.close()
+    assert len(posted) > 20
+    assert sorted(id for ids, _ in log.batches for id in ids) == sorted(["first", *posted])

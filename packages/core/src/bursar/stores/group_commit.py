@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -185,7 +184,7 @@ class GroupCommit:
 
     def _lead(self) -> None:
         """Apply what waits, by the one whose turn it is."""
-        batch = list(islice(self._queue, MAX_BATCH))
+        batch = list(self._queue)[:MAX_BATCH]  # at once: an iterator would meet what others append
         waiting = [item for item in batch if item.waits()]
         if waiting:
             first_time = not any(item.tried for item in waiting)
