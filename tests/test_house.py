@@ -77,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "policy_file": _BASE | _LAW | {"budget", "prices", "policy"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
-PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli", "sending"}
+PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli", "sending", "ending"}
 # SQLModel is the tables' face, SQLAlchemy the engine below it; pydantic_core is pydantic's: the one always brings the other.
 BROUGHT_ALONG = {
     "sqlmodel": {"sqlalchemy"},

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from bursar.ending import Ending, failed, released, settled, unknown
 from bursar.errors import BursarError, UnreadableAnswer
 from bursar.usage import Usage
 
@@ -14,26 +15,6 @@ _PLAIN = frozenset(
 )
 _PLAIN_PARTS = frozenset(("cached_tokens", "audio_tokens", "reasoning_tokens"))
 _TIERS = ("priority", "flex")
-
-
-class Ending(NamedTuple):
-    """How a reservation ends: a method of Reservation (its async twin has an `a` in front), with its arguments."""
-
-    verb: str
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def settled(usage: Usage, **options: Any) -> Ending:
-    return Ending("settle", (usage,), options)
-
-
-def released(reason: str) -> Ending:
-    return Ending("release", (reason,), {})
-
-
-def unknown(reason: str, known: Usage | None = None) -> Ending:
-    return Ending("settle_unknown", (reason,), {"known": known})
 
 
 def read_end(provider: str, result: Any, *, in_batch: bool = False) -> Ending:
@@ -72,7 +53,7 @@ def read_error(provider: str, error: BaseException, result: Any) -> Ending:
             return unknown(f"{type(error).__name__} after an answer", known)
     if isinstance(status, int) and 400 <= status < 500 and status not in _MAYBE_SENT_STATUS:
         return released(type(error).__name__)
-    return Ending("settle_error", (error,), {"known": known})
+    return failed(error, known)
 
 
 def _message(result: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import threading
 import weakref
@@ -15,16 +14,14 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from bursar.ending import Ending, released, unknown
 from bursar.errors import BudgetExceeded
 from bursar.sending import Sending
-from bursar_langchain.answer import Ending, released, unknown
 from bursar_langchain.errors import langchain_error
 from bursar_langchain.runs import Runs
 
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation
-
-log = logging.getLogger("bursar.langchain")
 
 
 class Open:
@@ -173,19 +170,19 @@ class Gate:
 
     def finish(self, opened: Open, ending: Ending) -> None:
         """End the reservation."""
-        with told_only():
-            try:
-                getattr(opened.reservation, ending.verb)(*ending.args, **ending.options)
-            finally:
-                self._count_end()
+        assert opened.reservation is not None, "a call that was taken has one"
+        try:
+            ending.end(opened.reservation)
+        finally:
+            self._count_end()
 
     async def afinish(self, opened: Open, ending: Ending) -> None:
         """As `finish`, for async callers."""
-        with told_only():
-            try:
-                await getattr(opened.reservation, "a" + ending.verb)(*ending.args, **ending.options)
-            finally:
-                self._count_end()
+        assert opened.reservation is not None, "a call that was taken has one"
+        try:
+            await ending.aend(opened.reservation)
+        finally:
+            self._count_end()
 
     def _count_end(self) -> None:
         with self._ended:
@@ -225,18 +222,6 @@ class Gate:
         """After a fork, in the child: the open calls are the parent's."""
         self._open.clear()
         self._unended, self._ended = 0, threading.Condition()
-
-
-@contextmanager
-def told_only() -> Iterator[None]:
-    """What goes wrong while a call is ended is logged: raised here, it would cost the caller the model's answer.
-
-    After a store's failure the guard goes on trying by itself.
-    """
-    try:
-        yield
-    except Exception as error:  # raised, it would replace the answer or the call's own error
-        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
 
 
 # -- calls whose end nobody reports ------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 
+from bursar.ending import Ending, released, settled, told_only, unknown
 from bursar.sending import Sending
-from bursar_langchain.answer import Ending, read_end, read_error, released, unknown
-from bursar_langchain.gate import Gate, Open, Slot, current_slot, told_only
+from bursar_langchain.answer import read_end, read_error
+from bursar_langchain.gate import Gate, Open, Slot, current_slot
 from bursar_langchain.request import read_start
 from bursar_langchain.runs import clean
 
@@ -206,13 +207,13 @@ class BursarCallbackHandler(BaseCallbackHandler):
         self._gate.runs.end(run_id)
         opened = self._gate.take(run_id.int)
         if opened is not None:
-            self._gate.finish(opened, Ending("settle", (None,), {}))
+            self._gate.finish(opened, settled(None))
 
     async def _atool_end(self, output: Any, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)
         opened = self._gate.take(run_id.int)
         if opened is not None:
-            await self._gate.afinish(opened, Ending("settle", (None,), {}))
+            await self._gate.afinish(opened, settled(None))
 
     def _tool_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)
@@ -286,7 +287,7 @@ def _failed_tool(error: BaseException) -> Ending:
     """A tool that stops to ask a human runs again from its start; any other failure is counted."""
     if type(error).__name__ == "GraphInterrupt":
         return released("interrupted: it will run again")
-    return Ending("settle", (None,), {"outcome": "failed", "reason": type(error).__name__})
+    return settled(None, outcome="failed", reason=type(error).__name__)
 
 
 def _end_with_task(gate: Gate, key: int, opened: Open) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from bursar.ending import Ending, failed, released, settled, unknown
 from bursar.errors import BursarError
 from bursar.usage import Usage
 
@@ -15,26 +16,6 @@ MAX_CHAIN = 10
 _NEVER_SENT = frozenset(
     ("ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError", "UnsupportedProtocol")
 )
-
-
-class Ending(NamedTuple):
-    """How a reservation ends: a method of Reservation (its async twin has an `a` in front), with its arguments."""
-
-    verb: str
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def settled(usage: Usage, **options: Any) -> Ending:
-    return Ending("settle", (usage,), options)
-
-
-def released(reason: str) -> Ending:
-    return Ending("release", (reason,), {})
-
-
-def unknown(reason: str, known: Usage | None = None) -> Ending:
-    return Ending("settle_unknown", (reason,), {"known": known})
 
 
 def read_answer(provider: str, answer: Any, details: Mapping[str, Any] | None, characters: int) -> Ending:
@@ -58,7 +39,7 @@ def read_error(provider: str, error: BaseException, details: Mapping[str, Any] |
     usage = _raw_usage(provider, details)
     if usage is not None:
         return settled(usage, outcome="failed", reason=type(error).__name__)
-    return Ending("settle_error", (_cause(error),), {})
+    return failed(_cause(error))
 
 
 def read_usage(provider: str, answer: Any) -> Usage | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import litellm
 
+from bursar.ending import Ending, unknown
 from bursar.sending import passing
-from bursar_litellm.answer import Ending, read_answer, read_error, unknown
+from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.gate import Attempt, Door, end_soon, expect_orphans, open_door
 from bursar_litellm.request import UNBOUNDED

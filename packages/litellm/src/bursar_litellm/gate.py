@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from bursar.ending import Ending, unknown
 from bursar.errors import BudgetExceeded
 from bursar.sending import Sending
-from bursar_litellm.answer import Ending, log, unknown
 from bursar_litellm.errors import litellm_error
 
 if TYPE_CHECKING:
@@ -205,23 +205,16 @@ class Gate:
     async def aend(self, attempt: Attempt, ending: Ending) -> None:
         """As `end`, for async callers."""
         if self.take(attempt):
-            with self._told(attempt):
-                await getattr(attempt.reservation, "a" + ending.verb)(*ending.args, **ending.options)
+            assert attempt.reservation is not None, "an attempt that was taken has one"
+            try:
+                await ending.aend(attempt.reservation)
+            finally:
+                self._count_end()
 
     def _finish(self, attempt: Attempt, ending: Ending) -> None:
-        with self._told(attempt):
-            getattr(attempt.reservation, ending.verb)(*ending.args, **ending.options)
-
-    @contextmanager
-    def _told(self, attempt: Attempt) -> Iterator[None]:
-        """What goes wrong while a call is ended is logged: raised, it would cost the caller the model's answer.
-
-        After a store's failure the guard goes on trying by itself.
-        """
+        assert attempt.reservation is not None, "an attempt that was taken has one"
         try:
-            yield
-        except Exception as error:  # noqa: BLE001 - raised, it would replace the answer or the call's own error
-            log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+            ending.end(attempt.reservation)
         finally:
             self._count_end()
 

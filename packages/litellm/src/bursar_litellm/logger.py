@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from litellm.integrations.custom_logger import CustomLogger
 
+from bursar.ending import Ending, released, unknown
 from bursar.errors import UnboundedEstimate
 from bursar.sending import Sending, passing
-from bursar_litellm.answer import Ending, read_answer, read_error, released, unknown
+from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.errors import BudgetStop, litellm_error
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Attempt, Gate, open_door

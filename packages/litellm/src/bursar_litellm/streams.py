@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from bursar.ending import Ending, released, settled, unknown
 from bursar.usage import Usage
-from bursar_litellm.answer import Ending, is_cached, read_error, read_usage, released, settled, unknown
+from bursar_litellm.answer import is_cached, read_error, read_usage
 from bursar_litellm.gate import Attempt, end_soon, expect_orphans
 
 ABANDONED = "abandoned: closed, cancelled or dropped before its end"

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from bursar.ending import Ending, released, settled, unknown
 from bursar.errors import BursarError
 from bursar.usage import Usage
 
 # What LlamaIndex's integrations call the counts where they keep no answer of the provider.
 _COUNTS = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"))
-
-
-class Ending(NamedTuple):
-    """How a reservation ends: a method of Reservation, with its arguments."""
-
-    verb: str
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def settled(usage: Usage, **options: Any) -> Ending:
-    return Ending("settle", (usage,), options)
-
-
-def released(reason: str) -> Ending:
-    return Ending("release", (reason,), {})
-
-
-def unknown(reason: str, known: Usage | None = None) -> Ending:
-    return Ending("settle_unknown", (reason,), {"known": known})
-
-
-def failed(error: BaseException) -> Ending:
-    return Ending("settle_error", (error,), {})
 
 
 def read_answer(provider: str, response: Any) -> Ending:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from bursar.ending import Ending
 from bursar.sending import Sending
-from bursar_llamaindex.answer import Ending
-from bursar_llamaindex.spans import log
 
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation, Usage
@@ -72,15 +69,13 @@ class Call:
         """End it, if it is open. What goes wrong is logged: raised, it would cost the caller the model's answer."""
         reservation = self._let_go()
         if reservation is not None:
-            with _told():
-                getattr(reservation, ending.verb)(*ending.args, **ending.options)
+            ending.end(reservation)
 
     async def aend(self, ending: Ending) -> None:
         """As `end`, where it can be awaited: the event loop goes on meanwhile."""
         reservation = self._let_go()
         if reservation is not None:
-            with _told():
-                await getattr(reservation, "a" + ending.verb)(*ending.args, **ending.options)
+            await ending.aend(reservation)
 
     def _let_go(self) -> Reservation | None:
         try:
@@ -94,14 +89,6 @@ class Call:
         """End it in the background: a finaliser may run anywhere, under any lock."""
         if self._held:
             _ends.put((self, ending))
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - after a store's failure the guard goes on trying by itself
-        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
 
 
 _ends: SimpleQueue[tuple[Call, Ending] | threading.Event] = SimpleQueue()

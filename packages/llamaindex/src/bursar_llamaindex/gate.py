@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_index.core.rate_limiter import BaseRateLimiter
 
-from bursar_llamaindex.answer import released
+from bursar.ending import released
 from bursar_llamaindex.calls import Call
 from bursar_llamaindex.embedded import announce_sending
 from bursar_llamaindex.spans import current

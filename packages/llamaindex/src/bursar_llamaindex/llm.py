@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llama_index.core.llms.llm import LLM
 from llama_index.core.utils import get_tokenizer
 
+from bursar.ending import failed, released
 from bursar.errors import BudgetExceeded
-from bursar_llamaindex.answer import failed, read_answer, released
+from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.calls import Call
 from bursar_llamaindex.gate import Gate
 from bursar_llamaindex.handler import announce_llm, found_tags, installed_bursar

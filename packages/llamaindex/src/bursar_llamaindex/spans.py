@@ -15,7 +15,8 @@ from llama_index_instrumentation.span import active_span_id
 from llama_index_instrumentation.span_handlers import NullSpanHandler
 from pydantic import PrivateAttr
 
-from bursar_llamaindex.answer import read_drop, unknown
+from bursar.ending import unknown
+from bursar_llamaindex.answer import read_drop
 
 if TYPE_CHECKING:
     from bursar_llamaindex.calls import Call

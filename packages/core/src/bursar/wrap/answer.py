@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
 import struct
-from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from bursar.answers import StreamReader
 from bursar.answers.plain import parse
+from bursar.ending import Ending, settled, unknown
 from bursar.errors import UnreadableAnswer
 from bursar.reservation import Reservation
 from bursar.wrap.doors import Visit
@@ -37,18 +36,8 @@ _LAST = frozenset(
     }
 )
 
-log = logging.getLogger("bursar.wrap")
 
-
-class Ending(NamedTuple):
-    """How a reservation ends: a verb of it, its arguments and options."""
-
-    verb: str
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-SILENT = Ending("settle_unknown", ("the answer does not say what it costs",), {})
+SILENT = unknown("the answer does not say what it costs")
 
 
 class Answer:
@@ -174,40 +163,26 @@ class Answer:
             usage = self._reader.usage()
             partial = self._reader.partial() if usage is None else None
         except UnreadableAnswer as error:
-            return Ending("settle_unknown", (str(error),), {})
+            return unknown(str(error))
         usage = usage or self._visit.known
         if usage is not None:
-            return Ending("settle", (usage,), {"headers": self._headers})
+            return settled(usage, headers=self._headers)
         if self._is_kept and not self.complete:
             return None
         if self._visit.is_silent:
             return SILENT
         read = self.complete or self._is_read
         reason = "the answer says nothing of its usage" if read else "the answer was not read to its end"
-        return Ending("settle_unknown", (reason,), {"known": partial})
+        return unknown(reason, partial)
 
     def end_now(self) -> None:
         """End the reservation in this thread."""
         ending = self.ending()
         if ending is not None:
-            with told_only():
-                getattr(self.reservation, ending.verb)(*ending.arguments, **ending.options)
+            ending.end(self.reservation)
 
     async def aend(self) -> None:
         """As `end_now`, for async callers."""
         ending = self.ending()
         if ending is not None:
-            with told_only():
-                await getattr(self.reservation, f"a{ending.verb}")(*ending.arguments, **ending.options)
-
-
-@contextlib.contextmanager
-def told_only() -> Generator[None]:
-    """What goes wrong while a call is ended is logged: raised, it would cost the caller the answer that was paid for.
-
-    After a store's failure the guard goes on trying by itself.
-    """
-    try:
-        yield
-    except Exception as error:
-        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+            await ending.aend(self.reservation)

@@ -13,10 +13,11 @@ from functools import partial
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bursar.ending import Ending, settled
 from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.reservation import Block, Reservation
 from bursar.sending import passing
-from bursar.wrap.answer import SILENT, Answer, Ending, told_only
+from bursar.wrap.answer import SILENT, Answer
 from bursar.wrap.doors import Visit, answer_id, is_free, path_of, visit
 from bursar.wrap.providers import provider_of
 from bursar.wrap.watch import watch
@@ -79,7 +80,7 @@ class Trip:
             return None
         if visit.is_silent:
             return SILENT
-        return Ending("settle", (visit.known or response,), {"headers": dict(response.headers)})
+        return settled(visit.known or response, headers=dict(response.headers))
 
 
 _current: ContextVar[Trip | None] = ContextVar("bursar_wrap_trip", default=None)
@@ -204,16 +205,14 @@ class _SyncTwin(_Twin):
                 block.__exit__(type(error), error, None)
             raise
         if not trip.met:  # an SDK that takes its responses elsewhere: what it returns is settled
-            with told_only():
-                trip.reservation.settle(answer)
+            settled(answer).end(trip.reservation)
         return answer
 
     def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
         ending = None if trip is None else trip.meet(response)
         if trip is not None and ending is not None:
-            with told_only():
-                getattr(trip.reservation, ending.verb)(*ending.arguments, **ending.options)
+            ending.end(trip.reservation)
         plain: Any = super()
         return plain._process_response(response=response, **rest)
 
@@ -241,16 +240,14 @@ class _AsyncTwin(_Twin):
                 await block.__aexit__(type(error), error, None)
             raise
         if not trip.met:
-            with told_only():
-                await trip.reservation.asettle(answer)
+            await settled(answer).aend(trip.reservation)
         return answer
 
     async def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
         ending = None if trip is None else trip.meet(response)
         if trip is not None and ending is not None:
-            with told_only():
-                await getattr(trip.reservation, f"a{ending.verb}")(*ending.arguments, **ending.options)
+            await ending.aend(trip.reservation)
         plain: Any = super()
         return await plain._process_response(response=response, **rest)
 

@@ -1,0 +1,64 @@
+"""How a call ends: what becomes of its reservation, carried out where nothing of it may reach the user's code."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from bursar.reservation import Reservation
+    from bursar.usage import Usage
+
+log = logging.getLogger("bursar")
+
+
+class Ending(NamedTuple):
+    """A method of Reservation (its async twin has an `a` in front), with its arguments."""
+
+    verb: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def end(self, reservation: Reservation) -> None:
+        """End the reservation so. Raises nothing; see `told_only`."""
+        with told_only():
+            getattr(reservation, self.verb)(*self.args, **self.options)
+
+    async def aend(self, reservation: Reservation) -> None:
+        """As `end`, for async callers."""
+        with told_only():
+            await getattr(reservation, f"a{self.verb}")(*self.args, **self.options)
+
+
+def settled(answer: Any, **options: Any) -> Ending:
+    """Booked at its real cost. `answer` and `options` are those of `Reservation.settle`."""
+    return Ending("settle", (answer,), options)
+
+
+def released(reason: str) -> Ending:
+    """Given back: it was not sent, or clearly refused before generation."""
+    return Ending("release", (reason,), {})
+
+
+def unknown(reason: str, known: Usage | None = None) -> Ending:
+    """Booked as estimated: it may have been billed. `known` is what is known of its usage all the same."""
+    return Ending("settle_unknown", (reason,), {"known": known})
+
+
+def failed(error: BaseException, known: Usage | None = None) -> Ending:
+    """As the error says: released when the call was surely not billed, else booked as estimated."""
+    return Ending("settle_error", (error,), {"known": known})
+
+
+@contextmanager
+def told_only() -> Iterator[None]:
+    """What goes wrong while a call is ended is logged: raised, it would cost the caller the answer that was paid for.
+
+    After a store's failure the guard goes on trying by itself.
+    """
+    try:
+        yield
+    except Exception as error:  # raised, it would replace the answer or the call's own error
+        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
