@@ -36,7 +36,8 @@ class Buckets:
         count = len(self._values)
         if last is None or last >= count:
             return sum(self._values)
-        return sum(self._values[(self._newest - back) % count] for back in range(last))
+        first = (self._newest + 1 - last) % count
+        return sum(self._values[first : first + last]) + sum(self._values[: max(0, first + last - count)])
 
     def _turn(self, now_us: int) -> None:
         newest = now_us // self._width_us
@@ -98,11 +99,11 @@ class Velocity:
         if period_us < 24 * 60 * MINUTE_US or limit_nanos <= 0:
             return None
         for name, long, short, rate_x10 in _BURNS:
-            spent = self._spent.sum(now_us, long)
-            if all(
+            if all(  # the short window first: its sum is the cheaper, and mostly the only one that is made
                 self._spent.sum(now_us, minutes) * period_us * 10 > rate_x10 * limit_nanos * minutes * MINUTE_US
-                for minutes in (long, short)
+                for minutes in (short, long)
             ):
+                spent = self._spent.sum(now_us, long)
                 left = limit_nanos * long // spent
                 why = (
                     f"${spent / 1e9:.2f} went in {long} minutes, and it still goes on ({name} burn): the whole budget of "
