@@ -211,7 +211,7 @@ class Bursar:
         call.request, call.usage = Request(provider, model, body=body, **said), usage
         call.resize = call.request.max_output_tokens is None if resize is None else resize
         call.changeable = changeable
-        call.content = messages if body is None else body
+        call.content = body if messages is None else messages  # a body beside messages holds none
         tier = body.get("service_tier") if isinstance(body, Mapping) else None
         call.service_tier = tier if isinstance(tier, str) else None
         return call

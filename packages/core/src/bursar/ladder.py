@@ -73,7 +73,7 @@ def _downgrade(call: Call, threshold: Threshold, book: PriceBook, now_us: int) -
 
 def _clamp(call: Call, threshold: Threshold) -> bool:
     request, most = call.request, threshold.max_output_tokens
-    if request is None or most is None or call.usage is not None:
+    if request is None or request.embeds or most is None or call.usage is not None:
         return True
     limit = request.max_output_tokens or (None if call.price is None else call.price.max_output_tokens)
     if limit is not None and limit <= most:
