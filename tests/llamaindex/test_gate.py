@@ -233,8 +233,8 @@ def test_what_is_reserved_covers_what_is_sent(
     """Every byte of the messages, and little more."""
     guarding(bursar)
     measured: list[Any] = []
-    reserve = bursar.reserve
-    bursar.reserve = lambda **asked: (measured.append(asked["messages"]), reserve(**asked))[1]  # type: ignore[method-assign]
+    call = bursar.call
+    bursar.call = lambda *of, **asked: (measured.append(asked["body"]["messages"]), call(*of, **asked))[1]  # type: ignore[method-assign]
     llm_at(provider.url).chat([message])
     sent = Request("openai", "gpt-4o", provider.account[0].request["messages"]).size
     assert sent <= Request("openai", "gpt-4o", measured[0]).size <= sent + 100

@@ -9,35 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 from bursar.ending import Ending
 from bursar.sending import Sending
+from bursar_llamaindex.spans import noted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bursar import Bursar, Reservation, Usage
 
 
 class Call:
-    """One call of a model. `request` are the arguments of `Bursar.reserve`; `event` is LlamaIndex's id of it.
+    """One call of a model. `request` are the arguments of `Bursar.call`; `event` is LlamaIndex's id of it.
 
-    `settings` are the keyword arguments that LlamaIndex is about to send, and `limit_name` the one that limits the output,
-    where a smaller answer than was asked for may be granted. `usage`: what was heard of its cost before its end.
+    `write` puts what is granted into what LlamaIndex is about to send. `conversation`: what is sent, as LlamaIndex has it.
+    `usage`: what was heard of its cost before its end.
     """
 
-    __slots__ = ("__weakref__", "_held", "bursar", "event", "limit_name", "request", "sending", "settings", "usage")
+    __slots__ = ("__weakref__", "_held", "_write", "bursar", "conversation", "event", "request", "sending", "usage")
 
     def __init__(
         self,
         bursar: Bursar,
         request: dict[str, Any],
         event: str,
-        settings: dict[str, Any] | None = None,
-        limit_name: str | None = None,
+        write: Callable[[Reservation], None] | None = None,
+        conversation: Any = None,
     ) -> None:
         self.bursar = bursar
         self.request = request
         self.event = event
-        self.settings = settings
-        self.limit_name = limit_name
+        self.conversation = conversation
         self.usage: Usage | None = None
-        self.sending = Sending(bursar, request["model"], request.get("messages") or request.get("body"))
+        self.sending: Sending | None = None
+        self._write = write
         self._held: list[Reservation] = []
 
     @property
@@ -49,20 +52,32 @@ class Call:
     def is_open(self) -> bool:
         return bool(self._held)
 
+    @property
+    def is_llm(self) -> bool:
+        return self.conversation is not None
+
     def reserve(self) -> Reservation:
-        """Raises the errors of `Bursar.reserve`."""
-        return self._hold(self.bursar.reserve(**self.request))
+        """Until it has ended, it is extended, and stopped when a switch is thrown. Raises the errors of `Bursar.reserve`."""
+        with noted():
+            return self._hold(self.bursar.call(**self.request).__enter__())
 
     async def areserve(self) -> Reservation:
         """As `reserve`, for async callers, who may wait for headroom."""
-        return self._hold(await self.bursar.areserve(**self.request))
+        with noted():
+            return self._hold(await self.bursar.acall(**self.request).__aenter__())
+
+    def check(self) -> None:
+        """Raises what has stopped it in the middle, a switch or a budget."""
+        for reservation in self._held:
+            if reservation.stopped is not None:
+                raise reservation.stopped
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held.append(reservation)
         _start()  # here, because where a finaliser runs a thread cannot safely be started
-        self.sending.begin()
-        if reservation.capped and self.limit_name is not None and self.settings is not None:
-            self.settings[self.limit_name] = reservation.max_output_tokens
+        self.sending = Sending(self.bursar, reservation.model, self.request.get("body")).begin()
+        if self._write is not None:
+            self._write(reservation)
         return reservation
 
     def end(self, ending: Ending) -> None:
@@ -82,7 +97,8 @@ class Call:
             reservation = self._held.pop()
         except IndexError:  # ended already, or never reserved
             return None
-        self.sending.end()
+        if self.sending is not None:
+            self.sending.end()
         return reservation
 
     def end_soon(self, ending: Ending) -> None:

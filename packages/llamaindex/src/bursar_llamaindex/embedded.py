@@ -18,18 +18,27 @@ sending: ContextVar[tuple[Call, ...]] = ContextVar("bursar_llamaindex_sending", 
 
 def listen(instance: Any, *, is_async: bool) -> None:
     """Have the HTTP client of OpenAI's embedding models show each of its answers. Others' calls settle at their estimate."""
-    if not getattr(instance, "reuse_client", False) or not any(c.__module__ == _MODULE for c in type(instance).__mro__):
+    if not any(c.__module__ == _MODULE for c in type(instance).__mro__):
         return
-    client = instance._get_aclient() if is_async else instance._get_client()
-    hooks = getattr(getattr(client, "_client", None), "event_hooks", None)
+    client = http_client(instance, is_async=is_async)
     hook = _aheard if is_async else _heard
-    if hooks is not None and hook not in hooks["response"]:
-        hooks["response"].append(hook)
+    if client is not None and hook not in client.event_hooks["response"]:
+        client.event_hooks["response"].append(hook)
+
+
+def http_client(instance: Any, *, is_async: bool) -> Any:
+    """The client of httpx by which an object of OpenAI's or Anthropic's integration sends; None where each call has its own."""
+    if not getattr(instance, "reuse_client", True):
+        return None
+    get = getattr(instance, "_get_aclient" if is_async else "_get_client", None)
+    client = getattr(instance, "_aclient" if is_async else "_client", None) if get is None else get()
+    found = getattr(client, "_client", None)
+    return found if hasattr(found, "event_hooks") else None
 
 
 def announce_sending(calls: list[Call]) -> None:
     """What this thread or task sends from here on is for these calls."""
-    if calls and calls[0].settings is None:  # LLMs state their usage, and a conversation is not to be kept for longer
+    if calls and not calls[0].is_llm:  # LLMs state their usage, and a conversation is not to be kept for longer
         sending.set(tuple(calls))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -18,6 +19,7 @@ from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.calls import Call, drain
 from bursar_llamaindex.embedded import listen, sending
 from bursar_llamaindex.gate import Gate
+from bursar_llamaindex.granted import changeable, write
 from bursar_llamaindex.messages import plain_messages
 from bursar_llamaindex.request import embedded_texts, kind_of, read_embedding, read_llm, sends_nothing
 from bursar_llamaindex.serving import is_served
@@ -108,6 +110,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
             batch = sum(guard == id(self.bursar) for guard, _ in span.begun)
             texts = embedded_texts(span.arguments, batch, getattr(instance, "embed_batch_size", 1))
             return Call(self.bursar, {**read_embedding(instance, texts), **tags}, event_id)
+        span.raise_refusal()
         settings = payload.get(EventPayload.ADDITIONAL_KWARGS, {})
         call = announce_llm(self.bursar, instance, span.method, _conversation(payload), settings, event_id)
         call.request.update(tags)
@@ -124,8 +127,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
             return self._lazy.pop(key, None) is not None
         inherited = getattr(type(span.instance), span.method, None)
         if span.method.startswith("astream_") and getattr(inherited, "__module__", "") == CustomLLM.__module__:
-            call.request["messages"] = conversation  # with the call it lives as long as its id is looked for
-            self._lazy[key] = call
+            self._lazy[key] = call  # which keeps the conversation, and with it its id
         return False
 
     def on_event_end(
@@ -164,13 +166,20 @@ def announce_llm(
     bursar: Bursar, instance: Any, method: str, conversation: Any, settings: dict[str, Any], event_id: str
 ) -> Call:
     """The call that an LLM is about to make. `settings` are its live keyword arguments, changed in place: streams of OpenAI
-    state their usage only when asked to, and a smaller answer is granted by a smaller maximum.
+    state their usage only when asked to, and what a budget grants is sent in place of what was asked for.
     """
-    kind = kind_of(type(instance))
+    api = kind_of(type(instance)).api
     request = read_llm(instance, method, plain_messages(conversation), settings)
-    if kind.has_stream_options and "stream" in method and "stream_options" not in instance.additional_kwargs:
-        settings.setdefault("stream_options", {"include_usage": True})
-    return Call(bursar, request, event_id, settings, kind.limit_name)
+    request["changeable"] = can = changeable(instance, settings)
+    request["resize"] = request["max_output_tokens"] is None and "max_output_tokens" in can
+    call = Call(bursar, request, event_id, partial(write, instance, settings, request["model"]), conversation)
+    if api and "stream" in method:
+        from bursar_llamaindex.stopping import make_stoppable  # httpx loads with the clients that use it
+
+        make_stoppable(call, instance, settings, is_async=method.startswith("a"))
+        if api == "chat" and "stream_options" not in instance.additional_kwargs:
+            settings.setdefault("stream_options", {"include_usage": True})
+    return call
 
 
 def found_tags() -> dict[str, str]:

@@ -17,7 +17,7 @@ from bursar_llamaindex.calls import Call
 from bursar_llamaindex.gate import Gate
 from bursar_llamaindex.handler import announce_llm, found_tags, installed_bursar
 from bursar_llamaindex.serving import is_served, serving
-from bursar_llamaindex.spans import clean
+from bursar_llamaindex.spans import clean, current
 
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation
@@ -110,6 +110,7 @@ def _stream(name: str) -> Callable[..., Any]:
                         if part is _END:
                             break
                         last = part
+                        call.check()
                         for more in meter.outgrown(part):
                             with _beside_rates():
                                 more.reserve()
@@ -143,6 +144,7 @@ def _astream(name: str) -> Callable[..., Any]:
                         if part is _END:
                             break
                         last = part
+                        call.check()
                         for more in meter.outgrown(part):
                             with _beside_rates():
                                 await more.areserve()
@@ -184,6 +186,7 @@ class _Meter:
 
     def __init__(self, llm: Any, call: Call, reservation: Reservation) -> None:
         self._call = call
+        self._model = reservation.model
         self._covered_tokens = reservation.covered_output_tokens or 0
         self._tokens = 0
         self._added: list[Call] = []
@@ -198,8 +201,8 @@ class _Meter:
         slices = -(-missing_tokens // SLICE_TOKENS)
         self._covered_tokens += slices * SLICE_TOKENS
         whole = self._call.request
-        request = {name: whole[name] for name in ("provider", "model", "default_tags")}
-        request |= {"input_tokens": 0, "max_output_tokens": SLICE_TOKENS}
+        request = {name: whole[name] for name in ("provider", "default_tags")}
+        request |= {"model": self._model, "input_tokens": 0, "max_output_tokens": SLICE_TOKENS, "changeable": ()}
         more = [Call(self._call.bursar, request, self._call.event) for _ in range(slices)]
         self._added += more
         return more
@@ -230,7 +233,7 @@ def _beside_rates() -> Iterator[None]:
     try:
         yield
     except BudgetExceeded as refused:
-        if refused.unit in ("USD", "tokens"):
+        if refused.unit not in ("requests", "slots"):
             raise
 
 
@@ -248,6 +251,9 @@ async def _aclose(source: Any) -> None:
 
 def _announce(llm: Any, method: str, args: tuple[Any, ...], settings: dict[str, Any]) -> Call:
     gate: _OwnGate = llm.rate_limiter
+    span = current()
+    if span is not None:
+        span.raise_refusal()
     sent = args[0] if args else settings.get("messages") or settings.get("prompt") or ""
     call = announce_llm(gate.bursar, llm, method, sent, settings, "")
     call.request["default_tags"] = {**gate.tags, **found_tags()}

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
+OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
 # Settings of the client, and what is read by itself: none of them is a further part of the prompt.
 _CLIENT_SETTINGS = frozenset((
     "messages", "prompt", "model", "model_name", "stream", "stream_options", "timeout", "extra_headers", "default_headers",
     "headers", "api_key", "api_base", "base_url", "use_chat_completions", "formatted", "callback_manager", "max_retries",
 ))  # fmt: skip
-_OPENAI_CHAT, _OPENAI_RESPONSES = "llama_index.llms.openai.base", "llama_index.llms.openai.responses"
+OPENAI_CHAT = "llama_index.llms.openai.base"
+_APIS = {
+    OPENAI_CHAT: "chat",
+    "llama_index.llms.openai.responses": "responses",
+    "llama_index.llms.anthropic.base": "messages",
+}
 _OPENAI_EMBEDDINGS = "llama_index.embeddings.openai.base"
 _NAMESPACES = ("llama_index.llms.", "llama_index.embeddings.", "llama_index.multi_modal_llms.")
 _SENDS_NOTHING = ("llama_index.core.llms.mock", "llama_index.core.embeddings.mock_embed_model")
@@ -21,13 +26,13 @@ _OTHER_RETRIES = 2  # what SDKs try more where nothing is said
 class Kind(NamedTuple):
     """What a class tells of the calls that its objects make.
 
-    `limit_name`: the setting by which its output can be limited; `limits`, `tools`, `models`: those of its fields that say
-    such a thing, because asking pydantic's objects for fields that they do not have takes longer than all the rest.
+    `api`: "chat" or "responses" of OpenAI's, "messages" of Anthropic's, empty for what others send; `limits`, `tools`,
+    `models`: those of its fields that say such a thing, because asking pydantic's objects for fields that they do not have
+    takes longer than all the rest.
     """
 
     integration: str
-    limit_name: str | None
-    has_stream_options: bool
+    api: str
     retries_twice: bool
     limits: tuple[str, ...]
     tools: tuple[str, ...]
@@ -53,8 +58,7 @@ def _kind(cls: type) -> Kind:
         (name.removeprefix(space).split(".")[0] for name in modules for space in _NAMESPACES if name.startswith(space)),
         cls.__name__,
     )
-    chat, responses = _OPENAI_CHAT in modules, _OPENAI_RESPONSES in modules
-    limit_name = "max_tokens" if chat else "max_output_tokens" if responses else None
+    api = next((_APIS[name] for name in modules if name in _APIS), "")
     private = getattr(cls, "__private_attributes__", {})
 
     def known(*names: str) -> tuple[str, ...]:
@@ -63,10 +67,9 @@ def _kind(cls: type) -> Kind:
     fields = getattr(cls, "model_fields", {})
     return Kind(
         integration,
-        limit_name,
-        chat,
-        chat or responses or _OPENAI_EMBEDDINGS in modules,
-        known(*_OUTPUT_LIMITS),
+        api,
+        api in ("chat", "responses") or _OPENAI_EMBEDDINGS in modules,
+        known(*OUTPUT_LIMITS),
         known("built_in_tools", "tools"),
         known("model", "model_name"),
         bool(known("thinking_dict")),
@@ -93,7 +96,7 @@ def provider_of(instance: Any) -> str:
 
 def read_llm(instance: Any, method: str, conversation: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Bursar.reserve` for a call of an LLM. `conversation`: messages, or a prompt."""
-    kind, own = kind_of(type(instance)), _mapping(instance, "additional_kwargs")
+    kind, own = kind_of(type(instance)), mapping(instance, "additional_kwargs")
     said = {**own, **settings, "tools": _tools(instance, kind, own, settings)}
     if kind.thinks:
         said["thinking"] = instance.thinking_dict
@@ -103,20 +106,19 @@ def read_llm(instance: Any, method: str, conversation: Any, settings: Mapping[st
         name: plain
         for name, value in said.items()
         if name not in _CLIENT_SETTINGS
-        and name not in _OUTPUT_LIMITS
+        and name not in OUTPUT_LIMITS
         and value not in (None, [])
         and (plain := _plain(value)) is not None
     }
     limit = _output_limit(instance, kind, own, settings)
     body["model"] = model = _model(instance, kind, own, settings)
+    body["prompt" if isinstance(conversation, str) else "messages"] = conversation
     return {
         "provider": provider_of(instance),
         "model": model,
-        "messages": conversation,
         "max_output_tokens": limit,
         "body": body,
         "retries": _retries(instance, kind, streams="stream" in method),
-        "resize": limit is None and kind.limit_name is not None,
     }
 
 
@@ -131,6 +133,7 @@ def read_embedding(instance: Any, texts: Sequence[str]) -> dict[str, Any]:
         "endpoint": "embeddings",
         "retries": _retries(instance, kind_of(type(instance)), streams=False),
         "resize": False,
+        "changeable": (),
     }
 
 
@@ -149,7 +152,7 @@ def _model(instance: Any, kind: Kind, own: Mapping[str, Any], settings: Mapping[
 
 def _output_limit(instance: Any, kind: Kind, own: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
     """The largest maximum that is set anywhere: which of them wins differs from integration to integration."""
-    values = [source.get(name) for source in (own, settings) for name in _OUTPUT_LIMITS if name in source]
+    values = [source.get(name) for source in (own, settings) for name in OUTPUT_LIMITS if name in source]
     values += [getattr(instance, name) for name in kind.limits]
     return max((value for value in values if type(value) is int and value > 0), default=None)
 
@@ -176,7 +179,7 @@ def _plain(value: Any) -> Any:
     return schema() if isinstance(value, type) and callable(schema) else None
 
 
-def _mapping(instance: Any, name: str) -> dict[str, Any]:
+def mapping(instance: Any, name: str) -> dict[str, Any]:
     value = getattr(instance, name, None)
     return dict(value) if isinstance(value, Mapping) else {}
 

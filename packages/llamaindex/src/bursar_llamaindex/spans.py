@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -16,6 +17,7 @@ from llama_index_instrumentation.span_handlers import NullSpanHandler
 from pydantic import PrivateAttr
 
 from bursar.ending import unknown
+from bursar.errors import ApprovalRequired, BudgetExceeded, Stopped
 from bursar_llamaindex.answer import read_drop
 
 if TYPE_CHECKING:
@@ -32,15 +34,16 @@ _open: OrderedDict[str, Span] = OrderedDict()
 
 
 class Outermost:
-    """What the spans below one outermost span share: its run, and the agent that spoke last."""
+    """What the spans below one outermost span share: its run, the agent that spoke last, and what a tool was refused for."""
 
-    __slots__ = ("agent", "is_named", "run", "workflow")
+    __slots__ = ("agent", "is_named", "refusal", "run", "workflow")
 
     def __init__(self, run: str | None, workflow: str | None) -> None:
         self.run = run
         self.workflow = workflow
         self.agent: str | None = None
         self.is_named = False
+        self.refusal: BudgetExceeded | None = None
 
     def name(self, run: object) -> None:
         """The first workflow's own run id, which its handler shows to the user, names the run."""
@@ -52,13 +55,13 @@ class Span:
     """One method call that LlamaIndex traces.
 
     `begun`: the events that began in it, as (guard, event). `calls`: those of its calls that are not ended, `pending` those
-    that are not reserved yet. `failed`: the error that ended it. `waits`: whether its calls are reserved by the gate, where
-    an async caller can wait.
+    that are not reserved yet. `failed`: the error that ended it. `is_tools`: whether it is an agent's calling of a tool, which
+    hands every error to the model. `waits`: whether its calls are reserved by the gate, where an async caller can wait.
     """
 
     __slots__ = (
-        "agent", "arguments", "begun", "calls", "failed", "id", "instance", "instrument_tags", "method", "outermost", "parent",
-        "pending", "tool", "waits",
+        "agent", "arguments", "begun", "calls", "failed", "id", "instance", "instrument_tags", "is_tools", "method", "outermost",
+        "parent", "pending", "tool", "waits",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +76,7 @@ class Span:
         self.instrument_tags = tags
         self.outermost: Outermost
         self.tool: str | None
+        self.is_tools: bool
         self.waits = False
         self.begun: list[tuple[int, str]] = []
         self.calls: list[Call] = []
@@ -86,6 +90,7 @@ class Span:
             self.outermost = Outermost(unique or id, name.rpartition(".")[0])
         self.outermost.name(tags.get("llamaindex.run_id"))
         self.tool = None if parent is None else parent.tool
+        self.is_tools = self.method == "call_tool" or (parent is not None and parent.is_tools)
         if isinstance(instance, BaseTool):
             self.tool = instance.metadata.name
         self.agent = self._agent()
@@ -107,6 +112,14 @@ class Span:
                 return True
             above = above.parent
         return False
+
+    def raise_refusal(self) -> None:
+        """Before the next model call: the refusal that stopped a tool of this run, which its agent did not let out."""
+        error = self.outermost.refusal
+        if error is not None:
+            if not self.is_tools:
+                self.outermost.refusal = None
+            raise error
 
     def next_pending(self) -> list[Call]:
         """The calls of the next announced event: one for each guard. Raises the error that has ended the rest of their batch."""
@@ -132,6 +145,18 @@ def current() -> Span | None:
     """The innermost span of this thread or task."""
     id = active_span_id.get()
     return None if id is None else _open.get(id)
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """What an operator has to decide ends an agent, though it was a tool of it that was refused."""
+    try:
+        yield
+    except (ApprovalRequired, Stopped) as refusal:
+        span = current()
+        if span is not None and span.is_tools:
+            span.outermost.refusal = refusal
+        raise
 
 
 class Spans(NullSpanHandler):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.tools import AsyncBaseTool, BaseTool, FunctionTool, adapt_to_async_tool
 
 from bursar_llamaindex.handler import follow_spans, found_tags, installed_bursar
-from bursar_llamaindex.spans import clean
+from bursar_llamaindex.spans import clean, noted
 
 if TYPE_CHECKING:
     from bursar import Bursar
@@ -51,11 +51,15 @@ class _Blocks:
         self._connection = connection
         self._tags = tags
 
-    def __call__(self, tool: BaseTool) -> Any:
+    def __call__(self, tool: BaseTool, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         tags = {**self._tags, **found_tags()}
         tags.pop("tool", None)  # the tool that this one is called in
         name = clean({"tool": tool.metadata.get_name()})["tool"]
-        return self._bursar.tool(name, cost=self._cost, connection=self._connection, default_tags=tags)
+        context = tool.ctx_param_name if isinstance(tool, FunctionTool) else None
+        asked: dict[str, Any] = {key: value for key, value in named.items() if key != context}
+        if arguments:
+            asked["arguments"] = list(arguments)
+        return self._bursar.tool(name, cost=self._cost, connection=self._connection, arguments=asked, default_tags=tags)
 
 
 _classes: dict[type[AsyncBaseTool], type[AsyncBaseTool]] = {}
@@ -80,18 +84,19 @@ def _subclass(cls: type[AsyncBaseTool]) -> type[AsyncBaseTool]:
                     return super().call(*args, **settings)
                 finally:
                     _awaited.reset(token)
-            with self.bursar_block(self):
+            with noted(), self.bursar_block(self, args, settings):
                 return super().call(*args, **settings)
 
         async def acall(self, *args: Any, **settings: Any) -> Any:
-            async with self.bursar_block(self):
-                if isinstance(self, FunctionTool):  # it runs its function, which may call the tool again
-                    return await super().acall(*args, **settings)
-                token = _awaited.set(id(self))
-                try:
-                    return await super().acall(*args, **settings)
-                finally:
-                    _awaited.reset(token)
+            with noted():
+                async with self.bursar_block(self, args, settings):
+                    if isinstance(self, FunctionTool):  # it runs its function, which may call the tool again
+                        return await super().acall(*args, **settings)
+                    token = _awaited.set(id(self))
+                    try:
+                        return await super().acall(*args, **settings)
+                    finally:
+                        _awaited.reset(token)
 
     Guarded.__name__, Guarded.__qualname__, Guarded.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Guarded

@@ -1,0 +1,80 @@
+"""Streams that end when a switch is thrown. LlamaIndex lets nobody raise between two parts, so it is done where they arrive.
+
+The request that is leaving is told apart by a header, which is taken off before it is sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+
+from bursar_llamaindex.calls import Call
+from bursar_llamaindex.embedded import http_client
+
+_HEADER, _EXTENSION = "x-bursar-call", "bursar_call"
+_numbers = itertools.count(1)
+_calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
+
+
+def make_stoppable(call: Call, instance: Any, settings: dict[str, Any], *, is_async: bool) -> None:
+    """Have the stream of this call raise what stops it. One whose client cannot be reached goes on to its end."""
+    client = http_client(instance, is_async=is_async)
+    if client is None:
+        return
+    for event, hook in (("request", _aleaving), ("response", _aarriving)) if is_async else _SYNC_HOOKS:
+        if hook not in client.event_hooks[event]:
+            client.event_hooks[event].append(hook)
+    number = str(next(_numbers))
+    _calls[number] = call
+    settings["extra_headers"] = {**(settings.get("extra_headers") or {}), _HEADER: number}
+
+
+def _leaving(request: httpx.Request) -> None:
+    number = request.headers.pop(_HEADER, None)
+    if number is not None:
+        request.extensions[_EXTENSION] = number
+
+
+def _arriving(response: httpx.Response) -> None:
+    call = _calls.get(response.request.extensions.get(_EXTENSION, ""))
+    if call is not None and response.status_code == 200:
+        response.stream = _Stoppable(response.stream, call)
+
+
+async def _aleaving(request: httpx.Request) -> None:
+    _leaving(request)
+
+
+async def _aarriving(response: httpx.Response) -> None:
+    _arriving(response)
+
+
+_SYNC_HOOKS = (("request", _leaving), ("response", _arriving))
+
+
+class _Stoppable(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body that raises the call's error in place of what comes after it was stopped; the client then closes it."""
+
+    def __init__(self, stream: Any, call: Call) -> None:
+        self._stream = stream
+        self._call = call
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            self._call.check()
+            yield part
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            self._call.check()
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
