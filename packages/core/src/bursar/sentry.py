@@ -12,6 +12,7 @@ from bursar.call import Call
 from bursar.detect import Detectors, Finding, Watchtower
 from bursar.policy import NONE, limits
 from bursar.scope import process_run
+from bursar.usage import Usage
 
 MOST_TOLD = 4_096
 
@@ -39,6 +40,7 @@ class Sentry:
         self._require = tuple(require)
         self._told: OrderedDict[str, None] = OrderedDict()
         self._stopped: OrderedDict[str, Sign] = OrderedDict()
+        self._failing: set[str] = set()  # connections that have failed once: of the others nothing is counted
         self._lock = threading.Lock()
 
     def before(self, call: Call, rules: Sequence[Rule], now_us: int) -> list[Sign]:
@@ -65,7 +67,7 @@ class Sentry:
                 found.append(self._sign(seen))
             elif call.content is not None:
                 found.append(self._sign(watch.tool_called(call.tool, call.content)))
-        if call.connection:
+        if call.connection in self._failing:
             found.append(self._sign(tower.connection(call.connection).check(now_us)))
         return [sign for sign in found if sign is not None]
 
@@ -76,8 +78,9 @@ class Sentry:
             return []
         found: list[Finding | None] = []
         if call.request is not None and _is_task(call):
-            found.append(tower.run(call.run).model_answered(call.id, answer))
-        if call.connection:
+            seen = None if isinstance(answer, Usage) else answer
+            found.append(tower.run(call.run).model_answered(call.id, seen))
+        if call.connection in self._failing:
             tower.connection(call.connection).ended(1, 0, now_us)
         if cost_nanos:
             found.append(tower.spender(call.scope.tags.get("agent") or call.run).spent(cost_nanos, now_us))
@@ -95,6 +98,9 @@ class Sentry:
         if call.request is not None and _is_task(call):
             self._tower.run(call.run).model_failed(call.id, now_us)
         if call.connection:
+            if len(self._failing) > MOST_TOLD:
+                self._failing.clear()
+            self._failing.add(call.connection)
             self._tower.connection(call.connection).ended(1, 1, now_us)
 
     def stop(self, call: Call, sign: Sign) -> None:
