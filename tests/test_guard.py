@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -460,3 +463,51 @@ def test_a_storm_of_failures_stops_at_its_limit_in_every_process(url: str, tmp_p
             raise KeyError
         counts = {status.scope["connection"]: status.spent for status in one.status() if status.name == "storm"}
         assert counts["search"] == 1
+
+
+# -- scopes that cross processes ----------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from bursar import BudgetExceeded, Bursar
+bursar = Bursar(sys.argv[1])
+try:
+    with bursar.scope(agent="child"):
+        bursar.charge("0.05 USD")
+        bursar.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=10_000)
+except BudgetExceeded as error:
+    print(error.budget, error.limit, error.spent)
+"""
+
+
+def test_a_child_process_spends_from_its_parents_budget(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'family.db'}?durability=process"
+    with Bursar(url, [Budget("b", "9 USD")]) as parent, parent.scope(run="r-1", team="a", budget="0.10 USD"):
+        environ = os.environ | parent.scope_environ()
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, url], env=environ, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.split()[-2:] == ["0.10", "0.05"], done.stderr
+        (charge,) = [record for record in parent.records() if record.kind == "charge"]
+        assert charge.tags == {"run": "r-1", "team": "a", "agent": "child"}
+        parent.charge("0.02 USD")
+        with pytest.raises(BudgetExceeded):
+            parent.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=3_000)
+
+
+def test_a_remote_agent_spends_from_the_callers_budget(bursar: Bursar) -> None:
+    with bursar.scope(team="a", run="r-1", budget="0.10 USD"):
+        header = bursar.scope_headers()["baggage"]
+    assert bursar.scope_headers() == {}
+    with bursar.scope(carried=f"other=1;p=2, {header};ttl=3", agent="remote") as scope:
+        assert scope.runs == ("r-1",)
+        assert bursar.charge("0.01 USD").tags == {"team": "a", "run": "r-1", "agent": "remote"}
+        with pytest.raises(BudgetExceeded) as caught:
+            bursar.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=9_000)
+        assert caught.value.limit == Decimal("0.10")
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", "[[],[]]", '[[{"a b":"c"}],[]]', '[[{"run":7}]]', "bursar.scope=%7B"])
+def test_a_carried_scope_that_cannot_be_read_is_an_error(bursar: Bursar, text: str) -> None:
+    with pytest.raises(InvalidInput), bursar.scope(carried=text):
+        raise AssertionError("it was taken")

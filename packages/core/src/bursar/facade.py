@@ -21,7 +21,17 @@ from bursar.policy import Policy
 from bursar.prices import PriceBook
 from bursar.records import BudgetStatus, UsageRecord
 from bursar.reservation import Block, Reservation, tool_cost
-from bursar.scope import Scope, check_tags, current, process_run
+from bursar.scope import (
+    ENVIRONMENT,
+    HEADER,
+    Scope,
+    active,
+    check_tags,
+    current,
+    from_carried,
+    process_run,
+    to_baggage,
+)
 from bursar.sentry import Sentry
 from bursar.signing import content
 from bursar.stores import open_store
@@ -108,23 +118,37 @@ class Bursar:
         return cls(store, policy.make_budgets(), prices=policy.make_prices(), rates=policy.rates, **options)
 
     @contextlib.contextmanager
-    def scope(self, *, budget: str | None = None, **tags: str | None) -> Generator[Scope]:
+    def scope(self, *, budget: str | None = None, carried: str | None = None, **tags: str | None) -> Generator[Scope]:
         """Tags for every call inside the block, in this thread or task and what it starts. Scopes nest.
 
         The accounts of outer scopes hold for inner calls too. `budget`: a limit of this scope's own, such as "0.20 USD";
-        it belongs to the scope's tags, without any to this block alone.
+        it belongs to the scope's tags, without any to this block alone. `carried`: the `baggage` header of another process's
+        request, whose scope becomes the outer one, so that what is spent here counts on its accounts too.
         """
         own = check_tags(tags)
         if budget is not None:
             self.guard.policy.check_limit(budget)
             # a name for this block, else all blocks without tags would share one limit
             own = own or {"scope": self._id()}
-        scope = Scope(own, current.get(), budget)
+        scope = Scope(own, active() if carried is None else from_carried(carried), budget)
         token = current.set(scope)
         try:
             yield scope
         finally:
             current.reset(token)
+
+    def scope_environ(self) -> dict[str, str]:
+        """The scope in force as an environment variable: a child process that gets it spends from this one's accounts.
+
+        `subprocess.run(command, env=os.environ | bursar.scope_environ())`
+        """
+        scope = active()
+        return {} if scope is None else {ENVIRONMENT: scope.as_text()}
+
+    def scope_headers(self) -> dict[str, str]:
+        """The scope in force as a W3C `baggage` header, for a remote agent: it opens `bursar.scope(carried=header)`."""
+        scope = active()
+        return {} if scope is None else {HEADER: to_baggage(scope)}
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +275,7 @@ class Bursar:
         return self._new_id() if self._new_id is not None else f"{self.store.now_us():014x}-{os.urandom(8).hex()}"
 
     def _scope(self, tags: Mapping[str, str] | None, defaults: Mapping[str, str] | None) -> Scope:
-        scope = current.get()
+        scope = active()
         if scope is None:
             scope = Scope({})
         elif "run" in scope.tags and not (tags or defaults or self._tags):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import lru_cache
+from urllib.parse import quote, unquote
 
 from bursar.errors import InvalidInput
 
@@ -84,6 +87,28 @@ class Scope:
         scope._key = ""
         return scope
 
+    def as_text(self) -> str:
+        """The scope as JSON, for another process."""
+        return json.dumps([self.path, self.limits], ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_text(cls, text: str) -> Scope:
+        """The scope that `as_text` gave, in whatever process. Raises InvalidInput."""
+        try:
+            path, limits = json.loads(text)
+            if not path or len(path) > MAX_DEPTH:
+                raise ValueError
+            scope = cls.__new__(cls)
+            scope.path = tuple(check_tags(tags) for tags in path)
+            scope.limits = tuple((check_tags(tags), str(limit)) for tags, limit in limits)
+        except (ValueError, TypeError):
+            raise InvalidInput(
+                f"{str(text)[:60]!r} is no scope of another process. Hand on what `scope_environ()` or `scope_headers()` gave.",
+                argument="carried",
+            ) from None
+        scope.tags, scope._key = scope.path[-1], ""
+        return scope
+
     @property
     def key(self) -> str:
         """What scopes of the same path and limits have in common."""
@@ -99,6 +124,44 @@ class Scope:
 
 
 current: ContextVar[Scope | None] = ContextVar("bursar_scope", default=None)
+
+
+ENVIRONMENT = "BURSAR_SCOPE"
+HEADER = "baggage"  # W3C Baggage, https://www.w3.org/TR/baggage/
+MAX_BAGGAGE = 8_192
+_MEMBER = "bursar.scope="
+
+
+def active() -> Scope | None:
+    """The innermost scope of this thread or task, else the one that the process was started in."""
+    scope = current.get()
+    if scope is None and (text := os.environ.get(ENVIRONMENT)):
+        scope = _inherited(text)
+    return scope
+
+
+@lru_cache(maxsize=16)
+def _inherited(text: str) -> Scope:
+    return Scope.from_text(text)
+
+
+def to_baggage(scope: Scope) -> str:
+    """The scope as a member of a W3C `baggage` header. Raises InvalidInput where the header would be too long."""
+    member = _MEMBER + quote(scope.as_text(), safe="")
+    if len(member) > MAX_BAGGAGE:
+        raise InvalidInput(
+            f"The scope takes {len(member)} bytes of a header's {MAX_BAGGAGE}. Drop tags.", argument="scope"
+        )
+    return member
+
+
+def from_carried(text: str) -> Scope:
+    """The scope in a `baggage` header, or in the text of the environment variable. Raises InvalidInput."""
+    for member in text.split(","):
+        value = member.strip().partition(";")[0]
+        if value.startswith(_MEMBER):
+            return Scope.from_text(unquote(value.removeprefix(_MEMBER)))
+    return Scope.from_text(text)
 
 
 def process_run() -> str:
