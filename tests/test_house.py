@@ -75,6 +75,10 @@ ARROWS: dict[str, set[str]] = {
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},
     "policy_file": _BASE | _LAW | {"budget", "prices", "policy"},
+    "foresight": _BASE
+    | _LAW
+    | {"amounts", "budget", "call", "detect", "estimate", "facade", "policy", "policy_file", "prices", "scope"}
+    | {"stores", "testing"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
 PUBLIC = {"errors", "testing", "schema", "money", "usage", "prices", "cli", "sending", "ending"}

@@ -11,7 +11,10 @@ from bursar.errors import BursarError
 
 # name -> module and the click command in it
 _OWN = {
-    **{name: f"bursar.cli.{name}:command" for name in ("policy", "price", "prices", "records", "run", "status")},
+    **{
+        name: f"bursar.cli.{name}:command"
+        for name in ("policy", "price", "prices", "records", "replay", "run", "status")
+    },
     **{
         name: f"bursar.cli.operate:{name}"
         for name in ("alerts", "approvals", "approve", "deny", "freeze", "operator", "release", "resume")
