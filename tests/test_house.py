@@ -74,7 +74,10 @@ ARROWS: dict[str, set[str]] = {
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},
-    "policy_file": _BASE | _LAW | {"budget", "prices", "policy"},
+    "settings": _BASE | {"budget", "detect", "policy", "prices", "scope", "sentry", "alerts"},
+    "policy_file": _BASE
+    | _LAW
+    | {"budget", "detect", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},
     "foresight": _BASE
     | _LAW
     | {"amounts", "budget", "call", "detect", "estimate", "facade", "policy", "policy_file", "prices", "scope"}

@@ -371,7 +371,7 @@ def test_a_wrong_key_decides_nothing(desk: Any) -> None:
         lambda: thief.raise_limit("b", "5 USD"),
         lambda: thief.resume("agent=x"),
         lambda: thief.appoint(),
-        lambda: thief.publish_budgets({"b": Budget("b", "500 USD")}),
+        lambda: thief.publish_budgets([Budget("b", "500 USD")]),
     ):
         with pytest.raises(OperatorRequired):
             decide()

@@ -8,7 +8,6 @@ from bursar.commands import Refused
 from bursar.errors import UnboundedEstimate
 from bursar.estimate import Estimate, Learner, strict
 from bursar.policy import Matched
-from bursar.prices import PriceBook
 from bursar.usage import Usage
 
 MIN_OUTPUT_TOKENS = 16  # a smaller answer than this is refused rather than cut
@@ -19,8 +18,7 @@ Lines = tuple[tuple[Rule, int], ...]
 class Amounts:
     """Estimate times price, in every unit. It learns from the calls that were settled."""
 
-    def __init__(self, book: PriceBook, learner: Learner) -> None:
-        self._book = book
+    def __init__(self, learner: Learner) -> None:
         self._learner = learner
 
     def lines(self, call: Call, matched: tuple[Matched, ...]) -> Lines:
@@ -105,7 +103,7 @@ class Amounts:
             "tags": call.tags(),
             "cost_nanos": cost_nanos,
             "usage": usage,
-            "price_version": self._book.version,
+            "price_version": call.book.version,
         }
         if call.attempts > 1:
             call.draft["attempts"] = call.attempts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from bursar.commands import Command
 from bursar.errors import InvalidInput
 from bursar.estimate import Estimate, Request
-from bursar.prices import ModelPrice
+from bursar.prices import ModelPrice, PriceBook
 from bursar.scope import Scope
 from bursar.usage import Usage
 from bursar.waiting import Ticket
@@ -93,7 +93,8 @@ class Call:
     """One call and all that the guard knows of it.
 
     `state`: new, open, settled, released, or unguarded (the store was away and the policy is "open"). `amounts` are those of a
-    tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate.
+    tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate. `book`:
+    the prices that it is reserved, settled and recorded by, though others may be in force meanwhile.
     `complied`: by account key, up to which mark the call does what thresholds ask for; `actions` says what that was,
     `model_asked` the model that another took the place of, `throttles` the accounts of rates. `stopped`: set while the call is
     in flight, when a switch or a budget stops it. `content`: the request, or a tool's arguments, for the detectors alone.
@@ -103,6 +104,7 @@ class Call:
         "actions",
         "amounts",
         "attempts",
+        "book",
         "capped",
         "changeable",
         "complied",
@@ -131,7 +133,14 @@ class Call:
     )
 
     def __init__(
-        self, id: str, scope: Scope, units: tuple[str, ...], *, ttl_s: float = TTL_S, given_id: bool = False
+        self,
+        id: str,
+        scope: Scope,
+        units: tuple[str, ...],
+        book: PriceBook,
+        *,
+        ttl_s: float = TTL_S,
+        given_id: bool = False,
     ) -> None:
         if not isinstance(ttl_s, (int, float)) or not 1 <= ttl_s <= MAX_TTL_S:
             raise InvalidInput(f"ttl_s must be from 1 to {MAX_TTL_S:.0f} seconds, got {ttl_s!r}.", argument="ttl_s")
@@ -139,6 +148,7 @@ class Call:
         self.given_id = given_id
         self.scope = scope
         self.units = units
+        self.book = book
         self.ttl_us = int(ttl_s * 1e6)
         self.provider = self.model = self.tool = self.connection = ""
         self.request: Request | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
@@ -17,6 +19,7 @@ from bursar.driver import Driver
 from bursar.errors import InvalidInput, StoreError
 from bursar.estimate import Request
 from bursar.guard import Guard
+from bursar.notices import nobody
 from bursar.policy import Policy
 from bursar.prices import PriceBook
 from bursar.records import BudgetStatus, UsageRecord
@@ -32,7 +35,7 @@ from bursar.scope import (
     process_run,
     to_baggage,
 )
-from bursar.sentry import Sentry
+from bursar.settings import Settings
 from bursar.signing import content
 from bursar.stores import open_store
 from bursar.stores.base import Store
@@ -83,25 +86,24 @@ class Bursar:
             raise InvalidInput(
                 f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
             )
-        self._rates = dict(rates or {})
-        self._default = None if default_limit is None else Budget("(default)", default_limit, per="run")
-        policy = Policy(budgets or (), rates=self._rates, default=self._default)
-        self._names = None if budgets is None else [budget.name for budget in policy.budgets]
+        self._settings = settings = Settings.of(
+            budgets,
+            prices=prices,
+            rates=rates,
+            detectors=detectors,
+            require=require,
+            default_limit=default_limit,
+            alerts=alerts,
+        )
         self._tags = check_tags(tags or {})
         self._new_id = ids
-        self.guard = Guard(policy, prices or PriceBook.packaged(), on_expiry=on_expiry, max_accounts=max_accounts)
-        if detectors != "off":
-            acting = None if detectors == "report" else detectors
-            self.guard.notices.sentry = Sentry(
-                acting or Detectors(), acts=acting is not None, require=_texts_of(require)
-            )
-        elif require:
-            self.guard.notices.sentry = Sentry(require=_texts_of(require))
+        self.guard = Guard(settings.policy, settings.book, on_expiry=on_expiry, max_accounts=max_accounts)
+        self.guard.notices.sentry = settings.sentry()
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
         self._driver = Driver(self.guard, self.store, self._load_policy)
         self._deliverer = self._deliver(alerts)
         try:
-            self.store.publish({budget.name: budget.definition() for budget in policy.budgets})
+            self.store.publish(settings.definitions())
             self._load_policy()
         except BaseException:
             if isinstance(store, str):
@@ -110,12 +112,16 @@ class Bursar:
 
     @classmethod
     def from_policy(cls, path: str | Path, **options: Any) -> Bursar:
-        """Store, budgets and prices from a TOML or YAML policy file; the environment's BURSAR_STORE overrides the store."""
-        from bursar.policy_file import read_policy
+        """As a TOML or YAML policy file says; the environment's BURSAR_STORE overrides its store, `options` what they name.
 
-        policy = read_policy(path)
-        store = os.environ.get("BURSAR_STORE") or policy.store
-        return cls(store, policy.make_budgets(), prices=policy.make_prices(), rates=policy.rates, **options)
+        The file is read again when it changes, and takes effect within seconds, whole or not at all; see docs/policy.md.
+        """
+        from bursar.policy_file import PolicyWatch
+
+        watch = PolicyWatch(path, options)
+        bursar = cls(os.environ.get("BURSAR_STORE") or watch.policy.store, **watch.options)
+        bursar._driver.keeper.look_too(partial(watch.look, bursar.store, bursar._take))
+        return bursar
 
     @contextlib.contextmanager
     def scope(self, *, budget: str | None = None, carried: str | None = None, **tags: str | None) -> Generator[Scope]:
@@ -256,7 +262,7 @@ class Bursar:
         own = _texts(tool=name, connection=connection or name)
         call = self._call(TOOL_UNITS, tags, default_tags, id, ttl_s)
         call.tool, call.connection, call.content = own["tool"], own["connection"], arguments
-        call.amounts = {"USD": (self.guard.book.tool_price(name) or 0) if price is None else price}
+        call.amounts = {"USD": (call.book.tool_price(name) or 0) if price is None else price}
         return call
 
     def _call(
@@ -268,7 +274,8 @@ class Bursar:
         ttl_s: float,
     ) -> Call:
         scope = self._scope(tags, default_tags)
-        return Call(self._id() if id is None else id, scope, units, ttl_s=ttl_s, given_id=id is not None)
+        call_id = self._id() if id is None else id
+        return Call(call_id, scope, units, self.guard.book, ttl_s=ttl_s, given_id=id is not None)
 
     def _id(self) -> str:
         # Ids rise with time, so that records are appended where the table ends.
@@ -347,23 +354,41 @@ class Bursar:
         self.guard.notices.told = deliverer.wake
         return deliverer
 
+    def _deliver_elsewhere(self, alerts: Alerts | None) -> None:
+        """Other sinks from now on; what the old ones have not taken is due again."""
+        before, self._deliverer = self._deliverer, None
+        self.guard.notices.told = nobody
+        self._deliverer = self._deliver(alerts)
+        if before is not None:  # it waits for slow sinks, and the keeper must not
+            threading.Thread(target=before.close, daemon=True, name="bursar-alerts-end").start()
+
     def _load_policy(self) -> int:
         """Take the newest definitions of this process's budgets, and what operators decided, from the store; the store's time."""
-        version, held = self.store.definitions()
-        newest = held.get("budget", {})
-        names = newest if self._names is None else self._names
-        budgets = [Budget(**content(newest[name].definition)) for name in names]
-        self.guard.policy = Policy(
-            budgets, version=version, rates=self._rates, decisions=Decisions(held), default=self._default
-        )
+        settings = None
+        while (
+            settings is not self._settings
+        ):  # else another thread has taken others, and what was made of these must go
+            settings = self._settings
+            version, held = self.store.definitions()
+            newest = held.get("budget", {})
+            names = newest if settings.names is None else settings.names
+            budgets = [Budget(**content(newest[name].definition)) for name in names]
+            given = settings.policy
+            self.guard.policy = Policy(
+                budgets, version=version, rates=given.rates, decisions=Decisions(held), default=given.default
+            )
         return self.store.now_us()
 
-
-def _texts_of(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of tags, one or several. Raises InvalidInput."""
-    found = (names,) if isinstance(names, str) else tuple(names)
-    check_tags(dict.fromkeys(found, "x"))
-    return found
+    def _take(self, settings: Settings) -> None:
+        """Put other settings in force. Raises StoreError or OperatorRequired, and then nothing has changed."""
+        self.store.publish(settings.definitions())
+        before, self._settings = self._settings, settings
+        self.guard.book = settings.book
+        if (settings.detectors, settings.require) != (before.detectors, before.require):
+            self.guard.notices.sentry = settings.sentry()
+        if settings.alerts is not before.alerts:
+            self._deliver_elsewhere(settings.alerts)
+        self._load_policy()
 
 
 def _texts(**given: object) -> dict[str, str]:

@@ -58,7 +58,7 @@ class Guard:
         self.policy = policy
         self.book = book
         self.learner = Learner()
-        self.amounts = Amounts(book, self.learner)
+        self.amounts = Amounts(self.learner)
         self.room = WaitingRoom()
         self.notices = notices or Notices(Sentry())
         self.on_expiry = on_expiry
@@ -67,7 +67,7 @@ class Guard:
     def reserve(self, call: Call, now_us: int) -> Steps:
         """Until the call may be sent. Raises BudgetExceeded, UnknownPrice, UnboundedEstimate, StoreError, ..."""
         if call.request is not None:
-            call.price = self.book.find(call.provider, call.model, now_us, call.tags())
+            call.price = call.book.find(call.provider, call.model, now_us, call.tags())
             call.attempts = call.request.retries + 1
         now_us = yield from self.notices.watch(call, self.matched(call, now_us), self._policy, now_us)
         queue = Queueing(self.room)
@@ -181,7 +181,7 @@ class Guard:
             rung = answer.marks.get(one.rule.key)
             if rung is None:
                 continue
-            unmet = comply(call, one, rung, self.book, now_us)
+            unmet = comply(call, one, rung, now_us)
             if unmet is None:
                 continue
             index = one.budget.ladder.index(unmet)
@@ -219,7 +219,7 @@ class Guard:
     ) -> Steps:
         """Book the real cost, at the prices of the reserve time. `answer`: for the detectors. Raises UnknownPrice."""
         at_us = call.reserved_us or now_us
-        price = self.book.cost(call.provider, call.model, usage, at_us=at_us, tags=call.tags())
+        price = call.book.cost(call.provider, call.model, usage, at_us=at_us, tags=call.tags())
         tokens = usage.input_tokens + usage.output_tokens
         actuals = {"USD": price.cost_nanos, "tokens": tokens, "requests": usage.requests}
         facts = facts_of(model_answered=usage.model, latency_us=now_us - at_us, headers=headers)

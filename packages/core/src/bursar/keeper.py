@@ -32,6 +32,7 @@ class Keeper:
         self._kept: dict[str, Command] = {}
         self._stop = threading.Event()
         self._pid = 0
+        self._look_too: Callable[[], None] | None = None
 
     def start(self) -> bool:
         """Begin in the background; True in a fork's child, which begins anew: its parent's calls are its parent's to tend."""
@@ -47,6 +48,11 @@ class Keeper:
                 target=_keep, args=(weakref.ref(self), self._stop), daemon=True, name="bursar-keeper"
             ).start()
         return forked
+
+    def look_too(self, look: Callable[[], None]) -> None:
+        """From now on do this as often as calls in flight are looked at, whether or not there are any."""
+        self._look_too = look
+        self.start()
 
     def watch(self, call: Call) -> None:
         """Extend this call until it is forgotten."""
@@ -69,10 +75,12 @@ class Keeper:
             self._kept[command.id] = command
 
     def look(self) -> None:
-        """Find out whether a call in flight has to stop. Raises StoreError when the store is out of reach."""
+        """Find out whether a call in flight has to stop, and see to what is looked at as often. Raises StoreError."""
         live = [call for call, _ in list(self._live.values())]
         if live:
             self._look(live)
+        if self._look_too is not None:
+            self._look_too()
 
     def tend(self) -> None:
         """One round. Raises StoreError when the store is out of reach; nothing is forgotten then."""

@@ -9,14 +9,13 @@ from bursar.accounts import ACTIONS, Rule
 from bursar.budget import Budget, Threshold
 from bursar.call import Call
 from bursar.policy import Matched, throttle_rule
-from bursar.prices import PriceBook
 
 THROTTLE_WAIT_S = 600  # how long a throttled call waits for its turn at most
 
 log = logging.getLogger("bursar")
 
 
-def comply(call: Call, one: Matched, rung: int, book: PriceBook, now_us: int) -> Threshold | None:
+def comply(call: Call, one: Matched, rung: int, now_us: int) -> Threshold | None:
     """Do what the first `rung` thresholds of this account ask for, as far as the call's maker lets it be changed.
 
     Returns the threshold that nothing but an operator's approval can satisfy, where there is one.
@@ -24,11 +23,11 @@ def comply(call: Call, one: Matched, rung: int, book: PriceBook, now_us: int) ->
     ladder = one.budget.ladder
     for index in range(call.complied.get(one.rule.key, 0), rung):
         threshold = ladder[index]
-        if not _do(call, one.rule, threshold, book, now_us):
+        if not _do(call, one.rule, threshold, now_us):
             stricter = _next_stricter(ladder, index)
             instead = "ask" if stricter is None else stricter.action
             say(call, f"{threshold.action} cannot be carried out here: {instead} instead ({_where(one, threshold)})")
-            if stricter is None or not _do(call, one.rule, stricter, book, now_us):
+            if stricter is None or not _do(call, one.rule, stricter, now_us):
                 return threshold
         call.complied[one.rule.key] = index + 1
     return None
@@ -41,10 +40,10 @@ def _next_stricter(ladder: tuple[Threshold, ...], index: int) -> Threshold | Non
     return min(later, key=lambda one: ACTIONS.index(one.action), default=None)
 
 
-def _do(call: Call, rule: Rule, threshold: Threshold, book: PriceBook, now_us: int) -> bool:
+def _do(call: Call, rule: Rule, threshold: Threshold, now_us: int) -> bool:
     """Whether the threshold's action is carried out, or has nothing to change."""
     if threshold.action == "downgrade":
-        return _downgrade(call, threshold, book, now_us)
+        return _downgrade(call, threshold, now_us)
     if threshold.action == "clamp":
         return _clamp(call, threshold)
     if threshold.action == "throttle" and threshold.rate is not None:
@@ -56,7 +55,7 @@ def _do(call: Call, rule: Rule, threshold: Threshold, book: PriceBook, now_us: i
     return True
 
 
-def _downgrade(call: Call, threshold: Threshold, book: PriceBook, now_us: int) -> bool:
+def _downgrade(call: Call, threshold: Threshold, now_us: int) -> bool:
     models = threshold.models or {}
     wanted = next((to for model, to in models.items() if fnmatchcase(call.model, model)), call.model)
     if call.request is None or wanted == call.model:
@@ -67,7 +66,7 @@ def _downgrade(call: Call, threshold: Threshold, book: PriceBook, now_us: int) -
     call.model_asked = call.model_asked or call.model
     call.request = call.request.for_model(wanted)
     call.model = wanted
-    call.price = book.find(call.provider, call.model, now_us, call.tags())
+    call.price = call.book.find(call.provider, call.model, now_us, call.tags())
     return True
 
 

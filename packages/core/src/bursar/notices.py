@@ -28,7 +28,7 @@ class Notices:
 
     def __init__(self, sentry: Sentry) -> None:
         self.sentry = sentry
-        self.told: Callable[[], None] = _nobody
+        self.told: Callable[[], None] = nobody
 
     def watch(
         self, call: Call, matched: Sequence[Matched], policy: Callable[[], Policy], now_us: int
@@ -157,5 +157,5 @@ class Notices:
             log.error("the switch of %s could not be thrown: %s", what, error)
 
 
-def _nobody() -> None:
+def nobody() -> None:
     """Nobody waits for alerts."""

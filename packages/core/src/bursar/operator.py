@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -150,12 +150,20 @@ class Operator:
             raise rejection(id, answer)  # type: ignore[arg-type]
         return UsageRecord.of(answer.entry)
 
-    def publish_budgets(self, budgets: Mapping[str, Budget]) -> None:
-        """Put budgets in force, changed ones included. Needs the key once the store knows an operator."""
-        for name, budget in budgets.items():
-            held = self._held("budget", name)
-            if held is None or content(held.definition) != budget.definition():
-                self._publish("budget", name, budget.definition(), signed=held is not None and self._key is not None)
+    def publish_budgets(self, budgets: Iterable[Budget]) -> list[str]:
+        """Put budgets in force, changed ones included, all or none; the names of those that the store had otherwise, or not.
+
+        Changed ones need the key once the store knows an operator.
+        """
+        held = self.store.definitions()[1].get("budget", {})
+        found = {}
+        for budget in budgets:
+            before, definition = held.get(budget.name), budget.definition()
+            if before is None or content(before.definition) != definition:
+                signed = before is not None and self._key is not None
+                found[budget.name] = self._said("budget", budget.name, definition, before, signed=signed)
+        self.store.publish(found)
+        return list(found)
 
     def close(self) -> None:
         self.store.close()
@@ -167,15 +175,21 @@ class Operator:
         self.close()
 
     def _publish(self, kind: str, name: str, definition: Mapping[str, Any], *, signed: bool) -> None:
-        held = self._held(kind, name)
-        said = {**content(definition), "by": self._by, "at_us": self.store.now_us()}
-        if signed:
-            self._require_key(kind, name)
-            assert self._key is not None
-            if held is not None:
-                said["of"] = held.version
-            said = self._key.sign(kind, name, said)
+        said = self._said(kind, name, definition, self._held(kind, name), signed=signed)
         self.store.publish({name: said}, kind)
+
+    def _said(
+        self, kind: str, name: str, definition: Mapping[str, Any], before: Definition | None, *, signed: bool
+    ) -> dict[str, Any]:
+        """The definition with who says so and when, and the signature; `before` is what it takes the place of."""
+        said = {**content(definition), "by": self._by, "at_us": self.store.now_us()}
+        if not signed:
+            return said
+        self._require_key(kind, name)
+        assert self._key is not None
+        if before is not None:
+            said["of"] = before.version
+        return self._key.sign(kind, name, said)
 
     def _require_key(self, kind: str, name: str) -> None:
         if self._key is None:

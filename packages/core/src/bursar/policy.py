@@ -32,6 +32,10 @@ def limits(rule: Rule) -> bool:
     return rule.enforce and rule.kind in ("window", "rolling") and rule.unit != "failures"
 
 
+def _window_name(budget: Budget, limit: Limit) -> str:
+    return f"/{limit.period_us}" if limit.period_us else f"{budget.window} {budget.tz}"
+
+
 class _Compiled:
     """One budget, ready to match calls."""
 
@@ -43,7 +47,7 @@ class _Compiled:
         self.decisions = decisions
         self.per = tuple(budget.per)
         self.window: Window = window(budget.window, budget.tz)
-        self.window_name = f"/{limit.period_us}" if limit.period_us else f"{budget.window} {budget.tz}"
+        self.window_name = _window_name(budget, limit)
         if limit.unit == "slots":
             self.kind = "slots"
         elif limit.period_us:
@@ -124,15 +128,18 @@ class Policy:
         self.version = version
         self.decisions = decisions
         self.rates = dict(rates or {})
+        self.default = default
         if not all(isinstance(budget, Budget) for budget in self.budgets):
             raise PolicyError('A policy holds budgets. Write each as Budget("name", limit="5 USD").', key="budgets")
         for currency in self.rates:
             usd_rate(self.rates, currency)
-        names = [budget.name for budget in self.budgets]
+        names = [budget.name for budget in (*self.budgets, *([] if default is None else [default]))]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise PolicyError(f"Two budgets are named {twice!r}. Give each a name of its own.", key="name")
-        if len(names) > MAX_BUDGETS:
+            raise PolicyError(
+                f"Two budgets are named {twice!r}. Give each a name of its own.", budget=twice, key="name"
+            )
+        if len(self.budgets) > MAX_BUDGETS:
             raise PolicyError(f"A policy holds at most {MAX_BUDGETS} budgets. Use `per` instead of one budget each.")
         compiled = [
             _Compiled(budget, parse_limit(budget, self.rates), decisions)
@@ -193,6 +200,16 @@ class Policy:
             return None
         levels = [{**tags, **own} for tags in scope.path]
         return self.decisions.stop(levels, (one.rule.key for one in matched))
+
+    def account_name(self, budget: Budget) -> tuple[str, str]:
+        """The unit and the window's name, by which a budget's accounts are known."""
+        limit = parse_limit(budget, self.rates)
+        return limit.unit, _window_name(budget, limit)
+
+    def accepts(self, budget: Budget, tag: str, value: str) -> bool:
+        """Whether a budget of this policy is about calls with this value of a tag."""
+        one = next(one for one in self._compiled if one.budget.name == budget.name)
+        return all(accepts(value) for name, accepts in one.matches if name == tag)
 
     def check_limit(self, limit: str) -> None:
         """Raise PolicyError for a limit that a scope cannot be opened with."""

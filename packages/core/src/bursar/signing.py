@@ -109,9 +109,10 @@ def changes(kind: str, definitions: Mapping[str, dict[str, Any]], held: Definiti
             )
         answers = definition.get("of")  # the version that the decision is about: an old signature does not serve again
         if answers != (before.version if before is not None else None) or not verifies(public, kind, name, definition):
+            remedy = "`bursar policy apply FILE`" if kind == "budget" else "the command again"
             raise OperatorRequired(
                 f"The {kind} {name!r} needs the signature of this store's operator, on what stands there now. "
-                "Run the command again with the operator's key.",
+                f"Run {remedy} with the operator's key.",
                 kind=kind,
                 name=name,
             )

@@ -27,7 +27,7 @@ _HEADLINES = {
     "approval": "an approval is asked for",
     "frozen": "stopped",
     "detector": "runaway behaviour",
-    "policy": "the policy has changed",
+    "policy": "a policy file cannot be taken",
 }
 _AMOUNTS = ("limit", "spent", "reserved", "available", "asked")
 # Of use to programs, not to people.

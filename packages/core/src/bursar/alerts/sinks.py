@@ -61,7 +61,7 @@ class Log:
     name = "log"
 
     def send(self, message: Message, now_us: int) -> None:
-        level = logging.INFO if message.kind in ("resolved", "policy") else logging.WARNING
+        level = logging.INFO if message.kind == "resolved" else logging.WARNING
         log.log(level, "%s\n%s", message.title, message.text)
 
     def __repr__(self) -> str:
@@ -152,8 +152,8 @@ class Apprise:
 
     def send(self, message: Message, now_us: int) -> None:
         kinds = self._library.NotifyType
-        kind = {"resolved": kinds.SUCCESS, "policy": kinds.INFO}.get(message.kind)
-        kind = kind or (kinds.FAILURE if message.kind in ("frozen", "detector") else kinds.WARNING)
+        urgent = kinds.FAILURE if message.kind in ("frozen", "detector") else kinds.WARNING
+        kind = kinds.SUCCESS if message.kind == "resolved" else urgent
         with quiet():
             service = self._service(_addressed(self._url, message))
             taken = service.notify(body=message.text, title=message.title, notify_type=kind, body_format="text")

@@ -19,7 +19,7 @@ class RecordedAmounts(Amounts):
     """The amounts of past calls: what was held for them, at other prices where the model, the answer or the prices are others."""
 
     def __init__(self, simulation: Simulation, reprice: bool) -> None:
-        super().__init__(simulation.guard.book, simulation.guard.learner)
+        super().__init__(simulation.guard.learner)
         self.book = simulation.guard.book
         self.pasts: dict[str, Past] = {}
         self._reprice = reprice

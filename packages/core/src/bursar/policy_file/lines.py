@@ -1,0 +1,144 @@
+"""TOML and YAML with the line of every key, so that a fault can be named by its place."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+Place = tuple[str | int, ...]
+Lines = dict[Place, int]
+
+# What valid TOML consists of; a string of several lines is one token.
+_TOKEN = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{},=\n]|[^\s\[\]{},=#"\']+', re.DOTALL
+)  # fmt: skip
+_KEY = re.compile(r'"((?:\\.|[^"\\])*)"|\'([^\']*)\'|([\w-]+)')
+
+
+def parse_toml(text: str) -> tuple[dict[str, Any], Lines]:
+    """The data of a TOML text and its lines. Raises tomllib.TOMLDecodeError; ValueError and RecursionError for absurd texts."""
+    return tomllib.loads(text), _TomlLines(text).lines
+
+
+class _TomlLines:
+    """Finds the lines of a text that is known to be valid; tomllib keeps no positions."""
+
+    def __init__(self, text: str) -> None:
+        self.lines: Lines = {}
+        self._tokens: list[tuple[str, int]] = []
+        line, end = 1, 0
+        for found in _TOKEN.finditer(text):
+            line += text.count("\n", end, found.start())
+            end = found.start()
+            if not found[0].startswith("#"):
+                self._tokens.append((found[0], line))
+        self._at = 0
+        self._tables: dict[Place, int] = {}  # arrays of tables, and the index of the newest of each
+        table: Place = ()
+        while self._at < len(self._tokens):
+            token, _ = self._tokens[self._at]
+            if token == "[":
+                table = self._header()
+            elif token == "\n":
+                self._at += 1
+            else:
+                self._pair(table)
+
+    def _header(self) -> Place:
+        line = self._tokens[self._at][1]
+        self._at += 1
+        of_many = self._tokens[self._at][0] == "["
+        self._at += of_many
+        names = self._names("]")
+        self._at += of_many
+        table: Place = ()
+        for name in names[:-1]:
+            self.lines.setdefault((*table, name), line)
+            table = self._newest((*table, name))
+        table = (*table, names[-1])
+        self.lines.setdefault(table, line)
+        if of_many:
+            self._tables[table] = self._tables.get(table, -1) + 1
+        table = self._newest(table)
+        self.lines.setdefault(table, line)
+        return table
+
+    def _newest(self, table: Place) -> Place:
+        return (*table, self._tables[table]) if table in self._tables else table
+
+    def _pair(self, table: Place) -> None:
+        line = self._tokens[self._at][1]
+        for name in self._names("="):
+            table = (*table, name)
+            self.lines.setdefault(table, line)
+        self._value(table)
+
+    def _names(self, until: str) -> list[str]:
+        """The parts of a key, which may be dotted and quoted; what ends it is passed."""
+        begun = self._at
+        while self._tokens[self._at][0] != until:
+            self._at += 1
+        text = " ".join(token for token, _ in self._tokens[begun : self._at])
+        self._at += 1
+        return [next(filter(None, found.groups()), "") for found in _KEY.finditer(text)]
+
+    def _value(self, where: Place) -> None:
+        token, line = self._tokens[self._at]
+        self.lines.setdefault(where, line)
+        if token not in ("[", "{"):
+            while self._at < len(self._tokens) and self._tokens[self._at][0] not in (",", "]", "}", "\n"):
+                self._at += 1
+            return
+        self._at += 1
+        index = 0
+        while (inner := self._tokens[self._at][0]) not in ("]", "}"):
+            if inner in (",", "\n"):
+                self._at += 1
+            elif token == "{":
+                self._pair(where)
+            else:
+                self._value((*where, index))
+                index += 1
+        self._at += 1
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain data, where no anchor can blow up a small file into a large one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed in a policy",
+                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> tuple[Any, Lines]:
+    """The data of a YAML text and its lines. Raises yaml.YAMLError; ValueError and RecursionError for absurd texts."""
+    loader = _PlainLoader(text)
+    try:
+        root = loader.get_single_node()
+        lines: Lines = {}
+        if root is None:
+            return {}, lines
+        _yaml_lines(root, (), lines)
+        return loader.construct_document(root), lines
+    finally:
+        loader.dispose()
+
+
+def _yaml_lines(node: yaml.Node, where: Place, lines: Lines) -> None:
+    lines[where] = node.start_mark.line + 1
+    children: Sequence[tuple[str | int, yaml.Node, yaml.Node]] = ()
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(index, value, value) for index, value in enumerate(node.value)]
+    for key, at, value in children:
+        _yaml_lines(value, (*where, key), lines)
+        lines[(*where, key)] = at.start_mark.line + 1
