@@ -18,7 +18,7 @@ from crewai.llms.base_llm import BaseLLM
 from openai import BadRequestError
 from pydantic import BaseModel
 
-from bursar import Budget, BudgetExceeded, Bursar, StoreError, UnknownPrice
+from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, Stopped, StoreError, UnknownPrice
 from bursar.errors import UnboundedEstimate
 from bursar.testing.provider import Answer, Fault, Provider, Rates
 from bursar_crewai import BursarCrew, CrewBudgetExceeded, install
@@ -262,12 +262,14 @@ def test_a_refusal_by_a_budget_named_rate_limit_is_not_repeated(provider: Provid
         assert len([record for record in bursar.records() if record.outcome == "blocked"]) == 1
 
 
-@pytest.mark.parametrize("kind", [BudgetExceeded, UnknownPrice, UnboundedEstimate, StoreError])
+@pytest.mark.parametrize(
+    "kind", [BudgetExceeded, ApprovalRequired, Stopped, UnknownPrice, UnboundedEstimate, StoreError]
+)
 def test_errors_keep_their_kind_and_fields_through_a_pickle(kind: Any) -> None:
     error = crew_error(kind("No.", budget="cap", provider="openai"))
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, kind)
-    assert isinstance(again, HookAborted)
+    assert isinstance(again, CrewBudgetExceeded if issubclass(kind, BudgetExceeded) else HookAborted)
     assert (str(again), again.budget, again.provider, again.source) == ("No.", "cap", "openai", "bursar")
 
 

@@ -52,15 +52,15 @@ class Answers:
         else:
             self.usage = found if self.usage is None else _sum(self.usage, found)
 
-    def ending(self, error: BaseException | None, service_tier: str | None) -> Ending:
-        """How the call ends, with the error that came out of it, if any."""
+    def ending(self, error: BaseException | None, service_tier: str | None, *, streamed: bool) -> Ending:
+        """How the call ends, with the error that came out of it, if any; `streamed`: after a part of the answer."""
         if self.usage is not None and self.usage.input_tokens and self.complete:
             usage = self.usage.replace(service_tier=self.usage.service_tier or service_tier)
             failed = {} if error is None else {"outcome": "failed", "reason": type(error).__name__}
             return Ending("settle", (usage,), failed)
         if error is None or self.count:
             return Ending("settle_unknown", ("the answer states no usage",), {"known": self.usage})
-        if isinstance(error, (HookAborted, LLMCallBlockedError)):
+        if isinstance(error, (HookAborted, LLMCallBlockedError)) and not streamed:
             return Ending("release", (f"denied before it was sent: {type(error).__name__}",), {})
         return Ending("settle_error", (error,), {})
 

@@ -68,11 +68,12 @@ def _embed(send: Callable[[Any, Any], Any], function: Any, texts: Any, provider:
         "body": {"model": model, "input": texts},
         "endpoint": "embeddings",
         "resize": False,
+        "changeable": (),
         "default_tags": guard.tags if frame is None else frame.tags,
     }
     used = _observed(function)
     try:
-        return run(guard.bursar, function, said, lambda: send(used, texts))
+        return run(guard.bursar, function, said, lambda _: send(used, texts))
     except CrewBudgetExceeded as refused:
         if frame is not None:
             frame.root.refusal = refused  # memory goes on without embeddings; the next call tells

@@ -18,6 +18,7 @@ class CrewBudgetExceeded(BudgetExceeded, HookAborted):
     """A budget refused the call; nothing was sent. The fields are those of `bursar.BudgetExceeded`.
 
     A HookAborted, which CrewAI hands to the caller of `kickoff` as it is: it neither repeats the task nor tells the model.
+    Where the core raises `ApprovalRequired` or `Stopped`, a subclass is raised that is also one of these.
     """
 
     code = _NOT_THROTTLING
@@ -32,13 +33,14 @@ def crew_error(error: BursarError) -> BursarError:
     """The same error in a class that CrewAI lets through."""
     if isinstance(error, HookAborted):
         return error
-    kind = CrewBudgetExceeded if isinstance(error, BudgetExceeded) else _crew_kind(type(error).__name__)
+    kind = CrewBudgetExceeded if type(error) is BudgetExceeded else _crew_kind(type(error).__name__)
     return kind(str(error), **error.fields)
 
 
 @cache
 def _crew_kind(name: str) -> type[BursarError]:
     kind: type[BursarError] = getattr(errors, name)
+    passing = CrewBudgetExceeded if issubclass(kind, BudgetExceeded) else HookAborted
 
     def __init__(self: Any, message: str, **fields: Any) -> None:
         kind.__init__(self, message, **fields)
@@ -51,7 +53,7 @@ def _crew_kind(name: str) -> type[BursarError]:
         "code": _NOT_THROTTLING,
         "source": "bursar",
     }
-    return type(f"Crew{name}", (kind, HookAborted), names)
+    return type(f"Crew{name}", (kind, passing), names)
 
 
 def __getattr__(name: str) -> Any:

@@ -115,7 +115,7 @@ def _guarded_call(kind: type, method: Callable[..., Any]) -> Callable[..., Any]:
         if held is None:
             return method(self, messages, *args, **options)
         guard, said, repeats = held
-        return run(guard.bursar, self, said, lambda: method(self, messages, *args, **options), repeats)
+        return run(guard.bursar, self, said, lambda client: method(client, messages, *args, **options), repeats)
 
     return call
 
@@ -127,7 +127,7 @@ def _guarded_acall(kind: type, method: Callable[..., Any]) -> Callable[..., Any]
         if held is None:
             return await method(self, messages, *args, **options)
         guard, said, repeats = held
-        return await arun(guard.bursar, self, said, lambda: method(self, messages, *args, **options), repeats)
+        return await arun(guard.bursar, self, said, lambda client: method(client, messages, *args, **options), repeats)
 
     return acall
 
@@ -159,7 +159,7 @@ def _held(
     tags = {**(guard.tags if frame is None else frame.tags), **own}
     said = read_request(llm, messages, given.get("tools"), given.get("response_model"))
     repeats = take_over(llm, is_async=is_async)
-    said.update(resize=False, default_tags=tags)
+    said["default_tags"] = tags
     if repeats is not None:
         said["retries"] = 0
     return guard, said, repeats or 0
@@ -224,6 +224,7 @@ def _end_agent(source: Any, event: Any) -> None:
 
 _SEEN: dict[type, Callable[[Any, Any], None]] = {
     llm_events.LLMStreamChunkEvent: lambda source, event: note_chunk(source),
+    llm_events.LLMThinkingChunkEvent: lambda source, event: note_chunk(source),
     tool_usage_events.ToolUsageStartedEvent: begin_tool,
     tool_usage_events.ToolUsageFinishedEvent: lambda source, event: end_tool(event),
     tool_usage_events.ToolUsageErrorEvent: lambda source, event: end_tool(event),

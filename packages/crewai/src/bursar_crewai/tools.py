@@ -26,7 +26,7 @@ def begin_tool(source: Any, event: Any) -> None:
     frame = enter(guard, name, tool=name, agent=role)
     try:
         if not _is_cached(source, event):
-            block = guard.bursar.tool(name, default_tags=_without_tool(frame))
+            block = guard.bursar.tool(name, arguments=event.tool_args, default_tags=_without_tool(frame))
             with gate():
                 frame.hold(block.__enter__())
     except BaseException:
