@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from bursar.commands import Answer, Command
@@ -60,6 +60,8 @@ class GroupCommit:
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._awake = False
         self._company = 0  # threads that shared the last batch
+        self._enough = threading.Lock()  # released to tell the first of a batch that it need not wait for more
+        self._enough.acquire()
         self._closed = False
 
     def run(self, command: Command) -> Answer:
@@ -75,7 +77,7 @@ class GroupCommit:
                 self._tell_first()
                 item.gate.get()
             else:
-                self._await_company(item.gate)
+                self._await_company()
             if item.waits():
                 with self._turn:
                     while item.waits():
@@ -160,21 +162,19 @@ class GroupCommit:
         except IndexError:  # answered, and gone from the queue
             return True
 
-    def _await_company(self, gate: SimpleQueue[None]) -> None:
+    def _await_company(self) -> None:
         """Be the first of a batch as large as the last, if the others come soon."""
         seen = 0
         while seen < len(self._queue) < self._company:
             seen = len(self._queue)
-            with contextlib.suppress(Empty):
-                gate.get(timeout=COMPANY_S)
+            # A lock, for a SimpleQueue whose time is over before it looks again waits for ever (CPython 3.11).
+            self._enough.acquire(timeout=COMPANY_S)
 
     def _tell_first(self) -> None:
         """As many wait now as had the last batch: the first need not wait for more."""
         if len(self._queue) == self._company:
-            with contextlib.suppress(IndexError):  # it went ahead, and is gone from the queue
-                first = self._queue[0]
-                if first.gate is not None:
-                    first.gate.put(None)
+            with contextlib.suppress(RuntimeError):  # it was told already
+                self._enough.release()
 
     def _hand_over(self) -> None:
         """Let the first thread that waits lead. After the turn was given up, so that nobody queues unseen in between."""
