@@ -16,7 +16,7 @@ from crewai import Agent, Process, Task
 from crewai.hooks import HookAborted, register_before_llm_call_hook, unregister_before_llm_call_hook
 from crewai.llms.base_llm import BaseLLM
 from openai import BadRequestError
-from pydantic import BaseModel
+from pydantic import BaseModel, PrivateAttr
 
 from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, Stopped, StoreError, UnknownPrice
 from bursar.errors import UnboundedEstimate
@@ -148,6 +148,21 @@ def test_a_client_of_the_users_own_is_guarded(provider: Provider, bursar: Bursar
     records = list(bursar.records())
     assert [(record.estimated, record.cost_nanos >= 6_000_000) for record in records] == [(True, True)] * 2
     assert provider.requests == 2
+
+
+def test_a_client_that_hands_its_calls_on_is_charged_once(provider: Provider, bursar: Bursar, client: Make) -> None:
+    """As Azure's does with OpenAI's Responses."""
+
+    class Handing(BaseLLM):
+        _responses_delegate: Any = PrivateAttr(default=None)
+
+        def call(self, messages: Any, *args: Any, **options: Any) -> Any:
+            return self._responses_delegate.call(messages, *args, **options)
+
+    handing = Handing(model="gpt-4o", max_tokens=500)
+    handing._responses_delegate = client(provider.url, api="responses")
+    handing.call("hi")
+    exact(bursar, provider, 1)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ class Attempt:
         self.sending = Sending(bursar, reservation.model, said["messages"] or said["body"])
         return self.sending
 
+    def sends_by(self, client: object) -> bool:
+        """Whether the call is sent by this client, or through it: Azure's hands its Responses on to one of OpenAI's."""
+        return client is self.client or client is getattr(self.client, "_responses_delegate", self.client)
+
     def check(self) -> None:
         """Raise what stopped the call in mid-stream, where something did, whatever CrewAI's client has made of it."""
         if self.stop is not None:
@@ -78,14 +82,14 @@ _attempt: ContextVar[Attempt | None] = ContextVar("bursar_crewai_attempt", defau
 def is_part(client: object, messages: Any) -> bool:
     """Whether this is a step of a call that is reserved already: `acall` by way of `call`, or once more without `stop`."""
     attempt = _attempt.get()
-    same = attempt is not None and attempt.client is client and not attempt.answers.count
+    same = attempt is not None and attempt.sends_by(client) and not attempt.answers.count
     return same and attempt is not None and bool(attempt.said["messages"] == messages)
 
 
 def note_answer(client: object, stated: Any) -> None:
     """The client has read the usage of an answer."""
     attempt = _attempt.get()
-    if attempt is not None and attempt.client is client:
+    if attempt is not None and attempt.sends_by(client):
         attempt.sending.end()  # tools may follow inside the same call of the client
         attempt.answers.add(stated)
 
@@ -96,7 +100,7 @@ def note_chunk(client: object) -> None:
     Raises the error of the switch, or of the budget, that stops the call from here on.
     """
     attempt = _attempt.get()
-    if attempt is not None and attempt.client is client:
+    if attempt is not None and attempt.sends_by(client):
         attempt.sending.end()
         attempt.streamed = True
         if attempt.stop is None and attempt.reservation.stopped is not None:
