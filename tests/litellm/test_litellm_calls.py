@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import pytest
-
-pytest.importorskip("bursar_litellm")
-
 import litellm
+import pytest
 from litellm import acompletion as early_acompletion  # before the guard wraps them
 from litellm import completion as early_completion
 from litellm.integrations.custom_logger import CustomLogger
@@ -62,6 +57,18 @@ def test_an_unknown_price_is_refused(provider: Provider, guarded: Guarded) -> No
         with pytest.raises(UnknownPrice):
             run(router.acompletion(model="main", messages=MESSAGES))
     assert provider.requests == 0
+
+
+def test_arguments_by_position_are_held_too(provider: Provider, guarded: Guarded) -> None:
+    """LiteLLM's hooks get named arguments only."""
+    at = {"api_base": f"{provider.url}/v1", "api_key": "any"}
+    with guarded() as bursar:
+        run(litellm.acompletion("openai/gpt-4o", MESSAGES, max_tokens=500, max_retries=0, **at))
+        run(litellm.aresponses(PROMPT, "openai/gpt-4o", max_output_tokens=500, **at))
+        run(litellm.aembedding("openai/text-embedding-3-small", [PROMPT], **at))
+        run(early_acompletion("openai/gpt-4o", MESSAGES, max_tokens=500, max_retries=0, **at))
+    costs = [COST_NANOS, COST_NANOS, 20_000, COST_NANOS]
+    assert [(one.estimated, one.cost_nanos) for one in bursar.records()] == [(False, cost) for cost in costs]
 
 
 # -- functions that were imported before the guard ---------------------------------------------------------------
@@ -365,19 +372,6 @@ def test_an_abandoned_stream_that_was_complete_is_booked_exactly(provider: Provi
         del chunk
     (record,) = bursar.records()
     assert (record.estimated, record.cost_nanos) == (False, CLAUDE_NANOS)
-
-
-def test_it_comes_as_fast_as_litellm_itself() -> None:
-    """Importing the adapter adds at most 50 ms to importing LiteLLM."""
-    code = (
-        "import time, litellm; start = time.perf_counter(); import bursar_litellm;"
-        "print((time.perf_counter() - start) * 1_000)"
-    )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(times) <= 50, times
 
 
 @pytest.mark.parametrize("is_early", [False, True])

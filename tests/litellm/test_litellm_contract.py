@@ -7,10 +7,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-
-pytest.importorskip("bursar_litellm")
-
 import litellm
 
 from bursar import Bursar

@@ -10,11 +10,8 @@ from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
-import pytest
-
-pytest.importorskip("bursar_litellm")
-
 import litellm
+import pytest
 
 from bursar import Budget, BudgetExceeded, Bursar
 from bursar.errors import UnboundedEstimate
@@ -208,15 +205,20 @@ class _Media(BaseHTTPRequestHandler):
         """Nothing: the test's output is for the test."""
 
 
-@pytest.fixture
-def media() -> Iterator[ThreadingHTTPServer]:
+@pytest.fixture(scope="module")
+def serving() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Media)
-    server.requests = 0  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def media(serving: ThreadingHTTPServer) -> ThreadingHTTPServer:
+    serving.requests = 0  # type: ignore[attr-defined]
+    return serving
 
 
 def media_calls(server: ThreadingHTTPServer) -> dict[str, Any]:
