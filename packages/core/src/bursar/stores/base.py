@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from bursar.accounts import Account
-from bursar.commands import Alert, Answer, Command, Definitions, Entry
+from bursar.commands import Alert, Answer, Command, Definitions, Entry, Reservation
 
 
 class Store(Protocol):
@@ -66,6 +66,10 @@ class Store(Protocol):
 
     def alerts(self) -> Iterator[tuple[Alert, bool]]:
         """Every alert, oldest first, and whether it has been told."""
+        ...
+
+    def reservations(self) -> Iterator[Reservation]:
+        """The open reservations, by id."""
         ...
 
     def open_reservations(self) -> int:

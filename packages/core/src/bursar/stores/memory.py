@@ -140,6 +140,11 @@ class MemoryStore:
             found = [(row, self._outbox[row.id][2]) for row in self._rows.values() if type(row) is Alert]
         return iter(sorted(found, key=lambda one: (one[0].at_us, one[0].id)))
 
+    def reservations(self) -> Iterator[Reservation]:
+        with self._lock:
+            found = [row for id in self._open if type(row := self._rows.get(id)) is Reservation]
+        return iter(sorted(found))
+
     def open_reservations(self) -> int:
         with self._lock:  # an interrupt may leave an id that is not open, or no longer
             return sum(type(self._rows.get(id)) is Reservation for id in self._open)

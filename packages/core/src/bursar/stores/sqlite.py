@@ -14,7 +14,19 @@ from typing import Any
 
 from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock, SystemClock
-from bursar.commands import Alert, Answer, Charge, Command, Definition, Definitions, Ended, Entry, Expire, Reserve
+from bursar.commands import (
+    Alert,
+    Answer,
+    Charge,
+    Command,
+    Definition,
+    Definitions,
+    Ended,
+    Entry,
+    Expire,
+    Reservation,
+    Reserve,
+)
 from bursar.errors import BursarError, InvalidInput, StoreError
 from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
@@ -262,6 +274,9 @@ class SqliteStore:
             found = [row for each in values for row in connection.execute(sql, each).fetchall()]
             connection.execute("COMMIT")
         return found
+
+    def reservations(self) -> Iterator[Reservation]:
+        return (rows.reservation(row) for row in self._query(rows.RESERVATIONS))
 
     def open_reservations(self) -> int:
         return int(self._query("SELECT count(*) FROM reservations")[0][0])

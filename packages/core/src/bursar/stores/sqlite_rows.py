@@ -64,6 +64,7 @@ _MOVE_ACCOUNT = (
 _NEW_RESERVATION = "INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?)"
 _EXTEND_RESERVATION = "UPDATE reservations SET expires_us=? WHERE id=?"
 _GET_ACCOUNT = f"SELECT {_ACCOUNT} FROM accounts WHERE key=?"
+RESERVATIONS = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations ORDER BY id"
 _GET_RESERVATION = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations WHERE id=?"
 _END_RESERVATION = "DELETE FROM reservations WHERE id=?"
 _PUT_ENTRY = f"INSERT INTO records({_ENTRY}, {_TAG_COLUMNS}, model_answered) VALUES ({', '.join('?' * 27)})"
@@ -97,6 +98,12 @@ def account(row: tuple[Any, ...]) -> Account:
 def alert(row: tuple[Any, ...]) -> Alert:
     """The alert in the first columns of a row of `alerts`."""
     return Alert(row[0], row[1], row[2], from_json(row[3]))
+
+
+def reservation(row: tuple[Any, ...]) -> Reservation:
+    """The reservation in a row of `reservations`."""
+    held = tuple((key, unit, amount) for key, unit, amount in from_json(row[1]))
+    return Reservation._make((row[0], held, *row[2:6], from_json(row[6])))
 
 
 def entry(row: tuple[Any, ...]) -> Entry:
@@ -178,8 +185,7 @@ class Rows(dict[str, Row | None]):
         found = self._execute(_GET_RESERVATION, (id,)).fetchone()
         if found:
             self._drafts[id] = found[6]
-            held = tuple((key, unit, amount) for key, unit, amount in from_json(found[1]))
-            return Reservation._make((id, held, *found[2:6], from_json(found[6])))
+            return reservation(found)
         found = self._execute(_GET_ENTRY, (id,)).fetchone()
         return entry(found) if found else None
 
