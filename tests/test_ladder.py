@@ -285,6 +285,15 @@ def test_kill_stops_every_call_and_what_is_in_flight(desk: Any) -> None:
         here.spend()
 
 
+def test_a_charge_that_crosses_a_mark_kills_too(desk: Any) -> None:
+    here = desk(Threshold("50%", "kill"))
+    with here.bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=10) as flying:
+        here.bursar.charge("0.05 USD")
+        here.bursar._driver.keeper.look()
+        assert isinstance(flying.stopped, Stopped)
+        flying.settle(Usage(input_tokens=10, output_tokens=1))
+
+
 def test_kill_ends_one_run_and_leaves_the_others(desk: Any) -> None:
     here = desk(Threshold("50%", "kill"), per="run")
     with here.bursar.scope(run="r1"):

@@ -332,6 +332,8 @@ class Guard:
             raise rejection(call.id, answer)
         assert type(answer) is Ended
         call.state = "settled"
+        if answer.alerts:
+            yield from self.notices.crossed(answer.alerts, answer.accounts, self.policy)
         return answer.entry
 
     def goes_unguarded(self, call: Call, now_us: int) -> bool:
