@@ -365,9 +365,8 @@ class Bursar:
     def _load_policy(self) -> int:
         """Take the newest definitions of this process's budgets, and what operators decided, from the store; the store's time."""
         settings = None
-        while (
-            settings is not self._settings
-        ):  # else another thread has taken others, and what was made of these must go
+        # again where another thread has taken other settings meanwhile: else what was made of the old ones might stay
+        while settings is not self._settings:
             settings = self._settings
             version, held = self.store.definitions()
             newest = held.get("budget", {})
