@@ -81,7 +81,7 @@ ARROWS: dict[str, set[str]] = {
     | {"budget", "detect", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},
     "foresight": _BASE
     | _LAW
-    | {"amounts", "budget", "call", "detect", "estimate", "facade", "policy", "policy_file", "prices", "scope"}
+    | {"amounts", "budget", "call", "detect", "estimate", "facade", "ladder", "policy", "policy_file", "prices", "scope"}
     | {"stores", "testing"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.
