@@ -159,6 +159,29 @@ def test_what_cannot_be_changed_falls_to_the_next_stricter(options: Any, provide
     booked_as_billed(bursar, provider)
 
 
+class Azure(OpenAI):
+    """As LlamaIndex's integration of Azure, which is told by its module: its deployments stand in the address."""
+
+
+Azure.__module__ = "llama_index.llms.azure_openai.base"
+
+
+@pytest.mark.parametrize("what", ["a deployment", "thinking"])
+def test_what_would_fail_at_the_provider_is_asked_about(what: str, provider: Provider, guarded: Any) -> None:
+    """Nothing is sent that the provider would refuse, or that would not do what the record says."""
+    bursar = guarded(DOWN if what == "a deployment" else CLAMP)
+    spend(bursar, "0.02 USD")
+    thinking = {"max_tokens": 2_000, "temperature": 1, "thinking_dict": {"type": "enabled", "budget_tokens": 1_024}}
+    llm = llm_at(provider, Azure) if what == "a deployment" else llm_at(provider, Anthropic, **thinking)
+    with pytest.raises(ApprovalRequired) as caught:
+        llm.chat(HELLO)
+    assert provider.requests == 0
+    operator_of(bursar).approve(caught.value.id)
+    llm.chat(HELLO)
+    (served,) = provider.account
+    assert served.request["model"] == llm.model
+
+
 def test_embeddings_are_not_changed_but_asked_about(provider: Provider, guarded: Any) -> None:
     bursar = guarded(Threshold("1%", "downgrade", models={"text-embedding-3-large": "text-embedding-3-small"}))
     spend(bursar, "0.02 USD")

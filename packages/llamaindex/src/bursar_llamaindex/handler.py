@@ -43,7 +43,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
 
     Put it into a `CallbackManager`, or see `install`. `tags` are added to all its calls, `instrument_tags({"user": "ann"})`
     to those inside; a scope's own tags win over both. The caller gets BudgetExceeded, and the other errors of
-    `Bursar.reserve`, before anything is sent; never later.
+    `Bursar.reserve`, before anything is sent; later only Stopped, out of a stream that a switch or a budget has ended.
     """
 
     def __init__(self, bursar: Bursar, **tags: str) -> None:
