@@ -20,6 +20,7 @@ _OWN = {
         for name in ("alerts", "approvals", "approve", "deny", "freeze", "operator", "release", "resume")
     },
     "raise": "bursar.cli.operate:raise_limit",
+    "exposure": "bursar.cli.exposure:command",
 }
 
 

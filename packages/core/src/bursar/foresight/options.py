@@ -28,9 +28,8 @@ def options_of_file(path: Path) -> Options:
     from bursar.policy_file import read_policy  # pydantic loads with it
 
     policy = read_policy(path)
-    given = {"budgets": policy.make_budgets(), "prices": policy.make_prices(), "rates": policy.rates}
     reprices = bool(policy.price or policy.ceiling or policy.tools)
-    return Options(given, reprices, False, True, policy.store)
+    return Options(policy.options(), reprices, any(not one.log for one in policy.alert), True, policy.store)
 
 
 def options_of_books(books: Bursar, url: str) -> Options:

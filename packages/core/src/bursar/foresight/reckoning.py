@@ -21,6 +21,7 @@ from bursar.foresight.simulation import Simulation
 from bursar.ladder import THROTTLE_WAIT_S
 from bursar.policy import NONE, Matched, limits, throttle_rule
 from bursar.scope import process_run
+from bursar.usage import Usage
 
 HORIZON_US = 31 * 86_400_000_000
 MOST_TURNS = 10_000  # reckoned one by one
@@ -170,6 +171,9 @@ class _Reckoning:
 
     def run(self) -> End:
         for _ in range(MOST_TURNS):
+            over = [key for key, one in self.balances.items() if (one.rule.end_us or FOREVER) <= self.now_us]
+            for key in over:
+                del self.balances[key]
             reached = {key: one.marks() for key, one in self.balances.items()}
             counts = self.calls, self.tool_calls, self.nanos
             self.moves, self.waited = {}, False
@@ -252,14 +256,24 @@ class _Reckoning:
             tokens = usage.input_tokens + usage.output_tokens
             actuals |= {"USD": price.cost_nanos, "tokens": tokens, "requests": usage.requests}
             billed = price.cost_nanos
-            if self.loop.kind == "failing":  # what was held is booked, and every attempt may be billed
-                actuals, billed = {"failures": 1}, billed * self.loop.attempts
         held = self.guard.amounts.lines(call, matched)
+        if self.loop.kind == "failing":
+            actuals, billed = self._unknown(call), billed * self.loop.attempts
         lines = [
             Line(one.budget, rule, amount, actuals.get(rule.unit, amount))
             for one, (rule, amount) in zip(matched, held, strict=True)
         ]
         return lines, billed
+
+    def _unknown(self, call: Call) -> dict[str, int]:
+        """What is booked where nobody knows what was billed: what was held, or the whole estimate where that is more."""
+        assert call.estimate is not None
+        assert call.price is not None
+        known = Usage(input_tokens=call.estimate.input_tokens, output_tokens=call.estimate.output_tokens)
+        nanos = call.price.cost_nanos(known)
+        if call.usage is not None or nanos <= call.draft["cost_nanos"]:
+            return {"failures": 1}
+        return {"failures": 1, "USD": nanos, "tokens": known.input_tokens + known.output_tokens}
 
     def _call(self, step: Step, taken: _Taken) -> Call:
         """The step's call, as thresholds have made it; the same one every time."""
@@ -361,9 +375,8 @@ class _Reckoning:
             if one.max_minutes is not None:
                 end_us = self.start_us + one.max_minutes * _MINUTE_US
                 count = min(count, -(-(end_us - next_us) // interval_us))
-        count = min(
-            count, *(self.balances[key].turns(moves, next_us, interval_us) for key, moves in self.moves.items())
-        )
+        likewise = (self.balances[key].turns(moves, next_us, interval_us) for key, moves in self.moves.items())
+        count = min([count, *likewise])
         if count < 1:
             return False
         for key, moves in self.moves.items():
