@@ -76,12 +76,25 @@ ARROWS: dict[str, set[str]] = {
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},
     "settings": _BASE | {"budget", "detect", "policy", "prices", "scope", "sentry", "alerts"},
+    "making": _BASE | _LAW | {"call", "estimate", "guard", "reservation", "scope", "stores"},
     "policy_file": _BASE
     | _LAW
     | {"budget", "detect", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},
     "foresight": _BASE
     | _LAW
-    | {"amounts", "budget", "call", "detect", "estimate", "facade", "ladder", "policy", "policy_file", "prices", "scope"}
+    | {
+        "amounts",
+        "budget",
+        "call",
+        "detect",
+        "estimate",
+        "facade",
+        "ladder",
+        "policy",
+        "policy_file",
+        "prices",
+        "scope",
+    }
     | {"stores", "testing"},
 }
 # What other packages may rely on: the names of `bursar` itself and of these modules.

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from bursar.budget import Budget
-from bursar.call import CHANGEABLE, CHARGE_UNITS, MODEL_UNITS, TOOL_UNITS, Call, CallOptions, Step, ToolOptions
+from bursar.call import CHARGE_UNITS, CallOptions, Step, ToolOptions
 from bursar.clock import Clock
 from bursar.decisions import Decisions
 from bursar.detect import Detectors
 from bursar.driver import Driver
 from bursar.errors import InvalidInput, StoreError
-from bursar.estimate import Request
 from bursar.guard import Guard
+from bursar.making import CallMaker
 from bursar.notices import nobody
 from bursar.policy import Policy
 from bursar.prices import PriceBook
@@ -32,14 +32,12 @@ from bursar.scope import (
     check_tags,
     current,
     from_carried,
-    process_run,
     to_baggage,
 )
 from bursar.settings import Settings
 from bursar.signing import content
 from bursar.stores import open_store
 from bursar.stores.base import Store
-from bursar.usage import Usage
 
 if TYPE_CHECKING:
     from bursar.alerts import Alerts, Deliverer
@@ -86,6 +84,7 @@ class Bursar:
             raise InvalidInput(
                 f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
             )
+        tags = check_tags(tags or {})
         self._settings = settings = Settings.of(
             budgets,
             prices=prices,
@@ -95,11 +94,10 @@ class Bursar:
             default_limit=default_limit,
             alerts=alerts,
         )
-        self._tags = check_tags(tags or {})
-        self._new_id = ids
         self.guard = Guard(settings.policy, settings.book, on_expiry=on_expiry, max_accounts=max_accounts)
         self.guard.notices.sentry = settings.sentry()
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
+        self._make = CallMaker(self.guard, self.store, tags, ids)
         self._driver = Driver(self.guard, self.store, self._load_policy)
         self._deliverer = self._deliver(alerts)
         try:
@@ -135,7 +133,7 @@ class Bursar:
         if budget is not None:
             self.guard.policy.check_limit(budget)
             # a name for this block, else all blocks without tags would share one limit
-            own = own or {"scope": self._id()}
+            own = own or {"scope": self._make.id()}
         scope = Scope(own, active() if carried is None else from_carried(carried), budget)
         token = current.set(scope)
         try:
@@ -163,14 +161,14 @@ class Bursar:
 
         Raises BudgetExceeded, UnknownPrice, UnboundedEstimate, IdempotencyConflict, StoreError or InvalidInput.
         """
-        call = self._model_call(provider, model, **options)
+        call = self._make.model(provider, model, **options)
         reservation = Reservation(self._driver, call)
         self._driver.reserve(call)
         return reservation
 
     async def areserve(self, provider: str, model: str, **options: Unpack[CallOptions]) -> Reservation:
         """As `reserve`, for async callers."""
-        call = self._model_call(provider, model, **options)
+        call = self._make.model(provider, model, **options)
         reservation = Reservation(self._driver, call)
         await self._driver.areserve(call)
         return reservation
@@ -181,7 +179,7 @@ class Bursar:
         Settle inside with the provider's answer. Left unsettled, it books the reserved amount as estimated, unless the
         error says that nothing was generated. Options and errors as for `reserve`.
         """
-        return Block(self._driver, self._model_call(provider, model, **options))
+        return Block(self._driver, self._make.model(provider, model, **options))
 
     acall = call
 
@@ -190,7 +188,7 @@ class Bursar:
 
         `settle("0.003 USD")` inside books another cost. Counts one of the unit `calls`. Raises BudgetExceeded, StoreError.
         """
-        return Block(self._driver, self._tool_call(name, cost=cost, **options))
+        return Block(self._driver, self._make.tool(name, cost=cost, **options))
 
     atool = tool
 
@@ -213,89 +211,10 @@ class Bursar:
 
         return wrap_client(self, client, provider)
 
-    def _model_call(
-        self,
-        provider: str,
-        model: str,
-        *,
-        resize: bool | None = None,
-        connection: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        default_tags: Mapping[str, str] | None = None,
-        id: str | None = None,
-        ttl_s: float = 600.0,
-        changeable: Collection[str] = CHANGEABLE,
-        body: Mapping[str, Any] | None = None,
-        usage: Usage | None = None,
-        **said: Any,
-    ) -> Call:
-        own = _texts(provider=provider, model=model, connection=connection or provider)
-        messages = said.get("messages")
-        if messages is not None and not isinstance(messages, (str, Sequence)):
-            raise InvalidInput(
-                f"messages cannot be {str(messages)[:40]!r}. Give the text, or the list of messages, as it will be sent.",
-                argument="messages",
-            )
-        call = self._call(MODEL_UNITS, tags, default_tags, id, ttl_s)
-        call.provider, call.model, call.connection = own["provider"], own["model"], own["connection"]
-        call.request, call.usage = Request(provider, model, body=body, **said), usage
-        call.resize = call.request.max_output_tokens is None if resize is None else resize
-        call.changeable = changeable
-        call.content = body if messages is None else messages  # a body beside messages holds none
-        tier = body.get("service_tier") if isinstance(body, Mapping) else None
-        call.service_tier = tier if isinstance(tier, str) else None
-        return call
-
-    def _tool_call(
-        self,
-        name: str,
-        *,
-        cost: str | None = None,
-        arguments: Any = None,
-        connection: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        default_tags: Mapping[str, str] | None = None,
-        id: str | None = None,
-        ttl_s: float = 600.0,
-    ) -> Call:
-        price = tool_cost(cost)
-        own = _texts(tool=name, connection=connection or name)
-        call = self._call(TOOL_UNITS, tags, default_tags, id, ttl_s)
-        call.tool, call.connection, call.content = own["tool"], own["connection"], arguments
-        call.amounts = {"USD": (call.book.tool_price(name) or 0) if price is None else price}
-        return call
-
-    def _call(
-        self,
-        units: tuple[str, ...],
-        tags: Mapping[str, str] | None,
-        default_tags: Mapping[str, str] | None,
-        id: str | None,
-        ttl_s: float,
-    ) -> Call:
-        scope = self._scope(tags, default_tags)
-        call_id = self._id() if id is None else id
-        return Call(call_id, scope, units, self.guard.book, ttl_s=ttl_s, given_id=id is not None)
-
-    def _id(self) -> str:
-        # Ids rise with time, so that records are appended where the table ends.
-        return self._new_id() if self._new_id is not None else f"{self.store.now_us():014x}-{os.urandom(8).hex()}"
-
-    def _scope(self, tags: Mapping[str, str] | None, defaults: Mapping[str, str] | None) -> Scope:
-        scope = active()
-        if scope is None:
-            scope = Scope({})
-        elif "run" in scope.tags and not (tags or defaults or self._tags):
-            return scope
-        # the innermost explicit scope's run, else the caller's (a framework's), else one per process
-        return scope.with_tags(
-            check_tags(tags or {}), {"run": process_run(), **self._tags, **check_tags(defaults or {})}
-        )
-
     def _charging(self, cost: str, tool: str | None, **options: Any) -> Generator[Step, Any, UsageRecord]:
         cost_nanos = tool_cost(cost or "")
         assert cost_nanos is not None
-        call = self._tool_call(tool or "charge", cost=cost, **options)
+        call = self._make.tool(tool or "charge", cost=cost, **options)
         if tool is None:
             call.tool, call.connection = "", options.get("connection") or ""
         call.units = CHARGE_UNITS
@@ -388,11 +307,3 @@ class Bursar:
         if settings.alerts is not before.alerts:
             self._deliver_elsewhere(settings.alerts)
         self._load_policy()
-
-
-def _texts(**given: object) -> dict[str, str]:
-    """Names that a call cannot do without, checked as the tags that they become. Raises InvalidInput."""
-    for argument, value in given.items():
-        if not isinstance(value, str):
-            raise InvalidInput(f"{argument} cannot be {str(value)[:40]!r}. Give its name as text.", argument=argument)
-    return check_tags(given)

@@ -34,11 +34,11 @@ class Simulation:
 
     def model_call(self, provider: str, model: str, **said: Any) -> Call:
         """A model call as `Bursar.reserve` would make it; nothing is asked for yet."""
-        return self.bursar._model_call(provider, model, resize=False, ttl_s=TTL_S, **said)
+        return self.bursar._make.model(provider, model, resize=False, ttl_s=TTL_S, **said)
 
     def tool_call(self, name: str, cost_nanos: int, **said: Any) -> Call:
         """The same for a tool call at this price."""
-        call = self.bursar._tool_call(name, ttl_s=TTL_S, **said)
+        call = self.bursar._make.tool(name, ttl_s=TTL_S, **said)
         call.amounts = {"USD": cost_nanos}
         return call
 
