@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bursar.ending import Ending, failed, released, settled, unknown
-from bursar.errors import BursarError, UnreadableAnswer
+from bursar.errors import BursarError, Stopped, UnreadableAnswer
 from bursar.usage import Usage
 
-_MAYBE_SENT_STATUS = frozenset((408, 409, 499))  # a time-out or a client gone: generation may have begun
 _PLAIN = frozenset(
     ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details")
 )
@@ -44,15 +43,14 @@ def read_error(provider: str, error: BaseException, result: Any) -> Ending:
     """The end of a call that failed. An answer that came with status 200 is billed, whatever went wrong with it here."""
     message = _message(result)
     facts = getattr(message, "response_metadata", None) or {}
-    status, body = facts.get("status_code"), facts.get("body")
     known = _normalised(getattr(message, "usage_metadata", None) or {}, facts)
-    if status == 200 and body is not None:
+    if isinstance(error, Stopped):
+        return unknown(f"stopped in mid-stream ({error.cause})", known)
+    if facts.get("status_code") == 200 and facts.get("body") is not None:
         try:
-            return settled(Usage.from_response(provider, body), outcome="failed", reason=type(error).__name__)
+            return settled(Usage.from_response(provider, facts["body"]), outcome="failed", reason=type(error).__name__)
         except UnreadableAnswer:
             return unknown(f"{type(error).__name__} after an answer", known)
-    if isinstance(status, int) and 400 <= status < 500 and status not in _MAYBE_SENT_STATUS:
-        return released(type(error).__name__)
     return failed(error, known)
 
 

@@ -1,4 +1,4 @@
-"""The refusal as LangChain meets it: one class that no retry, fallback or tool error handler of the framework swallows."""
+"""Refusals as LangChain meets them: classes that no retry, fallback or tool error handler of the framework swallows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bursar.errors import BudgetExceeded
+from bursar.errors import ApprovalRequired, BudgetExceeded, Stopped
 
 if TYPE_CHECKING:
 
@@ -24,30 +24,42 @@ class LangChainBudgetExceeded(BudgetExceeded, _ModelError):
     """A budget refused the call; nothing was sent. The fields are those of `bursar.BudgetExceeded`.
 
     A RuntimeError, which LangGraph's retry policy leaves alone; a ModelError that says that retrying is of no use; and
-    once langgraph is loaded also a GraphBubbleUp, which its tool nodes and LangChain's middlewares let through.
+    once langgraph is loaded also a GraphBubbleUp, which its tool nodes and LangChain's middlewares let through. Where the
+    core raises `ApprovalRequired` or `Stopped`, it is one of these as well.
     """
 
     is_retryable = False
 
 
+_KINDS = {kind.__name__: kind for kind in (BudgetExceeded, ApprovalRequired, Stopped)}
+
+
 def langchain_error(error: BudgetExceeded) -> LangChainBudgetExceeded:
-    """The same refusal in the class that the framework lets through."""
+    """The same refusal in a class that the framework lets through."""
     if isinstance(error, LangChainBudgetExceeded):
         return error
-    kind = _in_graphs() if "langgraph" in sys.modules else LangChainBudgetExceeded
-    return kind(str(error), **error.fields)
+    family = "Graph" if "langgraph" in sys.modules else "LangChain"
+    return _class(family, type(error).__name__)(str(error), **error.fields)
 
 
 @cache
-def _in_graphs() -> type[LangChainBudgetExceeded]:
-    # Importing langgraph takes a quarter of a second, so it is not loaded for those who do not use it.
-    from langgraph.errors import GraphBubbleUp
+def _class(family: str, name: str) -> type[LangChainBudgetExceeded]:
+    bases: list[type] = [LangChainBudgetExceeded]
+    if name != "BudgetExceeded":
+        bases.append(_KINDS[name])
+    elif family == "LangChain":
+        return LangChainBudgetExceeded
+    if family == "Graph":
+        # Importing langgraph takes a quarter of a second, so it is not loaded for those who do not use it.
+        from langgraph.errors import GraphBubbleUp
 
-    names = {"__module__": __name__, "__doc__": LangChainBudgetExceeded.__doc__}
-    return type("GraphBudgetExceeded", (LangChainBudgetExceeded, GraphBubbleUp), names)
+        bases.append(GraphBubbleUp)
+    doc = _KINDS[name].__doc__ if name != "BudgetExceeded" else LangChainBudgetExceeded.__doc__
+    return type(family + name, tuple(bases), {"__module__": __name__, "__doc__": doc})
 
 
 def __getattr__(name: str) -> Any:
-    if name != "GraphBudgetExceeded":  # by this name it is found when it is unpickled
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _in_graphs()
+    for family in ("Graph", "LangChain"):  # by these names they are found when they are unpickled
+        if name.startswith(family) and name.removeprefix(family) in _KINDS:
+            return _class(family, name.removeprefix(family))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

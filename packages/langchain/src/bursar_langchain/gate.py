@@ -42,29 +42,41 @@ class Open:
 
 
 class Slot:
-    """What the middleware lets the handler do for one request of an agent: ask for a smaller answer, and be cleaned up after.
+    """What the middleware lets the handler do for one request of an agent: have it changed, and be cleaned up after.
 
-    `signal` is raised when the answer has to be smaller than the request says; the reservation then waits in `parked`
-    for the request to come again with `max_output_tokens`.
+    `changeable`: what of the request the middleware can change, as for `Bursar.reserve`; `model`: the name of the model that
+    it can change. Where less is granted than the request asks for, `signal` is raised, and the reservation waits in `parked`
+    for the request to come again as `granted`: with that model, and that maximum output under the names in `limits`.
     """
 
-    __slots__ = ("keys", "may_clamp", "parked", "run", "signal")
+    __slots__ = ("changeable", "granted", "keys", "limits", "model", "parked", "run", "signal")
 
-    def __init__(self, signal: type[Exception] | None, run: str | None) -> None:
-        self.signal = signal
+    def __init__(
+        self,
+        run: str | None,
+        signal: type[Exception] | None = None,
+        model: str | None = None,
+        changeable: tuple[str, ...] = (),
+    ) -> None:
         self.run = run
-        self.may_clamp = signal is not None
+        self.signal = signal
+        self.model = model
+        self.changeable = changeable
         self.parked: Reservation | None = None
+        self.granted: tuple[str, int | None] = ("", None)
+        self.limits: tuple[str, ...] = ()
         self.keys: list[int] = []
 
-    @property
-    def max_output_tokens(self) -> int | None:
-        """What the parked reservation covers; None where none is parked."""
-        return None if self.parked is None else self.parked.max_output_tokens
+    def offers(self, model: str) -> tuple[str, ...]:
+        """What can be changed of a call of this model: another one than the request's was chosen further in."""
+        return self.changeable if model == self.model else tuple(one for one in self.changeable if one != "model")
 
-    def fits(self, model: str, limit: int | None) -> bool:
-        """Whether the announced call is the parked one, made smaller."""
-        return self.parked is not None and (self.parked.model, self.max_output_tokens) == (model, limit)
+    def park(self, reservation: Reservation, model: str, limit: int | None, limits: tuple[str, ...]) -> None:
+        """Raise the signal where the call has to be sent in another way than with this model and maximum output."""
+        granted = (reservation.model, reservation.max_output_tokens if reservation.capped else limit)
+        if self.signal is not None and granted != (model, limit):
+            self.parked, self.granted, self.limits, self.changeable = reservation, granted, limits, ()
+            raise self.signal(f"no error: the request comes again as it was granted, {granted}")
 
 
 current_slot: ContextVar[Slot | None] = ContextVar("bursar_langchain_slot", default=None)
@@ -127,13 +139,7 @@ class Gate:
             raise
 
     def admitted(self, run_id: UUID, opened: Open, reservation: Reservation, slot: Slot | None = None) -> None:
-        """The reservation was granted. Raises the slot's signal when the request has to come again, smaller."""
-        if slot is not None and slot.may_clamp and reservation.capped:
-            assert slot.signal is not None
-            slot.parked, slot.may_clamp = reservation, False
-            raise slot.signal(
-                f"no error: the request comes again with at most {slot.max_output_tokens} tokens of output"
-            )
+        """The reservation was granted, for a call that is sent as it was announced."""
         opened.reservation = reservation
         if slot is not None:
             slot.keys.append(run_id.int)
@@ -142,11 +148,10 @@ class Gate:
         """The slot's parked reservation, if this is the call it is for; another call gives it back."""
         if slot is None or slot.parked is None:
             return None
-        reservation, fits = slot.parked, slot.fits(model, limit)
-        slot.parked = None
-        if fits:
+        reservation, slot.parked = slot.parked, None
+        if slot.granted == (model, limit):
             return reservation
-        reservation.release("the request did not come again as it was reserved")
+        reservation.release("the request did not come again as it was granted")
         return None
 
     # -- end -----------------------------------------------------------------------------------------------------
@@ -163,10 +168,17 @@ class Gate:
         return opened
 
     def answering(self, key: int) -> None:
-        """The first part of its answer is there: the user's code comes between the parts, and what it calls is its own."""
+        """A part of its answer is there: the user's code comes between the parts, and what it calls is its own.
+
+        Raises what stops the call in mid-stream.
+        """
         opened = self._open.get(key)
-        if opened is not None and opened.sending is not None:
+        if opened is None:
+            return
+        if opened.sending is not None:
             opened.sending.end()
+        if opened.reservation is not None and opened.reservation.stopped is not None:
+            raise langchain_error(opened.reservation.stopped)
 
     def finish(self, opened: Open, ending: Ending) -> None:
         """End the reservation."""

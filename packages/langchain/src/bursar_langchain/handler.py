@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from inspect import CO_COROUTINE
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -14,8 +15,9 @@ from langchain_core.callbacks import BaseCallbackHandler
 from bursar.ending import Ending, released, settled, told_only, unknown
 from bursar.sending import Sending
 from bursar_langchain.answer import read_end, read_error
+from bursar_langchain.asking import areserve, reserve
 from bursar_langchain.gate import Gate, Open, Slot, current_slot
-from bursar_langchain.request import read_start
+from bursar_langchain.request import limit_names, read_start
 from bursar_langchain.runs import clean
 
 if TYPE_CHECKING:
@@ -47,10 +49,7 @@ class _Announced(NamedTuple):
     slot: Slot | None
     request: dict[str, Any]
     reservation: Reservation | None
-
-    def send(self, bursar: Bursar) -> None:
-        """It is reserved: the model's client sends it from here on."""
-        self.opened.sending = Sending(bursar, self.request["model"], self.request["messages"]).begin()
+    limits: tuple[str, ...]
 
 
 class BursarCallbackHandler(BaseCallbackHandler):
@@ -105,9 +104,9 @@ class BursarCallbackHandler(BaseCallbackHandler):
             opened.provider = request["provider"]
             request["default_tags"] = self._tags(parent_run_id, metadata, slot)
             reservation = self._gate.adopt(slot, request["model"], request["max_output_tokens"])
-            request["resize"] = slot is not None and slot.may_clamp
-            request["changeable"] = ()
-        return _Announced(opened, slot, request, reservation)
+            request["changeable"] = () if slot is None else slot.offers(request["model"])
+            request["resize"] = "max_output_tokens" in request["changeable"]
+        return _Announced(opened, slot, request, reservation, limit_names(params))
 
     def _start(
         self, serialized: Any, inputs: Sequence[Any], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
@@ -115,9 +114,8 @@ class BursarCallbackHandler(BaseCallbackHandler):
         call = self._announced(serialized, inputs, run_id, parent_run_id, **more)
         if call is not None:
             with self._gate.admission(run_id, call.opened):
-                reservation = call.reservation or self.bursar.reserve(**call.request)
-                self._gate.admitted(run_id, call.opened, reservation, call.slot)
-            call.send(self.bursar)
+                block = partial(self.bursar.call, **call.request)
+                self._admitted(run_id, call, call.reservation or reserve(block))
 
     async def _astart(
         self, serialized: Any, inputs: Sequence[Any], *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
@@ -125,10 +123,17 @@ class BursarCallbackHandler(BaseCallbackHandler):
         call = self._announced(serialized, inputs, run_id, parent_run_id, **more)
         if call is not None:
             with self._gate.admission(run_id, call.opened):
-                reservation = call.reservation or await self.bursar.areserve(**call.request)
-                self._gate.admitted(run_id, call.opened, reservation, call.slot)
-            call.send(self.bursar)
+                block = partial(self.bursar.call, **call.request)
+                self._admitted(run_id, call, call.reservation or await areserve(block))
             _end_with_task(self._gate, run_id.int, call.opened)
+
+    def _admitted(self, run_id: UUID, call: _Announced, reservation: Reservation) -> None:
+        """It is reserved: the model's client sends it from here on, or the middleware sends it as it was granted."""
+        request = call.request
+        if call.slot is not None:
+            call.slot.park(reservation, request["model"], request["max_output_tokens"], call.limits)
+        self._gate.admitted(run_id, call.opened, reservation, call.slot)
+        call.opened.sending = Sending(self.bursar, request["model"], request["messages"]).begin()
 
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **more: Any) -> None:
         self._gate.answering(run_id.int)
@@ -172,14 +177,19 @@ class BursarCallbackHandler(BaseCallbackHandler):
     # -- tools ---------------------------------------------------------------------------------------------------
 
     def _tool_call(
-        self, serialized: Mapping[str, Any] | None, parent_run_id: UUID | None, more: Mapping[str, Any]
-    ) -> tuple[str, dict[str, Any]]:
+        self, serialized: Mapping[str, Any] | None, given: str, parent_run_id: UUID | None, more: Mapping[str, Any]
+    ) -> dict[str, Any]:
         name = clean({"tool": more.get("name") or (serialized or {}).get("name") or "tool"})["tool"]
         metadata = more.get("metadata") or {}
         connection = metadata.get("connection") or metadata.get("mcp_server")
         tags = self._tags(parent_run_id, metadata, current_slot.get())
         tags.pop("tool", None)
-        return name, {"connection": None if connection is None else str(connection), "default_tags": tags}
+        return {
+            "name": name,
+            "arguments": more.get("inputs") or given,
+            "connection": None if connection is None else str(connection),
+            "default_tags": tags,
+        }
 
     def _tool_start(
         self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
@@ -187,10 +197,10 @@ class BursarCallbackHandler(BaseCallbackHandler):
         opened = self._gate.begin(run_id, parent_run_id)
         if opened is None:
             return
-        name, options = self._tool_call(serialized, parent_run_id, more)
+        call = self._tool_call(serialized, input_str, parent_run_id, more)
         with self._gate.admission(run_id, opened):
-            self._gate.admitted(run_id, opened, self.bursar.tool(name, **options).__enter__())
-        self._gate.runs.start_tool(run_id, parent_run_id, name)
+            self._gate.admitted(run_id, opened, reserve(partial(self.bursar.tool, **call)))
+        self._gate.runs.start_tool(run_id, parent_run_id, call["name"])
 
     async def _atool_start(
         self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
@@ -198,10 +208,10 @@ class BursarCallbackHandler(BaseCallbackHandler):
         opened = self._gate.begin(run_id, parent_run_id)
         if opened is None:
             return
-        name, options = self._tool_call(serialized, parent_run_id, more)
+        call = self._tool_call(serialized, input_str, parent_run_id, more)
         with self._gate.admission(run_id, opened):
-            self._gate.admitted(run_id, opened, await self.bursar.tool(name, **options).__aenter__())
-        self._gate.runs.start_tool(run_id, parent_run_id, name)
+            self._gate.admitted(run_id, opened, await areserve(partial(self.bursar.tool, **call)))
+        self._gate.runs.start_tool(run_id, parent_run_id, call["name"])
 
     def _tool_end(self, output: Any, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)

@@ -10,7 +10,7 @@ from langchain.agents.middleware import AgentMiddleware
 from langchain_core.messages import HumanMessage, ToolMessage
 from langgraph.errors import GraphBubbleUp
 
-from bursar.errors import BudgetExceeded
+from bursar.errors import ApprovalRequired, BudgetExceeded, Stopped
 from bursar_langchain.gate import Gate, Slot, current_slot
 from bursar_langchain.handler import BursarCallbackHandler
 from bursar_langchain.hooks import active, hook
@@ -32,17 +32,18 @@ _LIMIT_NAMES = {
 }
 
 
-class AskForLess(GraphBubbleUp):
-    """The request has to come again, with a smaller answer. A GraphBubbleUp, so that no retry on the way catches it."""
+class AskAgain(GraphBubbleUp):
+    """The request has to come again, as it was granted. A GraphBubbleUp, so that no retry on the way catches it."""
 
 
 class BursarMiddleware(_Middleware):
     """Budgets for an agent made by `create_agent`: `create_agent(model, tools, middleware=[BursarMiddleware(bursar)])`.
 
-    Makes an answer's maximum smaller where the budget has no room for more, has streams state their usage, goes to
-    `fallback` (a cheaper model) where the budget has no room for the first, and turns a tool that was refused into an error
-    that the model reads. It brings its own handler: model calls and tools of this agent are held against the budgets
-    without further ado. Put it first in the list. Raises LangChainBudgetExceeded where no model fits.
+    Sends the model and the maximum output that a budget's thresholds ask for, makes the maximum smaller where the budget has
+    no room for more, has streams state their usage, goes to `fallback` (a cheaper model) where the budget has no room for the
+    first, and turns a tool that was refused into an error that the model reads. It brings its own handler: model calls and
+    tools of this agent are held against the budgets without further ado. Put it first in the list. Raises
+    LangChainBudgetExceeded where no model fits, where the agent is stopped, and where a budget asks and nothing can pause.
     """
 
     def __init__(self, bursar: Bursar, *, fallback: BaseChatModel | None = None, **tags: str) -> None:
@@ -57,41 +58,41 @@ class BursarMiddleware(_Middleware):
     def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
         try:
             return self._call_model(request, handler)
-        except BudgetExceeded:
-            if self._fallback is None:
+        except BudgetExceeded as error:
+            if self._fallback is None or _ends_run(error):
                 raise
         return self._call_model(request.override(model=self._fallback), handler)
 
     async def awrap_model_call(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
         try:
             return await self._acall_model(request, handler)
-        except BudgetExceeded:
-            if self._fallback is None:
+        except BudgetExceeded as error:
+            if self._fallback is None or _ends_run(error):
                 raise
         return await self._acall_model(request.override(model=self._fallback), handler)
 
     def _call_model(self, request: Any, handler: Callable[[Any], Any]) -> Any:
         request = _with_usage(request)
-        with self._inside(request.state, clamps=True) as slot:
+        with self._inside(_slot(request)) as slot:
             try:
                 return handler(request)
-            except AskForLess:
-                return handler(_smaller(request, slot))
+            except AskAgain:
+                return handler(_as_granted(request, slot))
 
     async def _acall_model(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
         request = _with_usage(request)
-        with self._inside(request.state, clamps=True) as slot:
+        with self._inside(_slot(request)) as slot:
             try:
                 return await handler(request)
-            except AskForLess:
-                return await handler(_smaller(request, slot))
+            except AskAgain:
+                return await handler(_as_granted(request, slot))
 
     @contextmanager
-    def _inside(self, state: Any, *, clamps: bool) -> Iterator[Slot]:
+    def _inside(self, slot: Slot) -> Iterator[Slot]:
         """With the handler active, and with what the calls inside leave open ended on leaving."""
         outer = current_slot.get()
-        run = outer.run if outer is not None and outer.run else _turn(state)
-        slot = Slot(AskForLess if clamps else None, run)
+        if outer is not None and outer.run:
+            slot.run = outer.run
         handler_token, slot_token = active.set(self._handler), current_slot.set(slot)
         try:
             yield slot
@@ -106,18 +107,23 @@ class BursarMiddleware(_Middleware):
     # -- tools ---------------------------------------------------------------------------------------------------
 
     def wrap_tool_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
-        with self._inside(request.state, clamps=False):
+        with self._inside(Slot(_turn(request.state))):
             try:
                 return handler(request)
             except BudgetExceeded as error:
                 return _refusal(request, error)
 
     async def awrap_tool_call(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
-        with self._inside(request.state, clamps=False):
+        with self._inside(Slot(_turn(request.state))):
             try:
                 return await handler(request)
             except BudgetExceeded as error:
                 return _refusal(request, error)
+
+
+def _ends_run(error: BudgetExceeded) -> bool:
+    """Whether neither another model nor doing without the tool is a way out: only an operator has one."""
+    return isinstance(error, (ApprovalRequired, Stopped))
 
 
 def _with_usage(request: Any) -> Any:
@@ -128,9 +134,36 @@ def _with_usage(request: Any) -> Any:
     return request
 
 
-def _smaller(request: Any, slot: Slot) -> Any:
-    name = _LIMIT_NAMES.get(type(request.model).__name__, "max_tokens")
-    return request.override(model_settings={**request.model_settings, name: slot.max_output_tokens})
+def _slot(request: Any) -> Slot:
+    """What may be changed of this request. Azure's models are named by their address, not by the request."""
+    model, field = request.model, _name_field(request.model)
+    name = request.model_settings.get("model", getattr(model, field, None))
+    is_named = isinstance(name, str) and not getattr(model, "deployment_name", None)
+    changeable = ("model", "max_output_tokens") if is_named else ("max_output_tokens",)
+    return Slot(_turn(request.state), AskAgain, name, changeable)
+
+
+def _name_field(model: BaseChatModel) -> str:
+    return "model_name" if "model_name" in type(model).model_fields else "model"
+
+
+def _as_granted(request: Any, slot: Slot) -> Any:
+    """The request with the model and the maximum output that were reserved for."""
+    model, limit = slot.granted
+    settings, changed = dict(request.model_settings), {}
+    if model != slot.model:
+        fields = {
+            _name_field(request.model): model,
+            "profile": None,
+        }  # what is known of the one is not true of the other
+        known = type(request.model).model_fields
+        changed["model"] = request.model.model_copy(update={name: fields[name] for name in fields if name in known})
+        if "model" in settings:
+            settings["model"] = model
+    if slot.parked is not None and slot.parked.capped:
+        names = slot.limits or (_LIMIT_NAMES.get(type(request.model).__name__, "max_tokens"),)
+        settings.update(dict.fromkeys(names, limit))
+    return request.override(model_settings=settings, **changed)
 
 
 def _turn(state: Any) -> str | None:
@@ -140,5 +173,8 @@ def _turn(state: Any) -> str | None:
 
 
 def _refusal(request: Any, error: BudgetExceeded) -> ToolMessage:
+    """The refusal of a tool as the model reads it. Raises the one that ends the run."""
+    if _ends_run(error):
+        raise error
     call = request.tool_call
     return ToolMessage(f"Not run: {error}", tool_call_id=call["id"], name=call["name"], status="error")

@@ -17,7 +17,10 @@ _CLIENT_SETTINGS = words(
     " timeout request_timeout default_request_timeout extra_headers default_headers default_query betas verbose"
     " ls_structured_output_format disable_streaming stop_sequences stop headers base_url"
 )
+# In the order in which they win over each other.
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_tokens_to_sample", "num_predict")
+# Settings of ChatOpenAI that take it to the Responses API, where those two go the other way round.
+_RESPONSES = words("reasoning include truncation context_management use_previous_response_id")
 # The clients' own retries where none are set: the SDKs of OpenAI, Anthropic and Groq try 2 times more, others up to 6.
 _SDK_RETRIES, _OTHER_RETRIES = 2, 6
 _SDKS = frozenset(("openai", "azure", "anthropic", "groq"))
@@ -61,7 +64,7 @@ def read_start(
         "provider": provider,
         "model": model,
         "messages": messages,
-        "max_output_tokens": output_limit(params, metadata),
+        "max_output_tokens": _output_limit(params, metadata, by_responses=_by_responses(fields)),
         "body": body,
         "retries": retries,
     }
@@ -77,17 +80,32 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def output_limit(params: Mapping[str, Any], metadata: Mapping[str, Any]) -> int | None:
+def limit_names(invocation_params: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names by which a call states its maximum output: what of it was set where shows in several."""
+    return tuple(name for name in _OUTPUT_LIMITS if name in invocation_params)
+
+
+def _output_limit(params: Mapping[str, Any], metadata: Mapping[str, Any], *, by_responses: bool) -> int | None:
     """The maximum output that goes over the wire; None where none does.
 
-    Measured: a `max_tokens` of the call wins over the model's own `max_completion_tokens`, and as None it removes it.
+    Measured: a `max_tokens` of the call wins over the model's own `max_completion_tokens`, and as None it removes it; but
+    loses against it in the Responses API.
     """
-    for name in _OUTPUT_LIMITS:
+    first, second, *others = _OUTPUT_LIMITS
+    for name in (second, first, *others) if by_responses else _OUTPUT_LIMITS:
         if name in params:
             found = _first_count(params[name])
             if found or name == "max_tokens":
                 return found or None
     return _first_count(metadata.get("ls_max_tokens")) or None
+
+
+def _by_responses(fields: Mapping[str, Any]) -> bool:
+    """Whether the model's own settings send its calls to OpenAI's Responses API."""
+    said = fields.get("use_responses_api")
+    if isinstance(said, bool):
+        return said
+    return fields.get("output_version") == "responses/v1" or any(fields.get(name) for name in _RESPONSES)
 
 
 def _provider(
