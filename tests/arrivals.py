@@ -113,8 +113,7 @@ class Simulation:
 
     def _arrive(self, number: int) -> None:
         usage = self._usage(self.arrivals[number], self.max_output_tokens)
-        call = self.bursar._model_call("openai", "gpt-4o", usage=usage, ttl_s=TTL_S)
-        call.resize = False
+        call = self.bursar._make.model("openai", "gpt-4o", usage=usage, resize=False, ttl_s=TTL_S)
         self._waiting[number] = None
         self._go(number, call, self.bursar.guard.reserve(call, self.clock.now_us()), None)
         self.most_waiting = max(self.most_waiting, len(self._waiting))
