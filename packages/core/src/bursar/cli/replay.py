@@ -24,7 +24,7 @@ _SECONDS = {"m": 60, "h": 3_600, "d": 86_400}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class _Instant(click.ParamType[int]):
+class _Instant(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest releases of click
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
