@@ -67,6 +67,8 @@ class Decisions:
                 continue
             if self._public is None or not verifies(self._public, kind, name, one):
                 log.error("the %s %r is not signed by this store's operator: it counts for nothing", kind, name)
+                if kind == "approval":
+                    del self._approvals[name]
                 continue
             self._granted.setdefault(one["account"], []).append(one)
 

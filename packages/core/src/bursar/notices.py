@@ -15,7 +15,7 @@ from bursar.errors import StoreError
 from bursar.policy import Matched, Policy
 from bursar.refusal import asking, denied, found, reaching, run_account
 from bursar.sentry import Sentry, Sign
-from bursar.signing import short_id
+from bursar.signing import short_id, switch_name
 from bursar.waiting import Ticket
 
 MAX_PAUSES = 100
@@ -152,7 +152,7 @@ class Notices:
     def _switch(self, what: dict[str, Any], cause: str, why: str, by: str) -> Generator[Step, Any, None]:
         switch = {"frozen": True, **what, "cause": cause, "why": why, "by": by}
         try:
-            yield Publish("freeze", {short_id("kill", what): switch})
+            yield Publish("freeze", {switch_name(what): switch})
         except StoreError as error:  # what led here stops every further call; only streams in flight go on
             log.error("the switch of %s could not be thrown: %s", what, error)
 

@@ -16,7 +16,7 @@ from bursar.errors import InvalidInput, OperatorRequired
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
 from bursar.scope import check_tags
-from bursar.signing import OperatorKey, content, short_id
+from bursar.signing import OperatorKey, content, short_id, switch_name
 from bursar.stores import open_store
 from bursar.stores.base import Store
 
@@ -61,7 +61,7 @@ class Operator:
     def freeze(self, tags: Mapping[str, str], *, why: str = "") -> str:
         """Stop everything with these tags (none: everything), streams in flight included; the name to resume it by."""
         tags = check_tags(tags)
-        name = " ".join(f"{tag}={value}" for tag, value in sorted(tags.items())) or "everything"
+        name = switch_name({"tags": tags})
         self._publish("freeze", name, {"frozen": True, "tags": dict(tags), "cause": "frozen", "why": why}, signed=False)
         self._tell("frozen", name, {"name": name, "tags": dict(tags), "why": why, "by": self._by})
         return name

@@ -10,10 +10,11 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from bursar.commands import Definitions
+from bursar.commands import Definition, Definitions
 from bursar.errors import InvalidInput, OperatorRequired
 
 PREFIX = "bursar-operator-"
@@ -98,7 +99,7 @@ def changes(kind: str, definitions: Mapping[str, dict[str, Any]], held: Definiti
         if before is not None and content(before.definition) == content(definition):
             continue
         found[name] = definition
-        if not _needs(kind, definition, public, changes=before is not None):
+        if not _needs(kind, name, definition, before, public):
             continue
         if public is None:
             raise OperatorRequired(
@@ -124,13 +125,29 @@ def short_id(verb: str, *facts: object) -> str:
     return f"{verb}-{hashlib.blake2b(repr(facts).encode(), digest_size=5).hexdigest()}"
 
 
-def _needs(kind: str, definition: Mapping[str, Any], public: str | None, *, changes: bool) -> bool:
-    if kind == "approval":
-        return definition.get("state") == "approved"
+def switch_name(target: Mapping[str, Any]) -> str:
+    """The name of the switch of an account or of tags: each has its own, so none can be turned to something else."""
+    if target.get("account") is not None:
+        return short_id("kill", {"account": target["account"]})
+    pairs = sorted((target.get("tags") or {}).items())
+    return " ".join(f"{tag}={_worded(value)}" for tag, value in pairs) or "everything"
+
+
+def _worded(value: str) -> str:
+    """A tag's value, in quotes where the switch of other tags could be meant."""
+    return json.dumps(value, ensure_ascii=False) if re.search('[ ="]', value) else value
+
+
+def _needs(kind: str, name: str, definition: Mapping[str, Any], before: Definition | None, public: str | None) -> bool:
+    if kind == "approval":  # nor may a question come to be about another account after somebody has read it
+        moved = before is not None and before.definition.get("account") != definition.get("account")
+        return moved or definition.get("state") == "approved"
     if kind == "freeze":
-        return not definition.get("frozen")
-    if kind in ("budget", "operator"):  # further budgets only limit more
-        return changes and public is not None
+        return not definition.get("frozen") or name != switch_name(definition)
+    if kind == "budget":  # further budgets only limit more
+        return before is not None and public is not None
+    if kind == "operator":
+        return public is not None
     return kind == "raise"
 
 

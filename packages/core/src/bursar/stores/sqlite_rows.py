@@ -72,7 +72,8 @@ _GET_ENTRY = f"SELECT {_ENTRY} FROM records WHERE id=?"
 _PUT_COUNT = "INSERT OR REPLACE INTO account_counts VALUES (?, ?)"
 _GET_COUNT = "SELECT accounts FROM account_counts WHERE budget=?"
 _GET_OPERATOR = (
-    "SELECT json_extract(definition, '$.public') FROM definitions WHERE kind='operator' ORDER BY version DESC LIMIT 1"
+    "SELECT json_extract(definition, '$.public') FROM definitions WHERE kind='operator' AND name='operator' "
+    "ORDER BY version DESC LIMIT 1"
 )
 _GET_ALERT = "SELECT id, kind, at_us, facts FROM alerts WHERE id=?"
 _PUT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, 0, 0, 0)"
