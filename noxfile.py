@@ -24,6 +24,8 @@ PRICE_SOURCE = "litellm==1.109.1"
 PRICE_PINS = "tools/pins-prices.txt"
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # the interpreters of this machine are the ones that are used
+# Frameworks take twice as long to import where Python may not keep what it compiled, and many a test starts a process.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # pyenv hides its interpreters behind shims that answer for one version only; uv has to see them themselves.
 for folder in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.1[123].*/bin")):
     os.environ["PATH"] += os.pathsep + str(folder)
@@ -148,9 +150,12 @@ def adapter(session: nox.Session, name: str, versions: str) -> None:
         session.run("mypy", "--config-file=", "--strict", "-p", f"bursar_{name}")
         # The other versions are run at night, and with them what is too long for every change.
         every = () if versions == "pinned" else ("-m", "nightly or not nightly")
+        # LiteLLM's proxy takes long to start: one process runs the file that needs it.
+        spread = ("--dist", "loadfile") if name == "litellm" else ()
         _pytest(
             session,
             *every,
+            *spread,
             f"tests/{name}",
             "tests/test_house.py",
             "tests/test_docs.py",

@@ -24,7 +24,7 @@ import httpx
 from bursar import Bursar, UsageRecord
 from bursar.testing.provider import Answer, Fault, Provider
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 PROMPT = "abc " * 1_000
 COST_NANOS = 7_500_000
