@@ -75,6 +75,12 @@ class Answer:
         """Take the next bytes; what of them the caller may see."""
         return data if self._lost else self._take(data)
 
+    def check(self) -> None:
+        """Raise what stops the call in mid-stream, if anything does."""
+        stopped = self.reservation.stopped
+        if stopped is not None:
+            raise stopped.with_traceback(None)
+
     def finish(self) -> bytes:
         """The body is at its end: what of it was still held back."""
         left, self._held = self._held, b""
@@ -171,8 +177,11 @@ class Answer:
             return None
         if self._visit.is_silent:
             return SILENT
-        read = self.complete or self._is_read
-        reason = "the answer says nothing of its usage" if read else "the answer was not read to its end"
+        stopped = self.reservation.stopped
+        if self.complete or self._is_read:
+            reason = "the answer says nothing of its usage"
+        else:
+            reason = f"stopped in mid-stream ({stopped.cause})" if stopped else "the answer was not read to its end"
         return unknown(reason, partial)
 
     def end_now(self) -> None:

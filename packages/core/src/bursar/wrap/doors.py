@@ -135,7 +135,8 @@ def visit(path: str, provider: str, body: Any, files: Any, retries: int) -> Visi
         made.limit = next((name for name in names if body.get(name) is not None), names[0] if latest else names[-1])
     else:
         made.said["resize"] = False  # nothing in the request could enforce a smaller answer
-        made.said["changeable"] = ("model",)
+        # Another model's vectors could not be compared with those that are there.
+        made.said["changeable"] = () if path == "embeddings" else ("model",)
     if path.startswith("images/"):
         _images(made)
     elif path == "audio/speech":

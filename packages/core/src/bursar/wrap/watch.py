@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
+from bursar.errors import Stopped
 from bursar.wrap.answer import Answer
 
 
@@ -34,6 +35,8 @@ class _Watched:
                 shown = answer.feed(data)
                 if answer.complete:
                     answer.end_now()  # before the caller sees the end, and asks for the next call
+                else:
+                    answer.check()
                 if shown:
                     answer.is_reading = False
                     yield shown
@@ -42,6 +45,9 @@ class _Watched:
             answer.end_now()
             if left:
                 yield left
+        except Stopped:
+            rest.close()
+            raise
         finally:
             answer.is_reading = False
             end(answer)
@@ -55,6 +61,8 @@ class _Watched:
                 shown = answer.feed(data)
                 if answer.complete:
                     await answer.aend()
+                else:
+                    answer.check()
                 if shown:
                     answer.is_reading = False
                     yield shown
@@ -63,6 +71,9 @@ class _Watched:
             await answer.aend()
             if left:
                 yield left
+        except Stopped:
+            await rest.aclose()
+            raise
         finally:
             answer.is_reading = False
             await answer.aend()
