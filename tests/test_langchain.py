@@ -23,10 +23,11 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
-from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, UnknownPrice, Usage
+from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, InvalidInput, Stopped, UnknownPrice, Usage
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_langchain import BursarCallbackHandler, GuardedEmbeddings, LangChainBudgetExceeded, install
 from bursar_langchain.answer import read_end
+from bursar_langchain.errors import langchain_error
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CORE = tuple(int(part) for part in version("langchain-core").split(".")[:2])
@@ -217,8 +218,11 @@ def test_the_refusal_is_one_that_the_framework_lets_through(provider: Provider, 
         from langchain_core.exceptions import ModelError
 
         assert isinstance(error, ModelError)
-    copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy), copy.fields) == (type(error), str(error), error.fields)
+    for kind in (BudgetExceeded, ApprovalRequired, Stopped):
+        made = langchain_error(kind(str(error), **error.fields))
+        copy = pickle.loads(pickle.dumps(made))
+        assert all(isinstance(copy, one) for one in (kind, LangChainBudgetExceeded, GraphBubbleUp))
+        assert (type(copy), str(copy), copy.fields) == (type(made), str(error), error.fields)
 
 
 def test_a_refusal_can_be_answered_by_a_cheaper_model(provider: Provider) -> None:

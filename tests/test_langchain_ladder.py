@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents import middleware as builtin
+from langchain.agents.middleware import AgentMiddleware
 from langchain_core.messages import ToolMessage
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import StructuredTool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
@@ -36,10 +38,10 @@ HALF_A_CENT = Answer(input_tokens=400, output_tokens=400)
 RATES = {
     "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000),
     "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600),
-    "claude-sonnet-4-5": Rates(input_nanos=3_000, output_nanos=15_000),
+    "claude-sonnet-4-6": Rates(input_nanos=3_000, output_nanos=15_000),
     "claude-haiku-4-5": Rates(input_nanos=1_000, output_nanos=5_000),
 }
-CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-5": "claude-haiku-4-5"}
+CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-6": "claude-haiku-4-5"}
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'ahandle_event' was never awaited", "ignore:The method")
 
 
@@ -70,7 +72,7 @@ def chat(provider: Provider, model: str = "gpt-4o", **options: Any) -> ChatOpenA
 
 def claude(provider: Provider) -> Any:
     module = pytest.importorskip("langchain_anthropic", reason="the lowest versions are tested without it")
-    return module.ChatAnthropic(model="claude-sonnet-4-5", base_url=provider.url, api_key="local", max_tokens=500)
+    return module.ChatAnthropic(model="claude-sonnet-4-6", base_url=provider.url, api_key="local", max_tokens=500)
 
 
 MODELS: dict[str, Callable[[Provider], Any]] = {
@@ -122,6 +124,8 @@ def test_the_model_and_the_maximum_that_were_granted_are_on_the_wire(
     name: str, streams: bool, is_async: bool, provider: Provider
 ) -> None:
     """Of this request alone: the model that others share stays as it is."""
+    if (name, streams) == ("responses", True) and CORE < (1, 7):
+        pytest.skip("there, a stream of responses that was cut states no usage: it is booked as estimated")
     model = MODELS[name](provider)
     before = dict(model)
     steps = Threshold("50%", "downgrade", models=CHEAPER), Threshold("50%", "clamp", max_output_tokens=100)
@@ -175,6 +179,23 @@ def test_what_a_handler_cannot_change_is_asked_for_instead(provider: Provider) -
         (record,) = settled(guard)
     assert record.model == "gpt-4o"
     assert record.actions == ("downgrade cannot be carried out here: ask instead (at 50% of b)",)
+
+
+def test_a_model_that_a_middleware_further_in_puts_back_is_asked_for(provider: Provider) -> None:
+    """Nothing is sent by another model than was reserved for."""
+    dear = chat(provider)
+
+    class Stubborn(AgentMiddleware):
+        def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+            return handler(request.override(model=dear))
+
+    with desk(Threshold("50%", "downgrade", models=CHEAPER)) as (guard, _):
+        guard.charge("0.05 USD")
+        made = create_agent(dear, [], middleware=[BursarMiddleware(guard), Stubborn()])
+        with pytest.raises(ApprovalRequired):
+            made.invoke(HI)
+        assert provider.requests == 0
+        assert guard.status()[0].reserved == 0
 
 
 # -- the whole ladder ------------------------------------------------------------------------------------------------
@@ -279,6 +300,31 @@ def test_a_tool_that_asks_pauses_and_its_sibling_does_not_run_twice(
 
 
 @both
+def test_a_subagent_goes_on_where_it_was_paused(is_async: bool, provider: Provider, search: Any) -> None:
+    """Neither the agent's nor the subagent's paid calls are repeated."""
+    with desk(Threshold("10%", "ask")) as (guard, operator):
+        helper = agent(provider, guard, search, name="helper")
+
+        def help_me(query: str) -> str:
+            return str(helper.invoke(HI)["messages"][-1].content)
+
+        async def ahelp_me(query: str) -> str:
+            return str((await helper.ainvoke(HI))["messages"][-1].content)
+
+        helping = StructuredTool.from_function(help_me, ahelp_me, name="help_me", description="Ask the helper.")
+        boss = agent(provider, guard, helping, name="boss", checkpointer=InMemorySaver())
+        provider.script(
+            [Answer(tool_calls=[("help_me", {"query": "x"})], input_tokens=400, output_tokens=400), asks("x")]
+        )
+        paused = run(boss, is_async, thread())
+        assert provider.requests == 2
+        operator.approve(paused["__interrupt__"][0].value["id"])
+        run(boss, is_async, thread(), Command(resume=True))
+        assert provider.requests == 4
+        assert is_exact(guard, provider)
+
+
+@both
 def test_what_is_denied_is_refused_and_what_cannot_pause_raises(is_async: bool, provider: Provider) -> None:
     with desk(Threshold("50%", "ask")) as (guard, operator):
         guard.charge("0.05 USD")
@@ -351,7 +397,7 @@ if CORE >= (1, 4):
 def test_a_stream_is_stopped_where_it_is(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard looks every half a second; here more often."""
     monkeypatch.setattr("bursar.keeper.LOOK_S", 0.01)
-    long = Answer(input_tokens=400, output_tokens=400, chunks=400, event_delay_s=0.02)
+    long = Answer(input_tokens=400, output_tokens=400, chunks=100, event_delay_s=0.02)
     with Provider(long) as provider, desk() as (guard, operator):
         frozen: list[str] = []
 
@@ -367,7 +413,8 @@ def test_a_stream_is_stopped_where_it_is(style: str, monkeypatch: pytest.MonkeyP
         assert handler.drain()
         provider.wait_idle()
         assert provider.requests == 1
-        assert provider.account[0].client_gone  # it is not generated to its end
+        if CORE >= (1, 7) or style != "astream":  # there, its connection waits for the garbage collector
+            assert provider.account[0].client_gone  # it is not generated to its end
         (record,) = settled(guard)
         assert (record.outcome, record.estimated) == ("failed", True)
         assert record.reason == "stopped in mid-stream (frozen)"
@@ -425,6 +472,20 @@ def test_an_agent_that_loops_is_stopped(
         assert is_exact(guard, provider)
         with Provider(HALF_A_CENT) as other:
             run(agent(other, guard, search), is_async)
+
+
+def test_a_tool_that_is_called_again_and_again_is_stopped(search: Any, ran: list[str]) -> None:
+    """Where no model is asked, the tools' arguments tell."""
+
+    def chain(given: str) -> None:
+        for _ in range(20):
+            search.invoke({"query": "weather"})
+
+    with desk(detectors=Detectors()) as (guard, _):
+        with pytest.raises(Stopped) as stopped:
+            RunnableLambda(chain).invoke("hi", {"callbacks": [BursarCallbackHandler(guard)]})
+        assert stopped.value.cause == "loop"
+    assert 2 <= len(ran) <= 4
 
 
 def test_an_agent_that_gets_on_is_not_stopped(provider: Provider, search: Any, ran: list[str]) -> None:
