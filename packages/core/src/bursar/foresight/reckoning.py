@@ -1,4 +1,4 @@
-"""Reckoning: when a policy stops a loop, by arithmetic alone; written from the rules, it knows nothing of the law's code.
+"""Reckoning: when a policy stops a loop, by arithmetic of its own: neither the law nor a store takes part.
 
 A turn is reckoned step by step; then as many turns are skipped at once as can bring nothing new: until the next limit, mark,
 window's end, empty rate or detector.
@@ -6,37 +6,25 @@ window's end, empty rate or detector.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from bursar.accounts import STOPPING, Rule
-from bursar.budget import Budget
 from bursar.call import Call
 from bursar.detect import Detectors
 from bursar.errors import UnknownPrice
+from bursar.foresight.balance import FOREVER, Balance, turns_until
 from bursar.foresight.loop import End, Loop, Step, call_of, used
+from bursar.foresight.rungs import Line, Taken
 from bursar.foresight.simulation import Simulation
-from bursar.ladder import THROTTLE_WAIT_S
-from bursar.policy import NONE, Matched, limits, throttle_rule
+from bursar.policy import NONE, Matched, limits
 from bursar.scope import process_run
 from bursar.usage import Usage
 
 HORIZON_US = 31 * 86_400_000_000
 MOST_TURNS = 10_000  # reckoned one by one
-FOREVER = 2**62
 _MINUTE_US = 60_000_000
 _HALF_HOUR_US = 1_800_000_000
-
-
-class Line(NamedTuple):
-    """One account of a call: what is asked of it, and what will be spent from it."""
-
-    budget: Budget
-    rule: Rule
-    held: int
-    actual: int
 
 
 class _Stop(NamedTuple):
@@ -47,104 +35,6 @@ class _Stop(NamedTuple):
     need: int = 0
     limit: int = 0
     patience_s: float = 0.0
-
-
-class _Balance:
-    """What one account has spent. A rate's `level` is counted in amount x microseconds of its period, so that it is exact."""
-
-    __slots__ = ("at_us", "buckets", "level", "rule", "spent")
-
-    def __init__(self, rule: Rule, now_us: int) -> None:
-        self.rule = rule
-        self.spent = 0
-        self.buckets: deque[list[int]] = deque()  # of a rolling window: [index, amount], oldest first
-        self.level, self.at_us = rule.limit * rule.period_us, now_us
-
-    def age(self, now_us: int) -> None:
-        rule = self.rule
-        if rule.kind == "rolling":
-            oldest = (now_us - rule.period_us) // (rule.period_us // 60)
-            while self.buckets and self.buckets[0][0] < oldest:
-                self.spent -= self.buckets.popleft()[1]
-        elif rule.kind == "refill":
-            gained = (now_us - self.at_us) * rule.limit
-            self.level, self.at_us = min(rule.limit * rule.period_us, self.level + gained), now_us
-
-    def has_room(self, amount: int, limit: int) -> bool:
-        if self.rule.kind == "refill":
-            return self.level >= amount * self.rule.period_us
-        return self.rule.kind == "slots" or self.spent + amount <= limit
-
-    def book(self, amount: int, now_us: int) -> None:
-        if self.rule.kind == "refill":
-            self.level -= amount * self.rule.period_us
-        elif self.rule.kind != "slots":
-            self.spent += amount
-        if self.rule.kind == "rolling":
-            index = now_us // (self.rule.period_us // 60)
-            if not self.buckets or self.buckets[-1][0] != index:
-                self.buckets.append([index, 0])
-            self.buckets[-1][1] += amount
-
-    def wait_us(self, need: int, limit: int, now_us: int) -> int | None:
-        """How long until time alone makes room for `need`; None when it never does."""
-        rule = self.rule
-        if need > limit:
-            return None
-        if rule.kind == "refill":
-            return -(-(need * rule.period_us - self.level) // rule.limit)
-        if rule.kind == "rolling":
-            left = self.spent
-            for index, amount in self.buckets:
-                left -= amount
-                if left + need <= limit:
-                    return (index + 1) * (rule.period_us // 60) + rule.period_us - now_us
-            return None
-        return None if rule.end_us is None else rule.end_us - now_us
-
-    def marks(self) -> int:
-        """How many marks the spending has reached."""
-        return sum(self.spent >= mark.at for mark in self.rule.marks)
-
-    def turns(self, moves: list[tuple[int, int]], next_us: int, interval_us: int) -> int:
-        """How many more turns of these (held, actual) bring nothing new, the first of them at `next_us`."""
-        rule = self.rule
-        each = sum(actual for _, actual in moves)
-        before = peak = 0
-        for held, actual in moves:
-            peak = max(peak, before + held)
-            before += actual
-        if rule.kind == "slots":
-            return FOREVER
-        self.age(next_us)
-        if rule.kind == "refill":
-            loss, spare = each * rule.period_us - interval_us * rule.limit, self.level - peak * rule.period_us
-            return 0 if spare < 0 else FOREVER if loss <= 0 else spare // loss + 1
-        ends = [FOREVER if rule.end_us is None else rule.end_us]
-        if rule.kind == "rolling":
-            width = rule.period_us // 60
-            ends += [
-                (next_us // width + 1) * width,
-                *((b[0] + 1) * width + rule.period_us for b in [*self.buckets][:1]),
-            ]
-        found = [-(-(min(ends) - next_us) // interval_us)]
-        if rule.enforce:
-            found.append((rule.limit - self.spent - peak) // each + 1 if each else FOREVER)
-            next_mark = min((mark.at for mark in rule.marks if mark.at > self.spent), default=None)
-            if next_mark is not None and each:
-                found.append((next_mark - self.spent - 1) // each)
-        return max(0, min(found))
-
-    def skip(self, count: int, moves: list[tuple[int, int]], next_us: int, interval_us: int) -> None:
-        """Book `count` turns, the first of them at `next_us`."""
-        self.age(next_us)
-        each, rule = sum(actual for _, actual in moves), self.rule
-        if rule.kind == "refill":
-            gained = (count - 1) * (interval_us * rule.limit - each * rule.period_us)
-            self.level = min(rule.limit * rule.period_us, self.level + gained) - each * rule.period_us
-            self.at_us = next_us + (count - 1) * interval_us
-        else:
-            self.book(count * each, next_us)
 
 
 def reckon(loop: Loop, given: Mapping[str, Any], start_us: int) -> End:
@@ -164,8 +54,10 @@ class _Reckoning:
         self.calls = self.tool_calls = self.nanos = self.failures = 0
         self.not_before_us = 0
         self.waited = False
-        self.balances: dict[str, _Balance] = {}
+        self.balances: dict[str, Balance] = {}
         self.moves: dict[str, list[tuple[int, int]]] = {}
+        self._skipped: tuple[int, int, dict[tuple[str, str, str], int]] = (0, 0, {})
+        self._capped: dict[int, bool] = {}
         self._made: dict[tuple[int, str, int], Call] = {}
         self._known: dict[tuple[int, str, int], tuple[tuple[Matched, ...], int, list[Line], int]] = {}
 
@@ -197,7 +89,7 @@ class _Reckoning:
 
     def _take(self, step: Step) -> _Stop | None:
         """Reckon one call; what stops it, or None."""
-        taken = _Taken(step.model, step.usage.output_tokens)
+        taken = Taken(step.model, step.usage.output_tokens)
         stop = self._found(step, taken)
         if stop is not None:
             return stop
@@ -228,7 +120,7 @@ class _Reckoning:
             self._failed()
         return None
 
-    def _lines(self, step: Step, taken: _Taken) -> tuple[list[Line], int]:
+    def _lines(self, step: Step, taken: Taken) -> tuple[list[Line], int]:
         """What the call asks of its accounts and will spend from them, and what it may be billed."""
         call = self._call(step, taken)
         call.throttles = tuple(taken.throttles)
@@ -241,7 +133,8 @@ class _Reckoning:
         for line in known[2]:
             balance = self.balances.get(line.rule.key)
             if balance is None:
-                balance = self.balances[line.rule.key] = _Balance(line.rule, self.now_us)
+                balance = self.balances[line.rule.key] = Balance(line.rule, self.now_us)
+                balance.spent = self._skipped_into(line.rule)
             balance.age(self.now_us)
         return known[2:]
 
@@ -262,6 +155,7 @@ class _Reckoning:
         lines = [
             Line(one.budget, rule, amount, actuals.get(rule.unit, amount))
             for one, (rule, amount) in zip(matched, held, strict=True)
+            if rule.enforce  # a shadow stops nothing
         ]
         return lines, billed
 
@@ -275,7 +169,7 @@ class _Reckoning:
             return {"failures": 1}
         return {"failures": 1, "USD": nanos, "tokens": known.input_tokens + known.output_tokens}
 
-    def _call(self, step: Step, taken: _Taken) -> Call:
+    def _call(self, step: Step, taken: Taken) -> Call:
         """The step's call, as thresholds have made it; the same one every time."""
         key = id(step), taken.model, taken.output_tokens
         if key not in self._made:
@@ -287,7 +181,7 @@ class _Reckoning:
         for line in lines:
             for threshold, mark in zip(line.budget.ladder, line.rule.marks, strict=False):
                 reached = self.balances[line.rule.key].spent >= mark.at
-                if reached and line.rule.enforce and mark.action in STOPPING:
+                if reached and mark.action in STOPPING:
                     patience_s = line.budget.wait_s if mark.action == "block" else 0.0
                     return _Stop(
                         f"{line.rule.budget}: {mark.action} at {threshold.at}", line.rule, 1, mark.at, patience_s
@@ -296,10 +190,7 @@ class _Reckoning:
 
     def _short(self, lines: list[Line]) -> _Stop | None:
         """The first account without room; the least patient of those without decides how long the call waits."""
-        short = [
-            line for line in lines
-            if line.rule.enforce and not self.balances[line.rule.key].has_room(line.held, line.rule.limit)
-        ]  # fmt: skip
+        short = [line for line in lines if not self.balances[line.rule.key].has_room(line.held, line.rule.limit)]
         if not short:
             return None
         first = short[0]
@@ -309,7 +200,7 @@ class _Reckoning:
 
     # -- detectors -------------------------------------------------------------------------------------------------
 
-    def _found(self, step: Step, taken: _Taken) -> _Stop | None:
+    def _found(self, step: Step, taken: Taken) -> _Stop | None:
         """What a detector stops; waits where one wants a pause."""
         call = self._call(step, taken)
         tags = call.tags()
@@ -318,7 +209,7 @@ class _Reckoning:
         one = self.detectors
         if one is None:
             return None
-        if one.uncapped in STOPPING and not any(limits(m.rule) for m in self.guard.matched(call, self.now_us)):
+        if one.uncapped in STOPPING and not self._is_capped(call):
             return _Stop("detector: uncapped")
         if tags["run"] == process_run():
             return None
@@ -326,6 +217,12 @@ class _Reckoning:
         if not step.tool:
             name = name or self._limited(one) or self._retried(one)
         return None if name is None else _Stop(f"detector: {name}")
+
+    def _is_capped(self, call: Call) -> bool:
+        """Whether a budget limits the call: which ones are about it does not change."""
+        if id(call) not in self._capped:
+            self._capped[id(call)] = any(limits(one.rule) for one in self.guard.matched(call, self.now_us))
+        return self._capped[id(call)]
 
     def _repeated(self, one: Detectors, step: Step) -> str | None:
         """A step that came again and again: the calls of the turn under way count, and its tools are stopped too."""
@@ -379,8 +276,12 @@ class _Reckoning:
         count = min([count, *likewise])
         if count < 1:
             return False
+        each: dict[tuple[str, str, str], int] = {}
         for key, moves in self.moves.items():
-            self.balances[key].skip(count, moves, next_us, interval_us)
+            balance = self.balances[key]
+            balance.skip(count, moves, next_us, interval_us)
+            each[_name(balance.rule)] = sum(actual for _, actual in moves)
+        self._skipped = next_us, count, each
         calls, tool_calls, nanos = counts
         self.calls += count * (self.calls - calls)
         self.tool_calls += count * (self.tool_calls - tool_calls)
@@ -388,34 +289,16 @@ class _Reckoning:
         self.now_us = next_us + count * interval_us
         return True
 
+    def _skipped_into(self, rule: Rule) -> int:
+        """What the turns that were skipped last have spent in a window that began meanwhile."""
+        first_us, count, each = self._skipped
+        if rule.end_us is None:
+            return 0
+        return max(0, count - max(0, turns_until(rule.start_us, first_us, self.loop.interval_us))) * each.get(
+            _name(rule), 0
+        )
 
-class _Taken:
-    """What thresholds have made of one call: its model, its maximum output, its rates; and up to which mark of each account."""
 
-    def __init__(self, model: str, output_tokens: int) -> None:
-        self.model = model
-        self.output_tokens = output_tokens
-        self.throttles: list[Matched] = []
-        self.complied: dict[str, int] = {}
-
-    def comply(self, lines: list[Line], balances: Mapping[str, _Balance], is_tool: bool) -> bool:
-        """Do what the reached marks of the accounts ask for; whether anything was left to do."""
-        due = [
-            (line, count) for line in lines
-            if line.rule.enforce and (count := balances[line.rule.key].marks()) > self.complied.get(line.rule.key, 0)
-        ]  # fmt: skip
-        for line, count in due:
-            for threshold in line.budget.ladder[self.complied.get(line.rule.key, 0) : count]:
-                if threshold.action == "downgrade" and not is_tool:
-                    models = (threshold.models or {}).items()
-                    self.model = next((to for name, to in models if fnmatchcase(self.model, name)), self.model)
-                elif threshold.action == "clamp" and not is_tool:
-                    self.output_tokens = min(self.output_tokens, threshold.max_output_tokens or self.output_tokens)
-                elif threshold.action == "throttle" and threshold.rate is not None:
-                    beside = throttle_rule(line.rule, threshold.rate)
-                    waiting = Budget(line.rule.budget, threshold.rate, on_exceed=f"wait {THROTTLE_WAIT_S}s")
-                    units = ("USD", "calls") if is_tool else ("USD", "tokens", "requests")
-                    if beside.unit in units and all(one.rule.key != beside.key for one in self.throttles):
-                        self.throttles.append(Matched(waiting, beside))
-            self.complied[line.rule.key] = count
-        return bool(due)
+def _name(rule: Rule) -> tuple[str, str, str]:
+    """What the accounts of one budget and scope have in common, window after window."""
+    return rule.budget, rule.scope, rule.unit
