@@ -25,6 +25,7 @@ from bursar import (
     OperatorRequired,
     PolicyError,
     Stopped,
+    StoreError,
     Threshold,
     Usage,
 )
@@ -294,6 +295,45 @@ def test_a_charge_that_crosses_a_mark_kills_too(desk: Any) -> None:
         flying.settle(Usage(input_tokens=10, output_tokens=1))
 
 
+def test_an_expiry_that_crosses_a_mark_kills_too(desk: Any, clock: ManualClock) -> None:
+    here = desk(Threshold("50%", "kill"))
+    here.bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=5_000)
+    with here.bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=10) as flying:
+        clock.advance(601)
+        here.bursar.tend()
+        here.bursar._driver.keeper.look()
+        assert isinstance(flying.stopped, Stopped)
+        flying.settle(Usage(input_tokens=10, output_tokens=1))
+
+
+def test_a_kill_that_was_answered_by_a_raise_is_not_thrown_again(desk: Any) -> None:
+    here = desk(Threshold("50%", "kill"))
+    with here.bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=10):
+        here.spend(5)
+        (name,) = here.operator.frozen()
+        here.operator.raise_limit("b", "1 USD")
+        here.operator.resume(name)
+        here.bursar._driver.keeper.look()
+        here.bursar.tend()
+        assert here.operator.frozen() == {}
+
+
+def test_a_switch_that_could_not_be_thrown_is_thrown_later(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = desk(Threshold("50%", "kill"))
+    with here.bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=10) as flying:
+        with monkeypatch.context() as away:
+            away.setattr(here.bursar.store, "publish", _out_of_reach)
+            here.spend(5)
+        assert here.spent == Decimal("0.05")
+        here.bursar.tend()
+        here.bursar._driver.keeper.look()
+        assert isinstance(flying.stopped, Stopped)
+
+
+def _out_of_reach(*_: Any) -> None:
+    raise StoreError("The store is away. Try again.", fault="unreachable")
+
+
 def test_kill_ends_one_run_and_leaves_the_others(desk: Any) -> None:
     here = desk(Threshold("50%", "kill"), per="run")
     with here.bursar.scope(run="r1"):
@@ -354,6 +394,34 @@ def test_a_call_in_flight_learns_of_the_switch_within_a_second(desk: Any) -> Non
                 break
             threading.Event().wait(0.02)
         assert isinstance(call.stopped, Stopped)
+
+
+def test_a_call_in_flight_learns_of_a_switch_that_another_call_has_met(desk: Any) -> None:
+    """Who reads the newer policy first takes it away from nobody."""
+    here = desk()
+    with (
+        here.bursar.scope(agent="x"),
+        here.bursar.call("openai", "gpt-4o", input_tokens=1, max_output_tokens=9) as call,
+    ):
+        here.operator.freeze({"agent": "x"})
+        with pytest.raises(Stopped):
+            here.bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=9)
+        here.bursar._driver.keeper.look()
+        assert isinstance(call.stopped, Stopped)
+
+
+def test_housekeeping_outlives_whatever_goes_wrong_in_it(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bursar.keeper.LOOK_S", 0.01)
+    monkeypatch.setattr("bursar.keeper.TEND_S", 0.01)
+    here = desk()
+    tended = threading.Semaphore(0)
+    monkeypatch.setattr(here.bursar.store, "sweep", lambda: tended.release())
+
+    def fail() -> None:
+        raise TypeError("a definition that no version of Bursar wrote")
+
+    here.bursar._driver.keeper.look_too(fail)
+    assert all(tended.acquire(timeout=5) for _ in range(3))
 
 
 # -- who may decide -------------------------------------------------------------------------------------------------------

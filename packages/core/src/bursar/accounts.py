@@ -86,6 +86,11 @@ def still_crossed(account: Account) -> int:
     return min(crossed, reached(rule, account.spent)) if rule.kind == "rolling" else crossed
 
 
+def killed(account: Account) -> bool:
+    """Whether spending has crossed a mark that stops what is in flight."""
+    return any(mark.action == "kill" for mark in account.rule.marks[: still_crossed(account)])
+
+
 def in_force(account: Account) -> tuple[int, ...]:
     """The indices of the marks that hold for a call that is to be reserved now."""
     balance, crossed = account.spent + account.reserved, still_crossed(account)

@@ -114,6 +114,7 @@ class Call:
         "estimate",
         "given_id",
         "id",
+        "looked",
         "model",
         "model_asked",
         "price",
@@ -169,6 +170,7 @@ class Call:
         self.model_asked = ""
         self.throttles: tuple[Matched, ...] = ()
         self.stopped: Stopped | None = None
+        self.looked = -1  # the version of the policy whose switches it was last held against
         self.state = "new"
 
     @property

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
+from bursar.accounts import killed, under
 from bursar.call import Call, Pause, Publish, Reload, Step
 from bursar.commands import Release
 from bursar.errors import StoreError
@@ -23,7 +24,7 @@ class Driver:
     def __init__(self, guard: Guard, store: Store, reload: Callable[[], int]) -> None:
         self.guard = guard
         self.store = store
-        self.keeper = Keeper(store, self._look)
+        self.keeper = Keeper(store, self._look, self._kill)
         self._reload = reload
 
     def run(self, steps: Generator[Step, Any, T]) -> T:
@@ -74,11 +75,22 @@ class Driver:
 
     def _look(self, live: Iterable[Call]) -> None:
         """Take a newer policy from the store, and tell the calls in flight that a switch of it stops."""
-        if self.store.version() == self.guard.policy.version:
-            return
-        now_us = self._reload()
+        if self.store.version() != self.guard.policy.version:
+            self._reload()
+        version = self.guard.policy.version
         for call in live:
-            call.stopped = call.stopped or self.guard.stop_of(call, now_us)
+            if call.looked != version:  # each for itself: another call may have had the policy read
+                call.stopped = call.stopped or self.guard.stop_of(call, call.reserved_us)
+                call.looked = version
+
+    def _kill(self, live: Iterable[Call]) -> None:
+        """Throw the switches of accounts that have killed the calls in flight where who crossed the mark could not: it may
+        have died, or lost the store, or have been an expiry.
+        """
+        rules = {rule.key: rule for call in live for rule in self.guard.killers(call)}
+        for account in self.store.accounts(rules) if rules else ():
+            if killed(under(account, rules[account.rule.key])):
+                self.run(self.guard.notices.kill(account.rule, account.rule.budget, self.guard.policy))
 
     def reserve(self, call: Call, *, live: bool = False) -> None:
         """Until the call may be sent. Whatever interrupts it before, nothing stays held."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from bursar.accounts import Account
+from bursar.accounts import Account, Rule
 from bursar.amounts import Amounts
 from bursar.call import Call, Pause, Reload, Step, Steps
 from bursar.commands import (
@@ -114,6 +114,11 @@ class Guard:
             return None
         freeze = self.policy.stop(call.scope, call.own_tags(), self.matched(call, now_us))
         return None if freeze is None else stopped(freeze)
+
+    def killers(self, call: Call) -> list[Rule]:
+        """The accounts of the call that kill what is in flight when they reach a mark."""
+        rules = (one.rule for one in self.matched(call, call.reserved_us))
+        return [rule for rule in rules if rule.enforce and any(mark.action == "kill" for mark in rule.marks)]
 
     def _queue_up(self, call: Call, queue: Queueing, now_us: int) -> Generator[Step, Any, int]:
         """Behind those who wait for an account of this call already; nobody is overtaken before the patience is over."""

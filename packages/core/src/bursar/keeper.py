@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from bursar.call import Call
 from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle
-from bursar.errors import StoreError
+from bursar.errors import BursarError, StoreError
 from bursar.guard import log
 from bursar.stores.base import Store
 
@@ -22,12 +22,13 @@ MAX_KEPT = 10_000
 class Keeper:
     """Housekeeping of one Bursar: `tend` is one round; a daemon thread does one every few seconds once calls are made.
 
-    More often, and while calls are in flight, it calls `look` with them.
+    While calls are in flight, each round ends with `kill`, and more often it calls `look` with them.
     """
 
-    def __init__(self, store: Store, look: Callable[[list[Call]], None]) -> None:
+    def __init__(self, store: Store, look: Callable[[list[Call]], None], kill: Callable[[list[Call]], None]) -> None:
         self._store = store
         self._look = look
+        self._kill = kill
         self._live: dict[str, tuple[Call, int]] = {}
         self._kept: dict[str, Command] = {}
         self._stop = threading.Event()
@@ -76,11 +77,14 @@ class Keeper:
 
     def look(self) -> None:
         """Find out whether a call in flight has to stop, and see to what is looked at as often. Raises StoreError."""
-        live = [call for call, _ in list(self._live.values())]
+        live = self._in_flight()
         if live:
             self._look(live)
         if self._look_too is not None:
             self._look_too()
+
+    def _in_flight(self) -> list[Call]:
+        return [call for call, _ in list(self._live.values())]
 
     def tend(self) -> None:
         """One round. Raises StoreError when the store is out of reach; nothing is forgotten then."""
@@ -98,6 +102,7 @@ class Keeper:
             if isinstance(answer, Rejected):
                 log.error("the kept end of %s was rejected (%s %s)", id, answer.why, answer.detail)
         self._store.sweep()
+        self._kill(self._in_flight())
 
     def stop(self) -> None:
         """End the thread, after a last round."""
@@ -115,11 +120,11 @@ def _keep(held: weakref.ref[Keeper], stop: threading.Event) -> None:
         if keeper is None:
             return
         rounds += 1
-        try:
-            keeper.look()
-            if rounds % int(TEND_S / LOOK_S) == 0:
-                keeper.tend()
-        except StoreError as error:
-            # The store may be back at the next round; without this the thread would end, and with it every extension.
-            log.warning("housekeeping: %s", error)
-        del keeper
+        works = (keeper.look, keeper.tend) if rounds % int(TEND_S / LOOK_S) == 0 else (keeper.look,)
+        for work in works:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - see below
+                # Another round may go well; without this the thread would end, and with it every extension.
+                log.warning("housekeeping: %s", error, exc_info=not isinstance(error, BursarError))
+        del keeper, works, work
