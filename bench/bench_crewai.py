@@ -15,9 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(CREWAI_DISABLE_TELEMETRY="true", CREWAI_TRACING_ENABLED="false", OTEL_SDK_DISABLED="true")
 
-from bench_wrap import provider
 from crewai import LLM, Agent, Crew, Task
-from measure import at_most, in_turns, table
+from measure import at_most, in_turns, provider, table
 
 from bursar import Budget, Bursar
 from bursar_crewai import BursarCrew

@@ -10,13 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bench_wrap import provider
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai import OpenAI
 from llama_index_instrumentation import root_dispatcher
-from measure import at_most, in_turns, table
+from measure import at_most, in_turns, provider, table
 
 from bursar import Budget, Bursar
 from bursar_llamaindex import BursarCallbackHandler

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import anthropic
 import openai
-from measure import at_most, in_turns, table
+from measure import at_most, in_turns, provider, table
 
 from bursar import Budget, Bursar
 
 LIMIT_US = 500.0
 MESSAGES: Any = [{"role": "user", "content": "Say it in one word. " * 20}]
-
-# In a process of its own, so that it does not take the clients' turns.
-PROVIDER = """
-import sys
-from bursar.testing.provider import Answer, Provider
-with Provider(Answer(input_tokens=100, output_tokens=20, chunks=20)) as provider:
-    print(provider.url, flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def provider() -> Iterator[str]:
-    """The URL of a provider that runs meanwhile."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PROVIDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.communicate()
 
 
 def chat(client: openai.OpenAI) -> None:

@@ -1,11 +1,34 @@
-"""What the benchmarks share: timing in turns, the table, and the figure that each row is held against."""
+"""What the benchmarks share: timing in turns, the table, the figure that each row is held against, a provider."""
 
 from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+# In a process of its own, so that it does not take the clients' turns.
+PROVIDER = """
+import sys
+from bursar.testing.provider import Answer, Provider
+with Provider(Answer(input_tokens=100, output_tokens=20, chunks=20)) as provider:
+    print(provider.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def provider() -> Iterator[str]:
+    """The URL of a provider that runs meanwhile."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROVIDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate()
 
 
 def in_turns(works: Mapping[str, Callable[[], object]], calls: int, *, rounds: int = 15) -> dict[str, float]:
