@@ -236,6 +236,11 @@ class Oracle:
             if after >= at and first:
                 self.told.append((key, index))
 
+    def all_room_in_us(self, keys: set[Key], asked: dict[Key, int], now_us: int) -> int | None:
+        """How long until time alone makes room on all of these accounts."""
+        waits = [self.room_in_us(key, asked[key], now_us) for key in keys]
+        return None if None in waits else max(us for us in waits if us is not None)
+
     # -- what happens ----------------------------------------------------------------------------------------------
 
     def lines(self, run: str, amounts: dict[str, int], now_us: int) -> dict[Key, int]:

@@ -197,7 +197,8 @@ class World(RuleBasedStateMachine):
             key = key_of(answer.account.rule)
             assert key in refusing
             assert answer.account.available == self.oracle.available(key, now_us)
-            assert answer.retry_after_us == self.oracle.room_in_us(key, answer.asked, now_us)
+            asked = self.oracle.lines(run, amounts, now_us)
+            assert answer.retry_after_us == self.oracle.all_room_in_us(refusing, asked, now_us)
         else:
             assert type(answer) is Granted
             assert {key_of(one.rule) for one in answer.accounts if one.rule.key in answer.shadowed} == short

@@ -20,6 +20,7 @@ PERIODS_US = {"second": SECOND_US, "minute": MINUTE_US, "hour": HOUR_US, "day": 
 CASES = [
     ("azure_code", 0, 700, "100 requests/minute", 100, MINUTE_US),
     ("azure_conv", 0, 700, "3 requests/second", 3, SECOND_US),
+    ("mooncake_conv", 0, 700, "60 requests/minute", 60, MINUTE_US),
     ("azure_code", 0, 500, "90_000 tokens/minute", 90_000, MINUTE_US),
     ("azure_conv", 500, 1_000, "200_000 tokens/minute", 200_000, MINUTE_US),
     ("mooncake_conv", 900, 1_400, "900_000 tokens/minute", 900_000, MINUTE_US),
@@ -79,6 +80,14 @@ def test_what_was_reserved_in_vain_is_used_by_others() -> None:
     assert excess(moves, 200_000, MINUTE_US) == 0
     taken, given = used_while_wanted(arrivals, run.outcomes, moves, 200_000, MINUTE_US)
     assert taken >= 0.98 * given
+
+
+def test_those_behind_the_first_sleep_until_it_is_their_turn() -> None:
+    """Two hundred who wait for minutes cost a few steps each, not some every second."""
+    arrivals = [Arrival(number, 1, 1) for number in range(200)]
+    run = Simulation(Budget("rate", "1 requests/second", on_exceed="wait 10m"), arrivals).run()
+    assert [one.sent_us for one in run.outcomes] == [1_000_000 * number for number in range(200)]
+    assert run.steps < 10 * len(arrivals)
 
 
 def test_the_arithmetic_sees_what_is_wrong() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from bursar import Budget, BudgetExceeded, Bursar, Reservation
+from bursar import Budget, BudgetExceeded, Bursar, Reservation, Usage
+from bursar.call import Pause, Reload
 from bursar.testing import ManualClock
 from bursar.waiting import Ticket, WaitingRoom
 
@@ -243,3 +244,135 @@ async def _freed_while_awaited(room: WaitingRoom, ticket: Ticket) -> None:
     await asyncio.sleep(0)
     await asyncio.to_thread(room.freed, ["a"])
     await waiting
+
+
+class Caller:
+    """One call, step by step: `look` is what its thread or task does when it is woken or its pause is over."""
+
+    def __init__(self, bursar: Bursar, tokens: int, **tags: str) -> None:
+        self.bursar = bursar
+        self.call = bursar._make.model("openai", "gpt-4o", usage=Usage(input_tokens=tokens), resize=False, tags=tags)
+        self.steps = bursar.guard.reserve(self.call, bursar.store.now_us())
+        self.error: BudgetExceeded | None = None
+        self.pause: Pause | None = None
+        self._go(None)
+
+    @property
+    def sent(self) -> bool:
+        return self.call.state == "open"
+
+    @property
+    def woken(self) -> bool:
+        return self.pause is not None and not self.pause.ticket.arm(list)
+
+    def look(self) -> None:
+        assert self.pause is not None
+        self.pause.ticket.disarm()
+        self.pause = None
+        self._go(self.bursar.store.now_us())
+
+    def _go(self, answer: Any) -> None:
+        try:
+            while True:
+                step = self.steps.send(answer)
+                if isinstance(step, Pause):
+                    self.pause = step
+                    return
+                assert not isinstance(step, Reload)
+                answer = self.bursar.store.execute(step)
+        except StopIteration:
+            assert self.sent
+        except BudgetExceeded as refused:
+            self.error = refused
+
+    def end(self) -> None:
+        self.bursar._driver.run(self.bursar.guard.settle(self.call, self.call.usage or Usage(), 0))
+
+
+TOKENS = Budget("tokens", "100 tokens/minute", on_exceed="wait 60s")
+
+
+def test_who_runs_out_of_patience_in_the_queue_does_not_overtake(url: str) -> None:
+    """Both are due at one instant: the one behind looks first, and finds room that is not its own."""
+    clock = ManualClock()
+    with Bursar(url, [TOKENS], clock=clock) as bursar:
+        assert Caller(bursar, 100).sent
+        large, small = Caller(bursar, 100), Caller(bursar, 5)
+        assert (large.pause.seconds, small.pause.seconds) == (1, 60), "only the first looks by itself"  # type: ignore[union-attr]
+        clock.advance(60)
+        small.look()
+        large.look()
+        assert large.sent
+        assert small.error is not None
+        assert (small.error.budget, small.error.asked, small.error.available) == ("tokens", 5, 100)
+        assert "calls that came before wait for what there is" in str(small.error)
+        (record,) = (record for record in bursar.records() if record.kind == "refusal")
+        assert record.outcome == "blocked"
+
+
+def test_a_place_is_kept_where_a_window_ends(url: str) -> None:
+    clock = ManualClock()
+    with Bursar(url, [Budget("each", "1 requests", window="minute", on_exceed="wait 2m")], clock=clock) as bursar:
+        assert Caller(bursar, 1).sent
+        first = Caller(bursar, 1)
+        clock.advance(60)
+        second = Caller(bursar, 1)
+        assert not second.sent
+        first.look()
+        assert first.sent
+
+
+def test_a_call_that_waits_elsewhere_now_is_not_overtaken_there(url: str) -> None:
+    clock = ManualClock()
+    with Bursar(url, [Budget("slot", "1 slots", on_exceed="wait 60s"), TOKENS], clock=clock) as bursar:
+        holder = Caller(bursar, 40)
+        large, small = Caller(bursar, 90), Caller(bursar, 5)
+        holder.end()
+        assert large.woken
+        large.look()
+        assert small.woken, "the slot has no other who waits for it"
+        small.look()
+        assert not small.sent, "the tokens that there are belong to the one that came before"
+        clock.advance(18)
+        large.look()
+        assert large.sent
+        large.end()
+        clock.advance(3)
+        assert small.woken
+        small.look()
+        assert small.sent
+
+
+def test_nobody_stands_behind_an_account_that_it_does_not_need(url: str) -> None:
+    planners = Budget("planner", "100 tokens/minute", match={"agent": "planner"}, on_exceed="wait 60s")
+    with Bursar(
+        url, [planners, Budget("all", "1000 tokens/minute", on_exceed="wait 60s")], clock=ManualClock()
+    ) as bursar:
+        assert Caller(bursar, 100, agent="planner").sent
+        assert not Caller(bursar, 50, agent="planner").sent
+        assert Caller(bursar, 50, agent="writer").sent
+
+
+def test_who_cannot_be_helped_by_waiting_is_told_at_once_though_others_wait(url: str) -> None:
+    readers = Budget("readers", "60 tokens", match={"agent": "reader"})
+    with Bursar(url, [TOKENS, readers], clock=ManualClock()) as bursar:
+        assert Caller(bursar, 50).sent
+        waiting = Caller(bursar, 60)
+        refused, too_large = Caller(bursar, 70, agent="reader").error, Caller(bursar, 101).error
+        assert refused is not None
+        assert refused.budget == "readers"
+        assert too_large is not None
+        assert (too_large.budget, too_large.retry_after) == ("tokens", None)
+        assert waiting.pause is not None
+
+
+def test_a_retry_must_suit_every_account(url: str) -> None:
+    """The refusal names the first account that is short, and the time at which all have room."""
+    clock = ManualClock()
+    with Bursar(url, [Budget("a", "1 requests/minute"), Budget("b", "1 requests/hour")], clock=clock) as bursar:
+        assert Caller(bursar, 1).sent
+        refused = Caller(bursar, 1).error
+        assert refused is not None
+        assert (refused.budget, refused.retry_after) == ("a", 3_600)
+        clock.advance(3_600)
+        assert Caller(bursar, 1).sent

@@ -117,6 +117,8 @@ class Amounts:
         request, price, estimate = call.request, call.price, call.estimate
         if request is None or price is None or estimate is None or call.usage is not None:
             return None
+        if refused.mark is not None or refused.asked <= refused.account.available:
+            return None  # it is not for want of room
         most = request.max_output_tokens or price.max_output_tokens or estimate.max_output_tokens
         for account, asked in refused.lines:
             unit, free = account.rule.unit, account.available

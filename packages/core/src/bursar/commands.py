@@ -62,7 +62,8 @@ class Reserve(NamedTuple):
     """Hold the amounts on every account, all or nothing. `draft` holds `cost_nanos` and `usage` of the estimate.
 
     `quiet`: a refusal is not recorded, because the caller will try again (waiting, or with a smaller output). `complied`: by
-    account key, up to which of its marks the call does what they ask for.
+    account key, up to which of its marks the call does what they ask for. `behind`: the key of an account for which others
+    wait who came before; it refuses, whatever room it has.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Reserve(NamedTuple):
     max_accounts: int = 1_000_000
     quiet: bool = False
     complied: Mapping[str, int] = {}
+    behind: str = ""
 
 
 class Settle(NamedTuple):
@@ -156,8 +158,9 @@ class Granted(NamedTuple):
 class Refused(NamedTuple):
     """`account` could not hold `asked`. `lines` are all accounts of the call with the amounts asked of them.
 
-    `retry_after_us`: when time alone makes room, else None. `may_free`: open reservations stand in the way. `mark`: the index
-    of the account's mark that stops the call (ask, block, kill), None when it is for want of room.
+    `retry_after_us`: when time alone makes room on all of them, else None. `may_free`: open reservations stand in the way, and
+    time in what they do not. `mark`: the index of the account's mark that stops the call (ask, block, kill), None when it is
+    for want of room, or because others came before.
     """
 
     account: Account

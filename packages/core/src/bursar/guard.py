@@ -28,7 +28,7 @@ from bursar.ladder import comply
 from bursar.notices import Notices
 from bursar.policy import Matched, Policy
 from bursar.prices import PriceBook
-from bursar.queueing import Queueing
+from bursar.queueing import Queueing, queue_of
 from bursar.records import facts_of
 from bursar.refusal import exceeded, rejection, stopped
 from bursar.sentry import Sentry
@@ -70,12 +70,11 @@ class Guard:
             call.price = call.book.find(call.provider, call.model, now_us, call.tags())
             call.attempts = call.request.retries + 1
         now_us = yield from self.notices.watch(call, self.matched(call, now_us), self._policy, now_us)
-        queue = Queueing(self.room)
+        queue = Queueing(self.room, now_us)
         try:
             for _ in range(MAX_LOOKS):
-                now_us = yield from self._queue_up(call, queue, now_us)
                 final = not call.resize and not any(one.budget.wait_s for one in self.matched(call, now_us))
-                answer, now_us = yield from self._try(call, now_us, quiet=not final)
+                answer, now_us = yield from self._try(call, queue, now_us, quiet=not final)
                 if type(answer) is Refused:
                     pause = queue.after(answer, self.matched(call, now_us), now_us)
                     if pause is not None:
@@ -88,7 +87,7 @@ class Guard:
                         call.request.max_output_tokens = fit
                         continue
                     if not final:  # the last attempt, on record
-                        answer, now_us = yield from self._try(call, now_us, quiet=False)
+                        answer, now_us = yield from self._try(call, queue, now_us, quiet=False)
                 if isinstance(answer, Refused):
                     yield from self._refuse(call, answer, now_us)
                 assert type(answer) is Granted
@@ -120,20 +119,9 @@ class Guard:
         rules = (one.rule for one in self.matched(call, call.reserved_us))
         return [rule for rule in rules if rule.enforce and any(mark.action == "kill" for mark in rule.marks)]
 
-    def _queue_up(self, call: Call, queue: Queueing, now_us: int) -> Generator[Step, Any, int]:
-        """Behind those who wait for an account of this call already; nobody is overtaken before the patience is over."""
-        if not self.room:
-            return now_us
-        waits = [one for one in self.matched(call, now_us) if one.budget.wait_s]
-        queue.join_behind([one.rule.key for one in waits])
-        while not queue.is_first:
-            deadline_us = queue.until(now_us, max((one.budget.wait_s for one in waits), default=0.0))
-            if now_us >= deadline_us:
-                return now_us
-            now_us = yield queue.pause((deadline_us - now_us) / 1e6)
-        return now_us
-
-    def _try(self, call: Call, now_us: int, *, quiet: bool) -> Generator[Step, Any, tuple[Granted | Refused, int]]:
+    def _try(
+        self, call: Call, queue: Queueing, now_us: int, *, quiet: bool
+    ) -> Generator[Step, Any, tuple[Granted | Refused, int]]:
         """One attempt to reserve, made again after a newer policy, a new window, or a step that a threshold asks for."""
         for _ in range(MAX_RELOADS + MAX_STEPS):
             if self.stop_of(call, now_us) is not None:
@@ -141,7 +129,8 @@ class Guard:
                 stop = self.stop_of(call, now_us)
                 if stop is not None:
                     raise stop
-            lines = self.amounts.lines(call, self.matched(call, now_us))
+            matched = self.matched(call, now_us)
+            lines = self.amounts.lines(call, matched)
             command = Reserve(
                 call.id,
                 lines,
@@ -153,6 +142,7 @@ class Guard:
                 self.max_accounts,
                 quiet,
                 call.complied,
+                queue.behind(matched),
             )
             call.state = "asking"
             try:
@@ -281,7 +271,7 @@ class Guard:
             raise rejection(call.id, answer)
         assert type(answer) is Ended
         call.state = "settled" if type(command) is Settle else "released"
-        self.room.freed(account.rule.key for account in answer.accounts)
+        self.room.freed(queue_of(account.rule) for account in answer.accounts)
         if answer.alerts:
             yield from self.notices.crossed(answer.alerts, answer.accounts, self.policy)
         return answer.entry

@@ -82,6 +82,7 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
     held: list[tuple[str, str, int]] = []
     short = -1
     marked = False
+    behind = command.behind
     shadowed: tuple[str, ...] = ()
     for rule, amount in lines:
         account = _standing(read, rule, now_us, puts, max_accounts)
@@ -92,7 +93,8 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
         account = puts[rule.key] = hold(account, amount, now_us)
         after.append(account)
         held.append((rule.key, rule.unit, amount))
-        if (account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved) < 0:
+        room = account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved
+        if room < 0 or rule.key == behind:
             if not rule.enforce:
                 shadowed = (*shadowed, rule.key)
             elif short < 0:
@@ -173,10 +175,10 @@ def _refuse(
     accounts = [age(account, now_us) for account in before]
     account, asked = accounts[short], command.lines[short][1]
     lines = tuple(zip(accounts, (amount for _, amount in command.lines), strict=True))
-    at, need = account, asked
+    lacking = [(a, amount) for a, amount in lines if amount > a.available and a.rule.enforce]
     if mark is not None:  # it lets calls through again when the balance is below it
-        at, need = account._replace(rule=account.rule._replace(limit=account.rule.marks[mark].at)), 1
-    answer = Refused(account, asked, until(at, need, now_us), may_free(at, need), lines, mark)
+        lacking.append((account._replace(rule=account.rule._replace(limit=account.rule.marks[mark].at)), 1))
+    answer = Refused(account, asked, *_relief(lacking, now_us), lines, mark)
     if command.quiet:
         return Decision(answer, _NOTHING)
     minute = now_us // MINUTE_US
@@ -189,7 +191,9 @@ def _refuse(
         kept |= {a.rule.key: a for a in accounts if a.rule.budget == account.rule.budget and a is not account}
     if recorded < REFUSALS_PER_MINUTE:
         key = f"{command.id}!{now_us}.{refused.refused}"
-        facts = {"account": account.rule.key, "asked": asked, "available": account.available}
+        facts: dict[str, Any] = {"account": account.rule.key, "asked": asked, "available": account.available}
+        if command.behind:
+            facts["behind"] = command.behind
         if mark is not None:
             facts["mark"] = account.rule.marks[mark].action
         kept[key] = Entry(
@@ -209,6 +213,14 @@ def _refuse(
             facts,
         )
     return Decision(answer, kept)
+
+
+def _relief(lacking: list[tuple[Account, int]], now_us: int) -> tuple[int | None, bool]:
+    """When time alone makes room for all of these amounts, if ever; and whether the end of calls in flight may help."""
+    waits = [(until(account, need, now_us), may_free(account, need)) for account, need in lacking]
+    times = [us for us, _ in waits if us is not None]
+    retry_us = max(times, default=0) if len(times) == len(waits) else None
+    return retry_us, any(free for _, free in waits) and all(free or us is not None for us, free in waits)
 
 
 def _accounts(read: Read, held: tuple[tuple[str, str, int], ...]) -> tuple[Account, ...]:

@@ -36,8 +36,9 @@ def patience_s(refused: Refused, matched: tuple[Matched, ...]) -> float:
     if refused.mark is not None:
         rule = refused.account.rule
         return budgets[rule.key].wait_s if rule.marks[refused.mark].action == "block" and rule.key in budgets else 0.0
-    short = [account.rule for account, asked in refused.lines if asked > account.available and account.rule.enforce]
-    return min((budgets[rule.key].wait_s if rule.key in budgets else 0.0 for rule in short), default=0.0)
+    short = {account.rule.key for account, asked in refused.lines if asked > account.available and account.rule.enforce}
+    keys = short | {refused.account.rule.key}  # where others came before, it need not be short
+    return min(budgets[key].wait_s if key in budgets else 0.0 for key in keys)
 
 
 def pause_s(refused: Refused, now_us: int, deadline_us: int) -> float | None:
@@ -73,6 +74,8 @@ def exceeded(refused: Refused, budget: Budget, fit: int | None) -> BudgetExceede
         reason = f"it blocks calls from {_show(rule.marks[refused.mark or 0].at, rule)} on"
     else:
         reason = f"it needs {_show(refused.asked, rule)}"
+        if refused.asked <= account.available:
+            reason += ", calls that came before wait for what there is"
     return BudgetExceeded(
         f"{_named(rule)} refused the call: {reason}, {_balance(account)}. Nothing was sent. {remedy}.", **fields
     )

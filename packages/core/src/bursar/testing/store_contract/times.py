@@ -271,6 +271,21 @@ class Times(Base):
         run(settle("d", 0, tokens=0))
         assert self.account(store, rate).level == 60
 
+    def test_an_account_for_which_others_wait_refuses_whatever_room_it_has(self, store: Store, run: Run) -> None:
+        dollar, rate = rule("b", 100), rule("r", 5, "refill", "requests", period_us=SECOND_US)
+        refused = run(reserve("a", (dollar, 10), (rate, 1), behind=rate.key))
+        assert type(refused) is Refused
+        assert (refused.account.rule, refused.asked, refused.retry_after_us) == (rate, 1, 0)
+        assert (self.account(store, rate).refused, self.account(store, rate).reserved) == (1, 0)
+        assert type(run(reserve("a", (dollar, 10), (rate, 1)))) is Granted
+
+    def test_a_retry_after_suits_every_account(self, run: Run) -> None:
+        slow, fast = (rule(f"every {s}", 1, "refill", "requests", period_us=s * SECOND_US) for s in (60, 1))
+        run(reserve("a", (fast, 1), (slow, 1)))
+        refused = run(reserve("b", (fast, 1), (slow, 1)))
+        assert type(refused) is Refused
+        assert (refused.account.rule, refused.retry_after_us) == (fast, 60 * SECOND_US)
+
     def test_what_exceeds_a_refills_burst_never_fits(self, store: Store, run: Run) -> None:
         refused = run(reserve("a", (rule("b", 60, "refill", "tokens", period_us=SECOND_US), 61)))
         assert type(refused) is Refused
