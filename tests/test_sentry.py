@@ -150,6 +150,54 @@ def test_a_failing_call_waits_before_its_next_attempt_and_is_given_up(make: Any,
     assert errors[-1].cause == "attempts"
 
 
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ValueError("nobody may look at this")
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for _ in range(levels):
+        data = {"a": data}
+    return data
+
+
+HOSTILE = [
+    Unprintable(),
+    [{"functionCall": "x"}],
+    [{"functionResponse": 5}],
+    _deep(50_000),
+    ["\ud800" * 300, b"x", None],
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE)
+def test_what_detectors_cannot_read_fails_no_call(make: Any, content: Any) -> None:
+    bursar = make(detectors=Detectors())
+    message = {"role": "assistant", "content": content, "tool_calls": [{"function": "x"}, 5]}
+    for messages in ([message], [{"role": "assistant", "content": content, "tool_calls": 5}, "go on"]):
+        with bursar.scope(run="r"):
+            body = {**answer(1), "choices": [{"index": 0, "message": message}]}
+            if not isinstance(content, dict):  # what is too deep for JSON cannot be estimated
+                with bursar.call("openai", "gpt-4o", messages=messages, max_output_tokens=10) as call:
+                    call.settle(body)
+                with bursar.call("openai", "gpt-4o", messages=messages, max_output_tokens=10) as call:
+                    call.settle_unknown("cut")
+            with bursar.call("openai", "gpt-4o", messages="hi", max_output_tokens=10) as call:
+                assert call.settle(body).cost_nanos > 0
+            with bursar.tool("search", arguments=content):
+                assert bursar.store.open_reservations() == 1
+    assert bursar.store.open_reservations() == 0
+
+
+def test_a_message_that_cannot_be_read_opens_no_door(make: Any) -> None:
+    bursar = make(budgets=[], detectors=Detectors(uncapped="block"), require=["team"])
+    messages = [{"role": "user", "content": Unprintable()}]
+    for scope in ({"team": "a", "run": "r"}, {"run": "r"}):
+        with bursar.scope(**scope), pytest.raises(Stopped):
+            bursar.reserve("openai", "gpt-4o", messages=messages, max_output_tokens=10)
+
+
 def test_calls_without_a_limit_are_told_of_refused_or_limited(make: Any) -> None:
     only_team = [Budget("team", "1 USD", match={"team": "a"})]
     reporting = make(budgets=only_team)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bursar.accounts import Rule
@@ -15,6 +16,8 @@ from bursar.scope import process_run
 from bursar.usage import Usage
 
 MOST_TOLD = 4_096
+
+log = logging.getLogger("bursar")
 
 
 class Sign(NamedTuple):
@@ -63,10 +66,10 @@ class Sentry:
             watch = tower.run(call.run)
             if call.request is not None:
                 size = call.request.input_tokens or 0
-                seen = watch.model_called(call.id, call.content, now_us, model=call.model, input_tokens=size)
+                seen = _seen(watch.model_called, call.id, call.content, now_us, model=call.model, input_tokens=size)
                 found.append(self._sign(seen))
             elif call.content is not None:
-                found.append(self._sign(watch.tool_called(call.tool, call.content)))
+                found.append(self._sign(_seen(watch.tool_called, call.tool, call.content)))
         if call.connection in self._failing:
             found.append(self._sign(tower.connection(call.connection).check(now_us)))
         return [sign for sign in found if sign is not None]
@@ -79,7 +82,7 @@ class Sentry:
         found: list[Finding | None] = []
         if call.request is not None and _is_task(call):
             seen = None if isinstance(answer, Usage) else answer
-            found.append(tower.run(call.run).model_answered(call.id, seen))
+            found.append(_seen(tower.run(call.run).model_answered, call.id, seen))
         if call.connection in self._failing:
             tower.connection(call.connection).ended(1, 0, now_us)
         if cost_nanos:
@@ -135,6 +138,15 @@ class Sentry:
         if not self._acts:
             return Sign(finding.detector, finding.cause, "notify", finding.why)
         return Sign(finding.detector, finding.cause, finding.action, finding.why, finding.wait_us)
+
+
+def _seen(look: Callable[..., Finding | None], *args: Any, **said: Any) -> Finding | None:
+    """What a detector finds; nothing where it cannot read what it is shown."""
+    try:
+        return look(*args, **said)
+    except Exception as error:  # noqa: BLE001 - whatever a message is made of, a look at it must not fail the call
+        log.warning("detectors cannot read a call, and do not see it: %s", type(error).__name__, exc_info=True)
+        return None
 
 
 def _is_task(call: Call) -> bool:

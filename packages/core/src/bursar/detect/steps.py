@@ -145,7 +145,7 @@ def _read(item: Any) -> _Item:
         return _Item("tool", [], [text_of(item.get("output", item.get("tools")))])
     content = item.get("content")
     parts = content if content is not None else item.get("parts")
-    calls = _chat_calls(item["tool_calls"]) if item.get("tool_calls") else []
+    calls = _chat_calls(item.get("tool_calls"))
     whole = sender == "model" and kind is None
     if not isinstance(parts, (list, tuple)):
         return _Item(sender, calls, [] if sender == "model" and not parts else [text_of(parts)], whole)
@@ -174,9 +174,11 @@ def _read_part(part: Any, calls: list[tuple[str, str]], results: list[str], word
         calls.append((str(part.get("name")), text_of(part.get("input"))))
     elif kind == "tool_result":
         results.append(text_of(part.get("content")))
-    elif inner := part.get("functionCall") or part.get("function_call") or part.get("toolUse"):
+    elif isinstance(inner := part.get("functionCall") or part.get("function_call") or part.get("toolUse"), Mapping):
         calls.append((str(inner.get("name")), text_of(inner.get("args", inner.get("input")))))
-    elif inner := part.get("functionResponse") or part.get("function_response") or part.get("toolResult"):
+    elif isinstance(
+        inner := part.get("functionResponse") or part.get("function_response") or part.get("toolResult"), Mapping
+    ):
         results.append(text_of(inner.get("response", inner.get("content"))))
     elif kind not in ("thinking", "redacted_thinking") and not _SILENT & part.keys():
         words.append(f"[{_fingerprint(part)}]")
@@ -188,11 +190,12 @@ _SILENT = frozenset(("cachePoint", "reasoningContent", "thoughtSignature", "thou
 def _chat_calls(tool_calls: Any) -> list[tuple[str, str]]:
     """The calls of a chat message; LangChain's have no `function` around them, and `args`."""
     calls = []
-    for call in tool_calls:
+    for call in tool_calls if isinstance(tool_calls, (list, tuple)) else ():
         call = call if isinstance(call, Mapping) else plain(call)
         if isinstance(call, Mapping):
             inner = call.get("function") or call.get("custom") or call
             inner = inner if isinstance(inner, Mapping) else plain(inner)
+            inner = inner if isinstance(inner, Mapping) else {"name": inner}
             calls.append(
                 (str(inner.get("name")), text_of(inner.get("arguments", inner.get("args", inner.get("input")))))
             )
