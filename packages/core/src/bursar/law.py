@@ -326,7 +326,7 @@ def _crossed(
 def _settle_late(read: Read, expired: Entry, command: Settle, now_us: int) -> Decision:
     """A settlement after expiry: the true figures less what the expiry booked, as a further entry."""
     key = expired.id + "~"
-    usage = _difference(command.usage, expired.usage)
+    usage = difference(command.usage, expired.usage)
     cost_nanos = command.cost_nanos - expired.cost_nanos
     done = read(key)
     if type(done) is Entry:
@@ -379,7 +379,7 @@ def _correct(
     return Decision(Ended(entry, accounts, alerts=alerts), puts)
 
 
-def _difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[str, Any]:
+def difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be added to the counts that were booked to reach the actual ones; facts are the actual ones."""
     result: dict[str, Any] = {}
     for name in [*actual, *(name for name in booked if name not in actual)]:
@@ -387,7 +387,7 @@ def _difference(actual: Mapping[str, Any], booked: Mapping[str, Any]) -> dict[st
         if isinstance(new, bool) or isinstance(new or old, (str, list)):
             result[name] = new
         elif isinstance(new or old, Mapping):
-            inner = _difference(new or {}, old or {})
+            inner = difference(new or {}, old or {})
             result |= {name: inner} if inner else {}
         elif (new or 0) - (old or 0):
             result[name] = (new or 0) - (old or 0)
@@ -414,7 +414,7 @@ def _release(read: Read, command: Release, now_us: int) -> Decision:
     if type(operator) is str and not verifies(operator, "release", command.id, {"signature": command.proof}):
         return _reject("operator", command.id)
     amounts = {key: -amount for key, amount in row.amounts.items()}
-    usage = _difference({}, row.usage)
+    usage = difference({}, row.usage)
     return _correct(read, row, row.id + "~", amounts, command, -row.cost_nanos, usage, now_us)
 
 

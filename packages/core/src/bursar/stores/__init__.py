@@ -21,7 +21,12 @@ def open_store(url: str, clock: Clock | None = None) -> Store:
         from bursar.stores.sqlite import SqliteStore
 
         return SqliteStore(unquote(parts.path[1:]), durability=options.get("durability", "full"), clock=clock)
+    if parts.scheme in ("postgresql", "postgres"):
+        from bursar.stores.postgres import PostgresStore
+
+        return PostgresStore(url, clock=clock)
     raise InvalidInput(
-        f'{url!r} names no store. Use "memory:", "sqlite:///file.db" or "sqlite:///file.db?durability=process".',
+        f'{url!r} names no store. Use "memory:", "sqlite:///file.db", "sqlite:///file.db?durability=process" or '
+        '"postgresql://user@host/database".',
         argument="store",
     )

@@ -36,7 +36,7 @@ CLAIM = (
 DUE = "SELECT 1 FROM alerts WHERE delivered_us=0 AND due_us<=? LIMIT 1"
 DELIVERED = "UPDATE alerts SET delivered_us=? WHERE id=?"
 RETRY = "UPDATE alerts SET due_us=? WHERE id=?"
-_ENTRY = (
+ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"
 )
@@ -67,8 +67,8 @@ _GET_ACCOUNT = f"SELECT {_ACCOUNT} FROM accounts WHERE key=?"
 RESERVATIONS = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations ORDER BY id"
 _GET_RESERVATION = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations WHERE id=?"
 _END_RESERVATION = "DELETE FROM reservations WHERE id=?"
-_PUT_ENTRY = f"INSERT INTO records({_ENTRY}, {_TAG_COLUMNS}, model_answered) VALUES ({', '.join('?' * 27)})"
-_GET_ENTRY = f"SELECT {_ENTRY} FROM records WHERE id=?"
+_PUT_ENTRY = f"INSERT INTO records({ENTRY}, {_TAG_COLUMNS}, model_answered) VALUES ({', '.join('?' * 27)})"
+_GET_ENTRY = f"SELECT {ENTRY} FROM records WHERE id=?"
 _PUT_COUNT = "INSERT OR REPLACE INTO account_counts VALUES (?, ?)"
 _GET_COUNT = "SELECT accounts FROM account_counts WHERE budget=?"
 _GET_OPERATOR = (
@@ -264,7 +264,7 @@ def entries_after(last: str, tags: Mapping[str, str]) -> tuple[str, list[Any]]:
 
     from bursar.schema import RecordRow
 
-    columns = [getattr(RecordRow, name.strip()) for name in _ENTRY.split(",")]
+    columns = [getattr(RecordRow, name.strip()) for name in ENTRY.split(",")]
     query = select(*columns).where(RecordRow.id > last).order_by(RecordRow.id).limit(PAGE)
     for name, value in tags.items():
         column = getattr(RecordRow, name) if name in _TAGS else func.json_extract(RecordRow.draft, f'$.tags."{name}"')

@@ -1,0 +1,160 @@
+"""The PostgreSQL server: connections to it, its schema and functions, and its errors as faults."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import psycopg
+from psycopg import sql
+
+from bursar.errors import InvalidInput, StoreError
+from bursar.migrations import HEAD, REVISIONS
+
+MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
+STATEMENT_TIMEOUT_MS = 10_000
+# What a URL does not say: find the primary after a fail-over, and notice within seconds that a host is gone.
+_DEFAULTS = {
+    "application_name": "bursar",
+    "connect_timeout": "5",
+    "target_session_attrs": "read-write",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+_LAW = "\n".join(files(__package__).joinpath(name).read_text("utf-8") for name in ("accounts.sql", "law.sql"))
+# The functions carry the digest of their text in their names: processes of several versions work side by side, each by the
+# law that it came with.
+LAW = f"bursar_{hashlib.blake2b(_LAW.encode(), digest_size=4).hexdigest()}_"
+
+# SQLSTATE, or its class -> (our fault, what the user does next)
+_FAULTS = {
+    "57014": ("locked", "Another transaction holds the same rows for too long: end it, then try again."),
+    "55P03": ("locked", "Another transaction holds the same rows for too long: end it, then try again."),
+    "40": ("locked", "Other transactions were in the way: try again."),
+    "53100": ("full", "Free disk space on the server, then try again; nothing was lost."),
+    "53": ("unreachable", "The server is out of connections or memory: raise its limits, or use fewer processes."),
+    "25006": ("readonly", "This server is a replica or read-only: name the primary in the store's URL."),
+    "42501": ("readonly", "Give this user the rights to the schema and its tables, then try again."),
+    "42": ("damaged", "The schema is not what Bursar made: restore it from a backup."),
+    "BU002": ("damaged", "Stop all writers, and restore the database from a backup."),
+    "22P02": ("damaged", "Stop all writers, and restore the database from a backup."),
+    "XX001": ("damaged", "Stop all writers, and restore the database from a backup."),
+    "XX002": ("damaged", "Stop all writers, and reindex the database."),
+    "22003": ("overflow", "A sum would pass 2^63: correct the amount, or give the budget a window."),
+    "28": ("unreachable", "Correct user and password in the store's URL."),
+    "3D000": ("unreachable", "Create the database, or correct its name in the store's URL."),
+}
+
+
+def split(url: str) -> tuple[str, str]:
+    """The URL as libpq takes it, and the schema that it names (`?schema=`, by default "bursar")."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    schema = options.pop("schema", "bursar")
+    if not _SCHEMA.fullmatch(schema):
+        raise InvalidInput(
+            f"{schema!r} is no schema. Use small letters, digits and underscores, such as bursar.", argument="store"
+        )
+    return urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options))), schema
+
+
+def connect(url: str, schema: str) -> psycopg.Connection[Any]:
+    """A connection whose statements commit by themselves, with the schema's tables in its path."""
+    connection = psycopg.connect(url, autocommit=True)
+    try:
+        connection.execute(
+            "SELECT set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
+            "set_config('default_transaction_isolation', 'read committed', false), set_config('jit', 'off', false), "
+            "set_config('client_encoding', 'UTF8', false)",
+            (schema, str(STATEMENT_TIMEOUT_MS)),
+        )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def prepare(url: str, schema: str) -> None:
+    """Bring the schema's tables and functions up to date. Raises StoreError (newer)."""
+    with connect(url, schema) as connection:
+        found = connection.execute("SELECT to_regclass('alembic_version')").fetchone()
+        revision = None
+        if found is not None and found[0] is not None:
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            revision = row[0] if row else None
+        if revision is not None and revision not in REVISIONS:
+            raise StoreError(
+                f"The schema {schema} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
+                fault="newer",
+            )
+        ready = connection.execute("SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)).fetchone()
+    if revision != HEAD or ready != (True,):
+        _upgrade(url, schema)
+
+
+def _upgrade(url: str, schema: str) -> None:
+    """Under one lock and in one transaction: processes that open at once wait for each other, one does the work."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import DBAPIError
+
+    from bursar.migrations import upgrade as migrate
+
+    connection = connect(url, schema)
+    connection.autocommit = False
+    engine = create_engine("postgresql+psycopg://", creator=lambda: connection)
+    try:
+        with engine.begin() as bound:
+            bound.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
+            bound.exec_driver_sql("SET LOCAL statement_timeout = 0")
+            if not _value(connection, "SELECT to_regnamespace(%s) IS NOT NULL", (schema,)):
+                connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+            migrate(bound)
+            if not _value(connection, "SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)):
+                connection.execute(_LAW.replace("bursar_", LAW).encode())
+    except DBAPIError as error:
+        raise error.orig or error from error  # the driver's own, which says what the fault is
+    finally:
+        engine.dispose()
+        connection.close()
+
+
+def _value(connection: psycopg.Connection[Any], query: str, values: tuple[Any, ...]) -> Any:
+    row = connection.execute(query.encode(), values).fetchone()
+    return row[0] if row else None
+
+
+def is_lost(error: psycopg.Error) -> bool:
+    """Whether the connection is gone, or leads to a server that may not write: another one may serve."""
+    state = error.sqlstate or ""
+    return not state or state == "25006" or (state[:2] in ("08", "57") and state != "57014")
+
+
+def is_passing(error: psycopg.Error) -> bool:
+    """Whether the same command, made again at once, may well succeed."""
+    return (error.sqlstate or "")[:2] == "40"
+
+
+def concerns_one(error: psycopg.Error) -> bool:
+    """Whether a batch failed for what one of its commands is, rather than for the state of the store."""
+    return (error.sqlstate or "")[:2] in ("21", "22", "23", "BU")
+
+
+def fault_of(error: psycopg.Error) -> StoreError:
+    """The StoreError that says what to do. It names no address, since a URL may hold a password."""
+    state = error.sqlstate or ""
+    if state == "BU001":
+        return StoreError(
+            f"The server's clock is {error.diag.message_primary} s behind the store's. Set the clock (NTP), then try again.",
+            fault="clock",
+        )
+    fault, remedy = (
+        _FAULTS.get(state) or _FAULTS.get(state[:2]) or ("unreachable", "Check the server, and the store's URL.")
+    )
+    says = (error.diag.message_primary or str(error)).strip().splitlines()[0]
+    return StoreError(f"The PostgreSQL store failed: {says}. {remedy}", fault=fault, sqlstate=state or None)

@@ -1,0 +1,361 @@
+"""The PostgreSQL store: budgets shared by the processes of many hosts, one statement per command or batch of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import psycopg
+from pydantic_core import from_json
+
+from bursar.accounts import Account
+from bursar.clock import MAX_SKEW_US, Clock, StoreClock, SystemClock
+from bursar.commands import Alert, Answer, Command, Definition, Definitions, Ended, Entry, Expire, Release, Settle
+from bursar.errors import StoreError
+from bursar.signing import changes
+from bursar.stores import sqlite_rows as rows
+from bursar.stores.group_commit import GroupCommit
+from bursar.stores.postgres import queries
+from bursar.stores.postgres.server import (
+    LAW,
+    MIGRATING,
+    concerns_one,
+    connect,
+    fault_of,
+    is_lost,
+    is_passing,
+    prepare,
+    split,
+)
+from bursar.stores.postgres.wire import Wire, answer_of, late
+
+SWEEP_BATCH = 500
+MAX_STATEMENT = 64  # commands of one statement: each holds a lock of the server's table of locks
+_APPLY = f"SELECT {LAW}apply(%s::jsonb, %s, %s::bigint, %s::bigint)"
+
+
+class ServerClock:
+    """The server's time, without asking it each time: what it last said, and what has passed here since then.
+
+    It lags by the way of an answer, and never leads. A host whose own clock is a minute off is an error (I8).
+    """
+
+    def __init__(self, ask: Callable[[], int], seen_us: int) -> None:
+        self._ask = ask
+        self._host = SystemClock()
+        self.seen_us = seen_us  # nobody has seen a later time
+        self._said_us = self._at_ns = 0
+        self.check()
+
+    def learn(self, said_us: int) -> None:
+        """The server has just said this."""
+        self._said_us, self._at_ns = said_us, time.monotonic_ns()
+        self.seen_us = max(self.seen_us, said_us)
+
+    def now_us(self) -> int:
+        self.seen_us = max(self.seen_us, self._estimate_us())
+        return self.seen_us
+
+    def _estimate_us(self) -> int:
+        return self._said_us + (time.monotonic_ns() - self._at_ns) // 1_000
+
+    def check(self) -> None:
+        """Raise StoreError (clock) where host and server disagree by a minute."""
+        if abs(self._host.now_us() - self._estimate_us()) <= MAX_SKEW_US:
+            return
+        self.learn(self._ask())  # a host that slept does not know how long
+        off_us = self._host.now_us() - self._said_us
+        if abs(off_us) > MAX_SKEW_US:
+            raise StoreError(
+                f"This host's clock is {abs(off_us) // 1_000_000} s {'ahead of' if off_us > 0 else 'behind'} the server's. "
+                "Set the clocks (NTP), then try again.",
+                fault="clock",
+            )
+
+
+class PostgresStore:
+    """Budgets in a PostgreSQL database, in a schema of their own (`?schema=`, by default "bursar").
+
+    The server's clock decides; with `clock` (for tests and simulations), that one. `durability` is what the server is set to:
+    `full` where a commit waits for the disk (`fsync`, `synchronous_commit`), else `process`. Raises StoreError (unreachable,
+    locked, full, readonly, damaged, newer, clock).
+    """
+
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+        self._url, self._schema = split(url)
+        self._using = threading.RLock()  # held while the connection for commands is in use
+        self._reading = threading.RLock()  # held while that for everything else is
+        self._connection: psycopg.Connection[Any] | None = None
+        self._reader: psycopg.Connection[Any] | None = None
+        self._closed = False
+        self._wire = Wire()
+        with _faults():
+            prepare(self._url, self._schema)
+        try:
+            (fsync, commit), last = self._query(queries.DURABILITY)[0], self._query(rows.LAST_TIME)[0][0] or 0
+            self.durability = "full" if fsync == "on" and commit != "off" else "process"
+            self._server = None if clock is not None else ServerClock(self._ask_time, last)
+            given = StoreClock(clock, last) if clock is not None else self._server
+            assert given is not None
+            self.now_us = given.now_us
+        except BaseException:
+            self._drop()
+            raise
+        self._commits = GroupCommit(self._apply)
+        _opened.add(self)
+
+    def _ask_time(self) -> int:
+        return int(self._query(queries.NOW)[0][0])
+
+    def execute(self, command: Command) -> Answer:
+        return self._commits.run(command)
+
+    async def aexecute(self, command: Command) -> Answer:
+        return await self._commits.arun(command)
+
+    def post(self, command: Command) -> None:
+        self._commits.post(command)
+
+    # -- commands
+
+    def _apply(self, commands: Sequence[Command], _first_time: bool) -> list[Answer | BaseException]:
+        """A statement may be made again: the law gives a command that comes twice the same answer (I6)."""
+        answers: list[Answer | BaseException] = []
+        for start in range(0, len(commands), MAX_STATEMENT):
+            answers += self._apply_some(commands[start : start + MAX_STATEMENT])
+        return answers
+
+    def _apply_some(self, commands: Sequence[Command]) -> list[Answer | BaseException]:
+        for last in (False, True):
+            try:
+                with self._using:
+                    return self._send(commands)
+            except psycopg.Error as error:
+                if len(commands) > 1 and concerns_one(error):
+                    return [answer for command in commands for answer in self._apply_some([command])]
+                if last or not (is_lost(error) or is_passing(error)):
+                    failure = fault_of(error)
+                    failure.__cause__ = error
+                    return [failure for _ in commands]
+            except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
+                return [error for _ in commands]
+        raise AssertionError("unreachable")
+
+    def _send(self, commands: Sequence[Command]) -> list[Answer | BaseException]:
+        if self._closed:
+            raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+        careful = len(commands) > 1 or not self._wire.knows(commands[0])
+        told = self._call([self._wire.text(command) for command in commands], careful=careful)
+        if told[0]["t"] == "careful":
+            told = self._call([self._wire.text(commands[0])], careful=True)
+        answers: list[Answer | BaseException] = []
+        for command, one in zip(commands, told, strict=True):
+            if one["t"] == "late":
+                assert type(command) is Settle or type(command) is Release
+                (one,) = self._call([self._wire.text(command, late(command, one))], careful=False)
+            answers.append(answer_of(command, one))
+        return answers
+
+    def _call(self, texts: list[str], *, careful: bool) -> list[dict[str, Any]]:
+        """One statement on the connection for commands; one that fails or is interrupted half-way is not used again."""
+        if self._server is None:
+            given_us, seen_us = self.now_us(), None
+        else:
+            self._server.check()
+            given_us, seen_us = None, self._server.seen_us
+        connection = self._connection
+        try:
+            if connection is None:
+                connection = self._connection = connect(self._url, self._schema)
+            values = (f"[{','.join(texts)}]", careful, given_us, seen_us)
+            row = connection.execute(_APPLY, values, prepare=True).fetchone()
+        except BaseException as error:
+            if self._connection is not None and not _still_good(error):
+                self._connection.close()
+                self._connection = None
+            raise
+        assert row is not None
+        told = from_json(row[0])
+        if self._server is not None:
+            self._server.learn(told["now_us"])
+        answers: list[dict[str, Any]] = told["answers"]
+        return answers
+
+    def sweep(self) -> int:
+        due = self._query(queries.DUE_RESERVATIONS, (self.now_us(), SWEEP_BATCH))
+        return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
+
+    # -- definitions
+
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
+        """In one transaction, by one process at a time; a definition that is the newest already is left alone."""
+        version, held = self.definitions()
+        if not changes(kind, definitions, held):
+            return version
+        now_us = self.now_us()
+        with _faults(), self._read() as connection, connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
+            held = _definitions(connection.execute(rows.NEWEST_DEFINITIONS).fetchall())
+            version = _newest(held)
+            for name, definition in changes(kind, definitions, held).items():
+                version += 1
+                connection.execute(queries.PUBLISH, (version, kind, name, rows.dumps(definition), now_us))
+        return version
+
+    def definitions(self) -> tuple[int, Definitions]:
+        found = _definitions(self._query(rows.NEWEST_DEFINITIONS))
+        return _newest(found), found
+
+    def version(self) -> int:
+        return int(self._query(rows.VERSION)[0][0] or 0)
+
+    # -- the outbox
+
+    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
+        now_us = self.now_us()
+        found = self._query(queries.CLAIM, (now_us + lease_us, now_us, limit))
+        return sorted(((rows.alert(row), row[4]) for row in found), key=lambda one: (one[0].at_us, one[0].id))
+
+    def delivered(self, ids: Iterable[str]) -> None:
+        self._query(queries.DELIVERED, (self.now_us(), list(ids)))
+
+    def retry(self, ids: Iterable[str], at_us: int) -> None:
+        self._query(queries.RETRY, (at_us, list(ids)))
+
+    def alerts(self) -> Iterator[tuple[Alert, bool]]:
+        return ((rows.alert(row), bool(row[4])) for row in self._query(queries.ALERTS))
+
+    # -- reading
+
+    def open_reservations(self) -> int:
+        return int(self._query("SELECT count(*) FROM reservations")[0][0])
+
+    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
+        found = self._query(rows.ALL_ACCOUNTS) if keys is None else self._query(queries.SOME_ACCOUNTS, (list(keys),))
+        return (rows.account(row) for row in found)
+
+    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
+        last = ""
+        while True:
+            page = [rows.entry(row) for row in self._query(*queries.entries_after(last, tags or {}))]
+            yield from page
+            if len(page) < rows.PAGE:
+                return
+            last = page[-1].id
+
+    def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """One statement beside the commands; what it returns. Made again on a new connection where the old one was lost."""
+        with _faults():
+            try:
+                return self._query_once(query, values)
+            except psycopg.Error as error:
+                if not is_lost(error) and not is_passing(error):
+                    raise
+            return self._query_once(query, values)
+
+    def _query_once(self, query: str, values: Sequence[Any]) -> list[Any]:
+        with self._read() as connection:
+            cursor = connection.execute(query.encode(), values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[psycopg.Connection[Any]]:
+        """The connection for everything but commands."""
+        with self._reading:
+            if self._closed:
+                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+            try:
+                if self._reader is None:
+                    self._reader = connect(self._url, self._schema)
+                yield self._reader
+            except BaseException as error:
+                if self._reader is not None and not _still_good(error):
+                    self._reader.close()
+                    self._reader = None
+                raise
+
+    def close(self) -> None:
+        self._commits.close()
+        self._drop()
+
+    def _drop(self) -> None:
+        with self._using, self._reading:
+            self._closed = True
+            for connection in (self._connection, self._reader):
+                if connection is not None:
+                    connection.close()
+            self._connection = self._reader = None
+
+    # A connection must not cross a fork: both sides would speak on one socket.
+
+    def _before_fork(self) -> None:
+        self._reading.acquire()
+        self._using.acquire()
+
+    def _after_fork(self) -> None:
+        self._using.release()
+        self._reading.release()
+
+    def _in_child(self) -> None:
+        _inherited.extend(one for one in (self._connection, self._reader) if one is not None)
+        self._connection = self._reader = None
+        self._after_fork()
+        self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
+
+
+@contextlib.contextmanager
+def _faults() -> Iterator[None]:
+    """What the driver raises inside, as the StoreError that says what to do."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise fault_of(error) from error
+
+
+def _still_good(error: BaseException) -> bool:
+    """Whether the connection is in a known state: the server has refused one statement, and goes on."""
+    if isinstance(error, psycopg.Error):
+        return not is_lost(error)
+    return isinstance(error, StoreError)
+
+
+def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
+    held: Definitions = {}
+    for version, kind, name, text in found:
+        held.setdefault(kind, {})[name] = Definition(version, from_json(text))
+    return held
+
+
+def _newest(held: Definitions) -> int:
+    return max((one.version for named in held.values() for one in named.values()), default=0)
+
+
+_opened: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
+_forking: list[PostgresStore] = []
+_inherited: list[psycopg.Connection[Any]] = []  # a parent's, kept for ever: closing one here would end it there
+
+
+def _before_fork() -> None:
+    _forking[:] = sorted(_opened, key=id)
+    for store in _forking:
+        store._before_fork()
+
+
+def _after_fork(in_child: bool) -> None:
+    for store in reversed(_forking):
+        if in_child:
+            store._in_child()
+        else:
+            store._after_fork()
+    _forking.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
+    )

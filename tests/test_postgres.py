@@ -1,0 +1,20 @@
+"""The contract of stores, kept by PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from postgres_server import fresh_url
+
+from bursar.clock import Clock
+from bursar.stores.base import Store
+from bursar.stores.postgres import PostgresStore
+from bursar.testing import StoreContract
+
+
+class TestPostgres(StoreContract):
+    @pytest.fixture
+    def open_store(self) -> Callable[[Clock], Store]:
+        url = fresh_url()
+        return lambda clock: PostgresStore(url, clock=clock)
