@@ -37,6 +37,7 @@ from bursar.commands import (
 from bursar.policy import Policy
 from bursar.records import UsageRecord
 from bursar.scope import Scope
+from bursar.stores.base import Store
 from bursar.stores.memory import MemoryStore
 from bursar.stores.sqlite import SqliteStore
 from bursar.testing import ManualClock
@@ -119,18 +120,19 @@ def key_of(rule: Rule | dict[str, Any]) -> Key:
 
 
 class World(RuleBasedStateMachine):
-    """One history, told to the memory store, to SQLite and to the oracle. Every step compares all three."""
+    """One history, told to the memory store, to another one and to the oracle. Every step compares all three."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock()
         self.folder = Path(tempfile.mkdtemp(prefix="bursar-law-"))
         self.memory = MemoryStore(self.clock)
-        self.sqlite = self.reopen()
+        self.other = self.reopen()
         self.counted = 0
         self.kept: dict[str, Command] = {}
 
-    def reopen(self) -> SqliteStore:
+    def reopen(self) -> Store:
+        """The other store, with what it held before."""
         return SqliteStore(self.folder / "law.db", durability="process", clock=self.clock)
 
     @initialize(data=st.data(), place=st.sampled_from(PLACES))
@@ -148,7 +150,7 @@ class World(RuleBasedStateMachine):
     def apply(self, command: Command) -> Answer:
         """What both stores answer; it must be the same."""
         answer = self.memory.execute(command)
-        other = self.sqlite.execute(command)
+        other = self.other.execute(command)
         assert answer == other
         return answer
 
@@ -280,7 +282,7 @@ class World(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         expected = self.oracle.sweep(self.now_us())
-        assert self.memory.sweep() == self.sqlite.sweep() == expected
+        assert self.memory.sweep() == self.other.sweep() == expected
 
     @rule(us=st.one_of(st.integers(0, 10), st.integers(0, 10**8), st.integers(0, 10**11)))
     def wait(self, us: int) -> None:
@@ -309,8 +311,8 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def open_again(self) -> None:
-        self.sqlite.close()
-        self.sqlite = self.reopen()
+        self.other.close()
+        self.other = self.reopen()
 
     # -- what must hold after every step ---------------------------------------------------------------------------
 
@@ -319,16 +321,16 @@ class World(RuleBasedStateMachine):
         if not hasattr(self, "oracle"):
             return
         accounts = {account.rule.key: account for account in self.memory.accounts()}
-        assert {account.rule.key: account for account in self.sqlite.accounts()} == accounts
+        assert {account.rule.key: account for account in self.other.accounts()} == accounts
         found = {key_of(account.rule): account for account in accounts.values()}
         assert self.oracle.touched <= set(found)
         for key, account in found.items():
             self.check(key, age(account, self.now_us()))
         told = [(*key_of(alert.facts), alert.facts["mark"]) for alert, _ in self.memory.alerts()]
         assert sorted(told) == sorted((*key, index) for key, index in self.oracle.told)
-        assert [alert for alert, _ in self.sqlite.alerts()] == [alert for alert, _ in self.memory.alerts()]
+        assert [alert for alert, _ in self.other.alerts()] == [alert for alert, _ in self.memory.alerts()]
         open_ones = len(self.ids("open"))
-        assert self.memory.open_reservations() == self.sqlite.open_reservations() == open_ones
+        assert self.memory.open_reservations() == self.other.open_reservations() == open_ones
 
     def check(self, key: Key, account: Account) -> None:
         known, now_us, spec = self.oracle, self.now_us(), self.oracle.spec(key)
@@ -349,12 +351,12 @@ class World(RuleBasedStateMachine):
                 self.records_alone_rebuild_every_balance()
         finally:
             self.memory.close()
-            self.sqlite.close()
+            self.other.close()
             shutil.rmtree(self.folder)
 
     def records_alone_rebuild_every_balance(self) -> None:
         """I10, I4: one record per end, no more; their sums are what the accounts say."""
-        entries = list(self.sqlite.entries())
+        entries = list(self.other.entries())
         assert entries == list(self.memory.entries())
         ends = sorted((entry.kind, entry.corrects or entry.id) for entry in entries if entry.kind != "refusal")
         assert ends == sorted(self.oracle.ended)
@@ -363,7 +365,7 @@ class World(RuleBasedStateMachine):
             for amount in record.amounts:
                 key = next(key for key in self.names() if self.is_named(key, amount))
                 moved.setdefault(key, []).append((oracle.us(record.reserved_at), amount["amount"]))
-        for account in self.sqlite.accounts():
+        for account in self.other.accounts():
             booked = moved.get(account.rule.key, [])
             if account.rule.kind != "rolling":
                 assert account.spent == sum(amount for _, amount in booked)
@@ -373,7 +375,7 @@ class World(RuleBasedStateMachine):
                     assert total == sum(amount for at_us, amount in booked if at_us // width_us == index)
 
     def names(self) -> list[str]:
-        return [account.rule.key for account in self.sqlite.accounts()]
+        return [account.rule.key for account in self.other.accounts()]
 
     @staticmethod
     def is_named(key: str, amount: dict[str, Any]) -> bool:
