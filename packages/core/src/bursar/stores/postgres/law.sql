@@ -127,7 +127,7 @@ $$;
 
 CREATE FUNCTION bursar_lines(c jsonb) RETURNS accounts[] LANGUAGE sql IMMUTABLE AS $$
     SELECT array_agg(jsonb_populate_record(NULL::accounts, line) ORDER BY number)
-    FROM jsonb_array_elements(c -> 'lines') WITH ORDINALITY AS each(line, number)
+    FROM jsonb_array_elements((c ->> 'lines')::jsonb) WITH ORDINALITY AS each(line, number)
 $$;
 
 CREATE FUNCTION bursar_refuse(
@@ -578,11 +578,11 @@ BEGIN
     PERFORM pg_advisory_xact_lock(lock)
     FROM (
         SELECT DISTINCT hashtextextended(line ->> 'budget', 1) AS lock
-        FROM jsonb_array_elements(commands) AS c, jsonb_array_elements(c -> 'lines') AS line
+        FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
         WHERE NOT EXISTS (SELECT FROM accounts WHERE key = line ->> 'key') ORDER BY 1
     ) AS ordered;
     SELECT array_agg(key) INTO keys FROM (
-        SELECT line ->> 'key' AS key FROM jsonb_array_elements(commands) AS c, jsonb_array_elements(c -> 'lines') AS line
+        SELECT line ->> 'key' AS key FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
         UNION SELECT one ->> 0 FROM reservations, json_array_elements(held::json) AS one WHERE id = ANY (ids)
         UNION SELECT named FROM records, json_object_keys(amounts::json) AS named WHERE id = ANY (ids) AND kind = 'expiry'
     ) AS touched;
@@ -604,8 +604,10 @@ BEGIN
     END IF;
     FOR c IN SELECT jsonb_array_elements(commands) LOOP
         answers := answers || CASE c ->> 'c'
-            WHEN 'reserve' THEN bursar_reserve(c, careful, given_us, seen_us)
-            WHEN 'settle' THEN bursar_settle(c, given_us, seen_us)
+            WHEN 'reserve' THEN coalesce(bursar_reserve_fast(c, bursar_now(given_us, seen_us)),
+                bursar_reserve(c, careful, given_us, seen_us))
+            WHEN 'settle' THEN coalesce(bursar_settle_fast(c, bursar_now(given_us, seen_us)),
+                bursar_settle(c, given_us, seen_us))
             WHEN 'release' THEN bursar_release(c, given_us, seen_us)
             WHEN 'extend' THEN bursar_extend(c, given_us, seen_us)
             WHEN 'expire' THEN bursar_expire(c, given_us, seen_us)

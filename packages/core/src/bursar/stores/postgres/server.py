@@ -27,7 +27,7 @@ _DEFAULTS = {
     "tcp_user_timeout": "10000",
 }
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-_LAW = "\n".join(files(__package__).joinpath(name).read_text("utf-8") for name in ("accounts.sql", "law.sql"))
+_LAW = "\n".join(files(__package__).joinpath(name).read_text("utf-8") for name in ("accounts.sql", "fast.sql", "law.sql"))
 # The functions carry the digest of their text in their names: processes of several versions work side by side, each by the
 # law that it came with.
 LAW = f"bursar_{hashlib.blake2b(_LAW.encode(), digest_size=4).hexdigest()}_"

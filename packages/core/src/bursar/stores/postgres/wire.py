@@ -15,6 +15,7 @@ from bursar.commands import (
     Charge,
     Command,
     Ended,
+    Entry,
     Expire,
     Extend,
     Extended,
@@ -50,7 +51,7 @@ class Wire:
     """Writes commands. A line travels as the row that its account would be if it were new, its amount as `reserved`."""
 
     def __init__(self) -> None:
-        self._lines: dict[Rule, str] = {}
+        self._lines: dict[Rule, tuple[tuple[str, str], str]] = {}
 
     def knows(self, command: Command) -> bool:
         """Whether every account of the command has been met before, so that the server need not make one."""
@@ -65,12 +66,15 @@ class Wire:
             fields["late"] = late
         if type(command) is not Reserve and type(command) is not Charge:
             return rows.dumps(fields)
-        lines = ",".join([f"{self._line(rule)}{amount}}}" for rule, amount in command.lines])
-        return f'{rows.dumps(fields)[:-1]},"lines":[{lines}]}}'
+        known = [(self._line(rule), amount) for rule, amount in command.lines]
+        fields["lines"] = f"[{','.join([f'{line}{amount}}}' for (_, line), amount in known])}]"
+        fast = ",".join([f"[{short[0]}{amount}{short[1]}" for (short, _), amount in known])
+        return f'{rows.dumps(fields)[:-1]},"fast":[{fast}]}}'
 
-    def _line(self, rule: Rule) -> str:
-        text = self._lines.get(rule)
-        if text is None:
+    def _line(self, rule: Rule) -> tuple[tuple[str, str], str]:
+        """The texts around a line's amount: of a short line, which tells what may have changed, and of a whole one."""
+        texts = self._lines.get(rule)
+        if texts is None:
             if len(self._lines) >= MAX_KNOWN:
                 self._lines.clear()
             new = dict(zip(Rule._fields, rule, strict=True)) | {
@@ -78,8 +82,10 @@ class Wire:
                 "spent": 0, "overrun": 0, "refused": 0, "refused_minute": 0, "refused_in_minute": 0,
                 "level": 0, "remainder": 0, "at_us": 0, "buckets": "", "crossed": 0,
             }  # fmt: skip
-            text = self._lines[rule] = rows.dumps(new)[:-1] + ',"reserved":'
-        return text
+            told = (rule.limit, rule.end_us, rule.period_us, rule.enforce, new["marks"])
+            short = f"{rows.dumps(rule.key)},", f",{rows.dumps(told)[1:]}"
+            texts = self._lines[rule] = short, f'{rows.dumps(new)[:-1]},"reserved":'
+        return texts
 
 
 def _reserve(command: Reserve) -> dict[str, Any]:
@@ -100,7 +106,13 @@ def _reserve(command: Reserve) -> dict[str, Any]:
 
 def _settle(command: Settle) -> dict[str, Any]:
     fields = command._asdict()
-    return {"c": "settle", **fields, "usage": rows.dumps(command.usage), "facts": rows.dumps(command.facts)}
+    return {
+        "c": "settle",
+        **fields,
+        "usage": rows.dumps(command.usage),
+        "facts": rows.dumps(command.facts),
+        "answered": command.facts.get("model_answered"),
+    }
 
 
 def _release(command: Release) -> dict[str, Any]:
@@ -177,6 +189,42 @@ def _granted(command: Reserve, told: Mapping[str, Any]) -> Granted:
     return Granted(reservation, _accounts(told), shadowed)
 
 
+def _granted_fast(command: Reserve, told: Mapping[str, Any]) -> Granted:
+    """The accounts' rules are those of the command; they come in the order of their keys."""
+    state = {row[0]: row for row in told["accounts"]}
+    accounts = []
+    for rule, _ in command.lines:
+        row = state[rule.key]
+        buckets = tuple([(index, amount) for index, amount in from_json(row[10])]) if row[10] else ()
+        accounts.append(Account(rule, *row[1:10], buckets, row[11]))
+    held = tuple([(rule.key, rule.unit, amount) for rule, amount in command.lines])
+    now_us = told["now_us"]
+    fields = (command.id, held, now_us, now_us + command.ttl_us, command.on_expiry, command.digest, command.draft)
+    return Granted(Reservation(*fields), tuple(accounts))
+
+
+def _settled_fast(command: Settle, told: Mapping[str, Any]) -> Ended:
+    amounts = told["amounts"]
+    entry = Entry(
+        command.id,
+        "settlement",
+        None,
+        command.outcome,
+        command.estimated,
+        command.reason,
+        command.cost_nanos,
+        command.usage,
+        amounts,
+        told["reserved_us"],
+        told["now_us"],
+        told["digest"],
+        told["draft"],
+        command.facts,
+    )
+    accounts = {row[0]: row for row in told["accounts"]}
+    return Ended(entry, tuple([rows.account(accounts[key]) for key in amounts]))
+
+
 def _granted_again(command: Reserve, told: Mapping[str, Any]) -> Granted:
     if "entry" in told:
         ended = rows.entry(_ENTRY(told["entry"]))
@@ -205,6 +253,8 @@ def _ended(_command: Command, told: Mapping[str, Any]) -> Ended:
 _ANSWERS: dict[str, Any] = {
     "granted": _granted,
     "granted again": _granted_again,
+    "granted fast": _granted_fast,
+    "settled fast": _settled_fast,
     "refused": _refused,
     "ended": _ended,
     "stepped": lambda _, told: Stepped(told["marks"]),
