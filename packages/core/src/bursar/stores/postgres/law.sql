@@ -567,6 +567,23 @@ BEGIN
     RETURN json_build_object('t', 'told', 'again', NOT FOUND)::text;
 END $$;
 
+-- One command.
+CREATE FUNCTION bursar_decide(c jsonb, careful boolean, now_us bigint, given_us bigint, seen_us bigint) RETURNS text
+LANGUAGE plpgsql AS $$
+BEGIN
+    CASE c ->> 'c'
+        WHEN 'reserve' THEN
+            RETURN coalesce(bursar_reserve_fast(c, now_us), bursar_reserve(c, careful, given_us, seen_us));
+        WHEN 'settle' THEN
+            RETURN coalesce(bursar_settle_fast(c, now_us), bursar_settle(c, given_us, seen_us));
+        WHEN 'release' THEN RETURN bursar_release(c, given_us, seen_us);
+        WHEN 'extend' THEN RETURN bursar_extend(c, given_us, seen_us);
+        WHEN 'expire' THEN RETURN bursar_expire(c, given_us, seen_us);
+        WHEN 'charge' THEN RETURN bursar_charge(c, careful, given_us, seen_us);
+        WHEN 'tell' THEN RETURN bursar_tell(c, given_us, seen_us);
+    END CASE;
+END $$;
+
 -- Take every lock that these commands need, in the one order.
 CREATE FUNCTION bursar_lock(commands jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -592,28 +609,21 @@ END $$;
 -- Apply these commands one after another, all in the caller's transaction. `careful`: take every lock first, which more than one
 -- command needs, and one that makes an account; else the answer "careful" says that it is needed, and nothing was done.
 CREATE FUNCTION bursar_apply(commands jsonb, careful boolean, given_us bigint, seen_us bigint) RETURNS text
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
-    c jsonb;
-    answers text[] := '{}';
+    c jsonb := commands -> 0;
+    answers text[];
+    now_us bigint;
 BEGIN
-    IF careful THEN
-        PERFORM bursar_lock(commands);
+    IF NOT careful THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended(c ->> 'id', 0));
+        now_us := bursar_now(given_us, seen_us);
+        answers := ARRAY[bursar_decide(c, false, now_us, given_us, seen_us)];
     ELSE
-        PERFORM pg_advisory_xact_lock(hashtextextended(commands -> 0 ->> 'id', 0));
+        PERFORM bursar_lock(commands);
+        now_us := bursar_now(given_us, seen_us);
+        SELECT array_agg(bursar_decide(value, true, now_us, given_us, seen_us)) INTO answers
+        FROM jsonb_array_elements(commands);
     END IF;
-    FOR c IN SELECT jsonb_array_elements(commands) LOOP
-        answers := answers || CASE c ->> 'c'
-            WHEN 'reserve' THEN coalesce(bursar_reserve_fast(c, bursar_now(given_us, seen_us)),
-                bursar_reserve(c, careful, given_us, seen_us))
-            WHEN 'settle' THEN coalesce(bursar_settle_fast(c, bursar_now(given_us, seen_us)),
-                bursar_settle(c, given_us, seen_us))
-            WHEN 'release' THEN bursar_release(c, given_us, seen_us)
-            WHEN 'extend' THEN bursar_extend(c, given_us, seen_us)
-            WHEN 'expire' THEN bursar_expire(c, given_us, seen_us)
-            WHEN 'charge' THEN bursar_charge(c, careful, given_us, seen_us)
-            WHEN 'tell' THEN bursar_tell(c, given_us, seen_us)
-        END;
-    END LOOP;
-    RETURN '{"now_us":' || bursar_now(given_us, seen_us) || ',"answers":[' || array_to_string(answers, ',') || ']}';
+    RETURN '{"now_us":' || now_us || ',"answers":[' || array_to_string(answers, ',') || ']}';
 END $$;

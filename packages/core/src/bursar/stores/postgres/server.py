@@ -15,7 +15,6 @@ from bursar.errors import InvalidInput, StoreError
 from bursar.migrations import HEAD, REVISIONS
 
 MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
-STATEMENT_TIMEOUT_MS = 10_000
 # What a URL does not say: find the primary after a fail-over, and notice within seconds that a host is gone.
 _DEFAULTS = {
     "application_name": "bursar",
@@ -27,7 +26,9 @@ _DEFAULTS = {
     "tcp_user_timeout": "10000",
 }
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-_LAW = "\n".join(files(__package__).joinpath(name).read_text("utf-8") for name in ("accounts.sql", "fast.sql", "law.sql"))
+_LAW = "\n".join(
+    files(__package__).joinpath(name).read_text("utf-8") for name in ("accounts.sql", "fast.sql", "law.sql")
+)
 # The functions carry the digest of their text in their names: processes of several versions work side by side, each by the
 # law that it came with.
 LAW = f"bursar_{hashlib.blake2b(_LAW.encode(), digest_size=4).hexdigest()}_"
@@ -64,25 +65,32 @@ def split(url: str) -> tuple[str, str]:
     return urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options))), schema
 
 
-def connect(url: str, schema: str) -> psycopg.Connection[Any]:
-    """A connection whose statements commit by themselves, with the schema's tables in its path."""
+def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) -> psycopg.Connection[Any]:
+    """A connection whose statements commit by themselves, with the schema's tables in its path.
+
+    `lawful`: for the law's functions, whose plans have to be those for many rows from the first one on, and by indices alone.
+    """
     connection = psycopg.connect(url, autocommit=True)
     try:
         connection.execute(
             "SELECT set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
             "set_config('default_transaction_isolation', 'read committed', false), set_config('jit', 'off', false), "
             "set_config('client_encoding', 'UTF8', false)",
-            (schema, str(STATEMENT_TIMEOUT_MS)),
+            (schema, str(round(timeout_s * 1_000))),
         )
+        if lawful:
+            connection.execute(
+                "SELECT set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false)"
+            )
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def prepare(url: str, schema: str) -> None:
+def prepare(url: str, schema: str, timeout_s: float) -> None:
     """Bring the schema's tables and functions up to date. Raises StoreError (newer)."""
-    with connect(url, schema) as connection:
+    with connect(url, schema, timeout_s=timeout_s) as connection:
         found = connection.execute("SELECT to_regclass('alembic_version')").fetchone()
         revision = None
         if found is not None and found[0] is not None:
@@ -105,13 +113,12 @@ def _upgrade(url: str, schema: str) -> None:
 
     from bursar.migrations import upgrade as migrate
 
-    connection = connect(url, schema)
+    connection = connect(url, schema, timeout_s=0)  # waiting for others may take long
     connection.autocommit = False
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection)
     try:
         with engine.begin() as bound:
             bound.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
-            bound.exec_driver_sql("SET LOCAL statement_timeout = 0")
             if not _value(connection, "SELECT to_regnamespace(%s) IS NOT NULL", (schema,)):
                 connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
             migrate(bound)

@@ -86,8 +86,9 @@ class PostgresStore:
     locked, full, readonly, damaged, newer, clock).
     """
 
-    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+    def __init__(self, url: str, *, clock: Clock | None = None, timeout_s: float = 10.0) -> None:
         self._url, self._schema = split(url)
+        self._timeout_s = timeout_s  # of a statement, its wait for locks included
         self._using = threading.RLock()  # held while the connection for commands is in use
         self._reading = threading.RLock()  # held while that for everything else is
         self._connection: psycopg.Connection[Any] | None = None
@@ -95,7 +96,7 @@ class PostgresStore:
         self._closed = False
         self._wire = Wire()
         with _faults():
-            prepare(self._url, self._schema)
+            prepare(self._url, self._schema, timeout_s)
         try:
             (fsync, commit), last = self._query(queries.DURABILITY)[0], self._query(rows.LAST_TIME)[0][0] or 0
             self.durability = "full" if fsync == "on" and commit != "off" else "process"
@@ -108,6 +109,9 @@ class PostgresStore:
             raise
         self._commits = GroupCommit(self._apply)
         _opened.add(self)
+
+    def _connect(self, *, lawful: bool = False) -> psycopg.Connection[Any]:
+        return connect(self._url, self._schema, timeout_s=self._timeout_s, lawful=lawful)
 
     def _ask_time(self) -> int:
         return int(self._query(queries.NOW)[0][0])
@@ -171,7 +175,7 @@ class PostgresStore:
         connection = self._connection
         try:
             if connection is None:
-                connection = self._connection = connect(self._url, self._schema)
+                connection = self._connection = self._connect(lawful=True)
             values = (f"[{','.join(texts)}]", careful, given_us, seen_us)
             row = connection.execute(_APPLY, values, prepare=True).fetchone()
         except BaseException as error:
@@ -271,7 +275,7 @@ class PostgresStore:
                 raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
             try:
                 if self._reader is None:
-                    self._reader = connect(self._url, self._schema)
+                    self._reader = self._connect()
                 yield self._reader
             except BaseException as error:
                 if self._reader is not None and not _still_good(error):
