@@ -51,7 +51,7 @@ BEGIN
     )
     SELECT count(*) FILTER (WHERE budget <> ''), string_agg(account, ','), (SELECT count(*) FROM put_id)
     INTO held_on, after, opened FROM put;
-    IF held_on < jsonb_array_length(c -> 'fast') OR opened = 0 THEN
+    IF c ->> 'behind' <> '' OR held_on < jsonb_array_length(c -> 'fast') OR opened = 0 THEN
         RAISE EXCEPTION USING ERRCODE = 'BU003';
     END IF;
     RETURN '{"t":"granted fast","now_us":' || now_us || ',"accounts":[' || coalesce(after, '') || ']}';

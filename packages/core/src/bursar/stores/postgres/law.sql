@@ -131,19 +131,39 @@ CREATE FUNCTION bursar_lines(c jsonb) RETURNS accounts[] LANGUAGE sql IMMUTABLE 
 $$;
 
 CREATE FUNCTION bursar_refuse(
-    c jsonb, accounts accounts[], asked bigint, short bigint, mark bigint, made text[], now_us bigint
+    c jsonb, accounts accounts[], lines accounts[], short bigint, mark bigint, made text[], now_us bigint
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     account accounts := accounts[short];
-    at accounts := account;
-    need bigint := asked;
+    at accounts;
+    need bigint;
+    wait_us bigint;
+    free boolean;
+    retry_us bigint := 0;  -- when time alone makes room on all that lack it, if ever
+    some_free boolean := false;
+    all_ease boolean := true;
+    hopeless boolean := false;
     recorded bigint := 0;
     entry records;
 BEGIN
-    IF mark IS NOT NULL THEN  -- it lets calls through again when the balance is below it
-        at."limit" := (at.marks::json -> mark::int ->> 0)::bigint;
-        need := 1;
-    END IF;
+    FOR number IN 1 .. cardinality(accounts) + 1 LOOP
+        IF number <= cardinality(accounts) THEN
+            at := accounts[number];
+            need := lines[number].reserved;
+            CONTINUE WHEN need <= bursar_available(at) OR NOT at.enforce;
+        ELSE  -- a mark lets calls through again when the balance is below it
+            EXIT WHEN mark IS NULL;
+            at := account;
+            at."limit" := (at.marks::json -> mark::int ->> 0)::bigint;
+            need := 1;
+        END IF;
+        wait_us := bursar_until(at, need, now_us);
+        free := at.kind <> 'refill' AND at.reserved > 0 AND need <= at."limit" - at.spent;
+        retry_us := greatest(retry_us, wait_us);
+        some_free := some_free OR free;
+        all_ease := all_ease AND (free OR wait_us IS NOT NULL);
+        hopeless := hopeless OR wait_us IS NULL;
+    END LOOP;
     IF NOT (c ->> 'quiet')::boolean THEN
         IF account.refused_minute = now_us / 60000000 THEN
             recorded := account.refused_in_minute;
@@ -170,7 +190,11 @@ BEGIN
             entry.settled_us := now_us;
             entry.digest := '';
             entry.draft := c ->> 'draft';
-            entry.facts := json_build_object('account', account.key, 'asked', asked, 'available', bursar_available(account));
+            entry.facts := json_build_object('account', account.key, 'asked', lines[short].reserved,
+                'available', bursar_available(account));
+            IF c ->> 'behind' <> '' THEN
+                entry.facts := entry.facts::jsonb || jsonb_build_object('behind', c ->> 'behind');
+            END IF;
             IF mark IS NOT NULL THEN
                 entry.facts := entry.facts::jsonb || jsonb_build_object('mark', account.marks::json -> mark::int -> 1);
             END IF;
@@ -178,8 +202,8 @@ BEGIN
         END IF;
     END IF;
     RETURN json_build_object(
-        't', 'refused', 'line', short - 1, 'accounts', accounts, 'mark', mark, 'retry', bursar_until(at, need, now_us), 'free',
-        at.kind <> 'refill' AND at.reserved > 0 AND need <= at."limit" - at.spent)::text;
+        't', 'refused', 'line', short - 1, 'accounts', accounts, 'mark', mark,
+        'retry', CASE WHEN NOT hopeless THEN retry_us END, 'free', some_free AND all_ease)::text;
 END $$;
 
 CREATE FUNCTION bursar_reserve(c jsonb, careful boolean, given_us bigint, seen_us bigint) RETURNS text LANGUAGE plpgsql AS $$
@@ -248,7 +272,7 @@ BEGIN
             account.level := account.level - amount;
         END IF;
         after := after || account;
-        IF bursar_available(account) < 0 THEN
+        IF bursar_available(account) < 0 OR account.key = c ->> 'behind' THEN
             IF NOT account.enforce THEN
                 shadowed := shadowed || account.key;
             ELSIF short IS NULL THEN
@@ -270,7 +294,7 @@ BEGIN
         marks := account.marks;
         SELECT min(index) INTO stop FROM unnest(held) AS index WHERE marks -> index::int ->> 1 IN ('ask', 'block', 'kill');
         IF stop IS NOT NULL THEN
-            RETURN bursar_refuse(c, before, lines[number].reserved, number, stop, made, now_us);
+            RETURN bursar_refuse(c, before, lines, number, stop, made, now_us);
         END IF;
         IF held[cardinality(held)] >= coalesce((c -> 'complied' ->> account.key)::bigint, 0) THEN
             steps := steps || jsonb_build_object(account.key, held[cardinality(held)] + 1);
@@ -279,7 +303,7 @@ BEGIN
     IF steps <> '{}' THEN
         RETURN json_build_object('t', 'stepped', 'marks', steps)::text;
     ELSIF short IS NOT NULL THEN
-        RETURN bursar_refuse(c, before, lines[short].reserved, short, NULL, made, now_us);
+        RETURN bursar_refuse(c, before, lines, short, NULL, made, now_us);
     END IF;
     IF shadowed <> '{}' THEN
         draft := left(draft, -1) || ',"shadowed":' || to_json(shadowed) || '}';
@@ -362,7 +386,7 @@ DECLARE
     moved json;
 BEGIN
     SELECT definition::json ->> 'public' INTO public_key
-    FROM definitions AS newest WHERE newest.kind = 'operator' ORDER BY version DESC LIMIT 1;
+    FROM definitions AS newest WHERE newest.kind = 'operator' AND name = 'operator' ORDER BY version DESC LIMIT 1;
     IF late IS NULL THEN
         RETURN json_build_object('t', 'late', 'entry', to_json(expired), 'operator', public_key)::text;
     END IF;

@@ -15,7 +15,19 @@ from pydantic_core import from_json
 
 from bursar.accounts import Account
 from bursar.clock import MAX_SKEW_US, Clock, StoreClock, SystemClock
-from bursar.commands import Alert, Answer, Command, Definition, Definitions, Ended, Entry, Expire, Release, Settle
+from bursar.commands import (
+    Alert,
+    Answer,
+    Command,
+    Definition,
+    Definitions,
+    Ended,
+    Entry,
+    Expire,
+    Release,
+    Reservation,
+    Settle,
+)
 from bursar.errors import StoreError
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
@@ -235,6 +247,9 @@ class PostgresStore:
         return ((rows.alert(row), bool(row[4])) for row in self._query(queries.ALERTS))
 
     # -- reading
+
+    def reservations(self) -> Iterator[Reservation]:
+        return (rows.reservation(row) for row in self._query(rows.RESERVATIONS))
 
     def open_reservations(self) -> int:
         return int(self._query("SELECT count(*) FROM reservations")[0][0])

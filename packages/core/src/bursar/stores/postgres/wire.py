@@ -44,7 +44,7 @@ _ENTRY = itemgetter(
     "id", "kind", "corrects", "outcome", "estimated", "reason", "cost_nanos", "usage", "amounts", "reserved_us", "settled_us",
     "digest", "draft", "facts",
 )  # fmt: skip
-_ALERT = itemgetter("id", "kind", "at_us", "facts")
+_RESERVATION = itemgetter("id", "held", "reserved_us", "expires_us", "on_expiry", "digest", "draft")
 
 
 class Wire:
@@ -101,6 +101,7 @@ def _reserve(command: Reserve) -> dict[str, Any]:
         "max": command.max_accounts,
         "quiet": command.quiet,
         "complied": command.complied,
+        "behind": command.behind,
     }
 
 
@@ -196,7 +197,7 @@ def _granted_fast(command: Reserve, told: Mapping[str, Any]) -> Granted:
     for rule, _ in command.lines:
         row = state[rule.key]
         buckets = tuple([(index, amount) for index, amount in from_json(row[10])]) if row[10] else ()
-        accounts.append(Account(rule, *row[1:10], buckets, row[11]))
+        accounts.append(Account._make((rule, *row[1:10], buckets, row[11])))
     held = tuple([(rule.key, rule.unit, amount) for rule, amount in command.lines])
     now_us = told["now_us"]
     fields = (command.id, held, now_us, now_us + command.ttl_us, command.on_expiry, command.digest, command.draft)
@@ -231,11 +232,7 @@ def _granted_again(command: Reserve, told: Mapping[str, Any]) -> Granted:
         held = tuple((key, "", amount) for key, amount in ended.amounts.items())
         fields = (ended.id, held, ended.reserved_us, ended.settled_us, "charge", ended.digest, ended.draft)
         return Granted(Reservation(*fields), _accounts(told))
-    row = told["reservation"]
-    held = tuple((key, unit, amount) for key, unit, amount in from_json(row["held"]))
-    draft = from_json(row["draft"])
-    fields = (row["id"], held, row["reserved_us"], row["expires_us"], row["on_expiry"], row["digest"], draft)
-    return Granted(Reservation(*fields), _accounts(told))
+    return Granted(rows.reservation(_RESERVATION(told["reservation"])), _accounts(told))
 
 
 def _refused(command: Reserve, told: Mapping[str, Any]) -> Refused:
