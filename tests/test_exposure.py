@@ -291,6 +291,13 @@ def test_a_loop_that_nothing_stops_is_said_to_go_on() -> None:
     assert one.loops[0].reckoned.elapsed_us > 30 * 1_440 * MINUTE_US
 
 
+def test_a_model_without_a_price_is_not_called_at_all() -> None:
+    one = exposed(options(Budget("b", "1 USD")), call=Step("openai", "no-such-model", USAGE))[f"agent {ANY_OTHER}"]
+    assert {(worst.reckoned.calls, worst.reckoned.by, worst.is_confirmed) for worst in one.loops} == {
+        (0, "no price", True)
+    }
+
+
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 

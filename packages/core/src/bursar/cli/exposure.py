@@ -39,10 +39,11 @@ _LOOPS = {"varying": "varies", "repeating": "repeats itself", "failing": "fails,
 def command(
     tags: dict[str, str], policy: Path | None, store: str | None, speed: str | None, call: str | None, form: str
 ) -> None:
-    """Show, for every agent and workflow (or those with these tags), which causes of runaway spend are open, and the worst case
+    """Show the open causes of runaway spend, and what a loop costs at worst before something stops it.
 
-    of a loop: calls, dollars and minutes until which control stops it; reckoned from the policy, and simulated with the real
-    guard. The store is only read, and need not exist where a policy is given. See docs/exposure.md.
+    For every agent and workflow, or those with these tags: calls, dollars and minutes until which control stops a loop, reckoned
+    from the policy and simulated with the real guard. The store is only read, and need not exist where a policy is given. See
+    docs/exposure.md.
     """
     from bursar.foresight.exposure import exposures
     from bursar.foresight.options import options_of_books, options_of_file

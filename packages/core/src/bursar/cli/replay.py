@@ -70,7 +70,7 @@ def _models(ctx: click.Context, parameter: click.Parameter, values: tuple[str, .
 def command(
     policy: Path | None, models: dict[str, str], since: int, until: int, calls: bool, store: str, form: str
 ) -> None:
-    """Replay the store's records under another policy: what would have been refused, slowed, swapped, saved.
+    """Replay the records under another policy: what would have been refused, slowed, swapped, saved.
 
     The store is only read. What is modelled, and what is not: docs/exposure.md.
     """

@@ -28,13 +28,11 @@ _HALF_HOUR_US = 1_800_000_000
 
 
 class _Stop(NamedTuple):
-    """What stops a call. Time alone may make room for `need` below `limit`, if the call has `patience_s`."""
+    """What stops a call, and how long it would wait. `mark`: of which account a mark blocks, and from which amount on."""
 
     by: str
-    rule: Rule | None = None
-    need: int = 0
-    limit: int = 0
     patience_s: float = 0.0
+    mark: tuple[Rule, int] | None = None
 
 
 def reckon(loop: Loop, given: Mapping[str, Any], start_us: int) -> End:
@@ -93,7 +91,7 @@ class _Reckoning:
         stop = self._found(step, taken)
         if stop is not None:
             return stop
-        deadline_us: int | None = None
+        begun_us = self.now_us
         while True:
             lines, nanos = self._lines(step, taken)
             stop = self._marked(lines)
@@ -102,12 +100,8 @@ class _Reckoning:
             stop = stop or self._short(lines)
             if stop is None:
                 break
-            if not stop.patience_s or stop.rule is None:
-                return stop
-            if deadline_us is None:
-                deadline_us = self.now_us + int(stop.patience_s * 1e6)
-            wait_us = self.balances[stop.rule.key].wait_us(stop.need, stop.limit, self.now_us)
-            if wait_us is None or self.now_us + wait_us > deadline_us:
+            wait_us = self._relief_us(lines, stop) if stop.patience_s else None
+            if wait_us is None or self.now_us + wait_us > begun_us + int(stop.patience_s * 1e6):
                 return stop
             self.now_us += wait_us
             self.waited = True
@@ -183,20 +177,30 @@ class _Reckoning:
                 reached = self.balances[line.rule.key].spent >= mark.at
                 if reached and mark.action in STOPPING:
                     patience_s = line.budget.wait_s if mark.action == "block" else 0.0
-                    return _Stop(
-                        f"{line.rule.budget}: {mark.action} at {threshold.at}", line.rule, 1, mark.at, patience_s
-                    )
+                    by = f"{line.rule.budget}: {mark.action} at {threshold.at}"
+                    return _Stop(by, patience_s, (line.rule, mark.at))
         return None
 
     def _short(self, lines: list[Line]) -> _Stop | None:
         """The first account without room; the least patient of those without decides how long the call waits."""
-        short = [line for line in lines if not self.balances[line.rule.key].has_room(line.held, line.rule.limit)]
+        short = self._without_room(lines)
         if not short:
             return None
-        first = short[0]
-        what = "rate" if first.rule.kind == "refill" else "limit"
-        patience_s = min(line.budget.wait_s for line in short)
-        return _Stop(f"{first.rule.budget}: {what}", first.rule, first.held, first.rule.limit, patience_s)
+        rule = short[0].rule
+        what = "rate" if rule.kind == "refill" else "limit"
+        return _Stop(f"{rule.budget}: {what}", min(line.budget.wait_s for line in short))
+
+    def _without_room(self, lines: list[Line]) -> list[Line]:
+        return [line for line in lines if not self.balances[line.rule.key].has_room(line.held, line.rule.limit)]
+
+    def _relief_us(self, lines: list[Line], stop: _Stop) -> int | None:
+        """How long until time alone makes room on every account that lacks it; None when it never does."""
+        lacking = [(line.rule, line.held, line.rule.limit) for line in self._without_room(lines)]
+        if stop.mark is not None:
+            rule, at = stop.mark
+            lacking.append((rule, 1, at))
+        waits = [self.balances[rule.key].wait_us(need, limit, self.now_us) for rule, need, limit in lacking]
+        return max((wait or 0 for wait in waits), default=0) if None not in waits else None
 
     # -- detectors -------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ class _Replaying:
                 answer = yield step
                 waited_us = self.simulation.now_us() - begun_us
                 if isinstance(step, Pause) and waited_us:
-                    by = json.loads(step.ticket.key)[0] if step.ticket.key else DETECTORS
+                    by = _budget_of(step.ticket.key) if step.ticket.key else DETECTORS
                     outcome.slowed[by] = outcome.slowed.get(by, 0) + waited_us
         except StopIteration:
             return
@@ -220,6 +220,11 @@ def _predecessors(pasts: list[Past]) -> list[int | None]:
         found.append(run[at - 1][1] if at else None)
         insort(run, (past.settled_us, rank))
     return found
+
+
+def _budget_of(queue: str) -> str:
+    """The budget whose queue it is: its name stands first."""
+    return str(json.JSONDecoder().raw_decode(queue, 1)[0])
 
 
 def _raise(error: BursarError | None) -> None:
