@@ -144,7 +144,7 @@ def _seen(look: Callable[..., Finding | None], *args: Any, **said: Any) -> Findi
     """What a detector finds; nothing where it cannot read what it is shown."""
     try:
         return look(*args, **said)
-    except Exception as error:  # noqa: BLE001 - whatever a message is made of, a look at it must not fail the call
+    except Exception as error:  # whatever a message is made of, a look at it must not fail the call
         log.warning("detectors cannot read a call, and do not see it: %s", type(error).__name__, exc_info=True)
         return None
 
