@@ -124,6 +124,22 @@ def test_a_rolling_window_tells_again_once_it_has_let_go(desk: Any, clock: Manua
     assert here.marks() == [("notify", 50)] * 2
 
 
+def test_a_charge_by_an_older_policy_tells_no_mark_twice(desk: Any) -> None:
+    """A process that only charges, or whose charge was kept while the store was away, knows an older limit."""
+    here = desk(Threshold("80%", "notify"), limit="10 USD")
+    late = Bursar(here.bursar.store, [here.bursar.guard.policy.budgets[0]])
+    kept = late._charging("0.01 USD", None)
+    command = kept.send(None)
+    here.operator.publish_budgets([Budget("b", "5 USD", thresholds=[Threshold("80%", "notify")])])
+    here.bursar.charge("4.20 USD")
+    here.bursar.store.execute(command)
+    late.charge("0.01 USD")
+    here.bursar.charge("0.01 USD")
+    assert here.marks() == [("notify", 80)]
+    (account,) = here.bursar.store.accounts()
+    assert account.rule.limit == 5_000_000_000
+
+
 def test_a_raised_limit_arms_the_marks_that_lie_above_again(desk: Any) -> None:
     here = desk(Threshold("20%", "notify"), Threshold("80%", "notify"))
     here.spend(8)

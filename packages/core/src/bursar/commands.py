@@ -121,7 +121,7 @@ class Expire(NamedTuple):
 
 
 class Charge(NamedTuple):
-    """Book a cost that has been incurred. It is never refused (I7)."""
+    """Book a cost that has been incurred. It is never refused (I7). `version`: of the policy that the lines come from."""
 
     id: str
     lines: tuple[tuple[Rule, int], ...]
@@ -134,6 +134,7 @@ class Charge(NamedTuple):
     outcome: str = "completed"
     max_accounts: int = 1_000_000
     facts: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
+    version: int = 0
 
 
 class Tell(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from bursar.budget import Budget
-from bursar.call import CHARGE_UNITS, CallOptions, Step, ToolOptions
+from bursar.call import CHARGE_UNITS, CallOptions, Reload, Step, ToolOptions
 from bursar.clock import Clock
 from bursar.decisions import Decisions
 from bursar.detect import Detectors
@@ -219,6 +219,8 @@ class Bursar:
             call.tool, call.connection = "", options.get("connection") or ""
         call.units = CHARGE_UNITS
         try:
+            if self.store.version() != self.guard.policy.version:  # no refusal tells who only charges of a newer policy
+                yield Reload()
             entry = yield from self.guard.charge(call, {"USD": cost_nanos}, self.store.now_us())
         except StoreError:
             self._driver.keeper.start()

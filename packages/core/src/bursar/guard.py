@@ -310,6 +310,7 @@ class Guard:
         cost_nanos = amounts["USD"]
         if not call.draft:
             self.amounts.write_draft(call, cost_nanos, {})
+        version = self.policy.version  # before it is matched by: another thread may put a newer one in force
         matched = self.matched(call, now_us)
         answer: Answer = yield Charge(
             call.id,
@@ -322,6 +323,7 @@ class Guard:
             reason,
             outcome,
             self.max_accounts,
+            version=version,
         )
         if type(answer) is Rejected:
             raise rejection(call.id, answer)

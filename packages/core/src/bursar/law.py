@@ -459,7 +459,10 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
         return _reject("conflict", command.id)
     puts: dict[str, Row] = {}
     accounts = []
+    stale = command.version < (read(POLICY_KEY) or 0)  # type: ignore[operator]
     for rule, amount in command.lines:
+        if stale and type(known := read(rule.key)) is Account:
+            rule = known.rule  # a cost is booked by whatever policy, but an older one changes no limit
         # what was incurred in a window belongs to it, however late it is told
         in_window_us = now_us if rule.end_us is None else min(now_us, rule.end_us - 1)
         account = _standing(read, rule, in_window_us, puts, command.max_accounts)
