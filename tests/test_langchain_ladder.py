@@ -21,7 +21,7 @@ from langchain_core.tools import StructuredTool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import Command
+from langgraph.types import Command, interrupt
 from test_langchain import CORE
 from test_langchain_agents import LANGCHAIN, both, run
 from test_langchain_agents import _middleware as middleware_of
@@ -198,6 +198,17 @@ def test_a_model_that_a_middleware_further_in_puts_back_is_asked_for(provider: P
         assert guard.status()[0].reserved == 0
 
 
+def test_a_maximum_that_has_to_be_above_the_thinking_is_asked_for(provider: Provider) -> None:
+    model = claude(provider).model_copy(
+        update={"thinking": {"type": "enabled", "budget_tokens": 1_024}, "max_tokens": 2_000}
+    )
+    with desk(Threshold("50%", "clamp", max_output_tokens=100)) as (guard, _):
+        guard.charge("0.05 USD")
+        with pytest.raises(ApprovalRequired):
+            agent(provider, guard, model=model).invoke(HI)
+    assert provider.requests == 0
+
+
 # -- the whole ladder ------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +333,41 @@ def test_a_subagent_goes_on_where_it_was_paused(is_async: bool, provider: Provid
         run(boss, is_async, thread(), Command(resume=True))
         assert provider.requests == 4
         assert is_exact(guard, provider)
+
+
+@both
+@pytest.mark.parametrize("how", ["value", "None", "by id"])
+def test_what_resumes_the_call_is_no_answer_to_another_question(is_async: bool, how: str, provider: Provider) -> None:
+    """A node with interrupts of its own, before the call that asks and after it."""
+    answers: list[tuple[str, str]] = []
+
+    def node(state: MessagesState) -> Any:
+        name = interrupt("name?")
+        said = chat(provider).invoke(name)
+        answers.append((name, interrupt("sure?")))
+        return {"messages": [said]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("node", node)
+    graph.add_edge(START, "node")
+    made = graph.compile(checkpointer=InMemorySaver())
+    with desk(Threshold("50%", "ask")) as (guard, operator):
+        guard.charge("0.05 USD")
+        config = {**thread(), "callbacks": [BursarCallbackHandler(guard)]}
+
+        def goes_on(given: Any) -> Any:
+            (asked,) = run(made, is_async, config, given)["__interrupt__"]
+            return asked
+
+        assert goes_on(HI).value == "name?"
+        asked = goes_on(Command(resume="ann"))
+        again = goes_on(Command(resume=True))  # nobody has approved yet
+        assert asked.value == again.value
+        operator.approve(asked.value["id"])
+        means = {"value": Command(resume=True), "None": None, "by id": Command(resume={again.id: True})}
+        assert goes_on(means[how]).value == "sure?"
+        run(made, is_async, config, Command(resume="no"))
+    assert answers == [("ann", "no")]
 
 
 @both

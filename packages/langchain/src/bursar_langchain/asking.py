@@ -1,10 +1,9 @@
-"""Budgets that ask: the graph that makes the call is paused by LangGraph's own interrupt; resumed, it tries the call again."""
+"""Budgets that ask: the graph that makes the call is paused as by LangGraph's own interrupt; resumed, it tries the call again."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,39 +12,46 @@ from bursar.errors import ApprovalRequired
 if TYPE_CHECKING:
     from bursar import Reservation
 
-_lock = threading.Lock()
+_PAUSED = "paused by bursar"
+# LangGraph's names for what `interrupt` finds in a node's configuration.
+_CHECKPOINTER, _SCRATCHPAD, _SEND, _RESUME = (
+    "__pregel_checkpointer",
+    "__pregel_scratchpad",
+    "__pregel_send",
+    "__resume__",
+)
 
 
 def reserve(block: Callable[[], Any]) -> Reservation:
     """What a block of `Bursar.call` or `.tool` reserves on entering.
 
-    Raises GraphInterrupt where it asks within a graph that can be resumed, else what the block raises.
+    Raises GraphInterrupt where it asks within a graph that keeps checkpoints, else what the block raises.
     """
-    while True:
-        try:
-            return block().__enter__()  # type: ignore[no-any-return]
-        except ApprovalRequired as error:
-            _pause(error)
+    _take_answer()
+    try:
+        return block().__enter__()  # type: ignore[no-any-return]
+    except ApprovalRequired as error:
+        _pause(error)
+        raise
 
 
 async def areserve(block: Callable[[], Any]) -> Reservation:
     """As `reserve`, for async callers."""
-    while True:
-        try:
-            return await block().__aenter__()  # type: ignore[no-any-return]
-        except ApprovalRequired as error:
-            _pause(error)
+    _take_answer()
+    try:
+        return await block().__aenter__()  # type: ignore[no-any-return]
+    except ApprovalRequired as error:
+        _pause(error)
+        raise
 
 
 def _pause(error: ApprovalRequired) -> None:
-    """Pause the graph until somebody resumes it.
-
-    Returns where it is being resumed already. What it is resumed with does not count: the budget asks the operator, not the
-    graph's caller. So every value given is used up once, and then the graph is paused again.
-    """
-    if not _can_pause():
-        raise error
-    from langgraph.types import interrupt
+    """Pause the graph that makes the call, where one does that keeps checkpoints."""
+    node = _node()
+    if node is None:
+        return
+    from langgraph.errors import GraphInterrupt
+    from langgraph.types import Interrupt
 
     question = {
         "bursar": "approval",
@@ -57,21 +63,37 @@ def _pause(error: ApprovalRequired) -> None:
         "spent": str(error.spent),
         "message": str(error),
     }
-    with _lock:  # parallel calls of one node: `interrupt` counts, then takes what the graph was resumed with
-        interrupt(question)
+    # Kept with the checkpoint, after the answers that the node's own interrupts have had: whose pause this is.
+    node[_SEND]([(_RESUME, [*node[_SCRATCHPAD].resume, _PAUSED])])
+    raise GraphInterrupt((Interrupt.from_ns(question, ns=node["checkpoint_ns"]),)) from error
 
 
-def _can_pause() -> bool:
-    """Whether the call is made in a graph that keeps checkpoints. `interrupt` asks the same of the same configuration."""
+def _take_answer() -> None:
+    """Use up what a graph that was paused here is resumed with.
+
+    It does not count: the budget asks the operator, not the graph's caller. Left there, the next interrupt of the node, or
+    of a graph inside of it, would take it for its own answer, and run what nobody has allowed.
+    """
+    node = _node()
+    if node is None or _PAUSED not in node[_SCRATCHPAD].resume:
+        return
+    node[_SCRATCHPAD].get_null_resume(True)
+    given = node[_SCRATCHPAD].resume
+    del given[given.index(_PAUSED) :]  # with what was given by the interrupt's id, which stands after it
+    node[_SEND]([(_RESUME, list(given))])
+
+
+def _node() -> dict[str, Any] | None:
+    """The configuration of the node that makes the call, in a graph that keeps checkpoints."""
     if "langgraph.pregel" not in sys.modules:
-        return False
+        return None
     from langgraph.config import get_config
 
     try:
-        configurable: dict[str, Any] = get_config()["configurable"]
-    except (RuntimeError, KeyError):
-        return False  # no graph around the call
-    return bool(configurable.get("__pregel_checkpointer")) and "__pregel_scratchpad" in configurable
+        found: dict[str, Any] = get_config().get("configurable") or {}
+    except RuntimeError:
+        return None  # no graph around the call
+    return found if found.get(_CHECKPOINTER) is not None and _SCRATCHPAD in found else None
 
 
 class _NoErrors(logging.Filter):

@@ -135,12 +135,16 @@ def _with_usage(request: Any) -> Any:
 
 
 def _slot(request: Any) -> Slot:
-    """What may be changed of this request. Azure's models are named by their address, not by the request."""
-    model, field = request.model, _name_field(request.model)
-    name = request.model_settings.get("model", getattr(model, field, None))
-    is_named = isinstance(name, str) and not getattr(model, "deployment_name", None)
-    changeable = ("model", "max_output_tokens") if is_named else ("max_output_tokens",)
-    return Slot(_turn(request.state), AskAgain, name, changeable)
+    """What may be changed of this request."""
+    model, settings = request.model, request.model_settings
+    name = settings.get("model", getattr(model, _name_field(model), None))
+    thinking = settings.get("thinking", getattr(model, "thinking", None))
+    fixed = {
+        "model": not isinstance(name, str) or getattr(model, "deployment_name", None),  # Azure's stands in the address
+        "max_output_tokens": isinstance(thinking, dict)
+        and "budget_tokens" in thinking,  # has to be less than the maximum
+    }
+    return Slot(_turn(request.state), AskAgain, name, tuple(part for part in fixed if not fixed[part]))
 
 
 def _name_field(model: BaseChatModel) -> str:
