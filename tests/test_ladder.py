@@ -29,6 +29,9 @@ from bursar import (
     Threshold,
     Usage,
 )
+from bursar.commands import Refused, Stepped
+from bursar.policy import Policy
+from bursar.stores.memory import MemoryStore
 from bursar.testing import ManualClock
 
 # gpt-4o: $2.50 and $10 per million; 1,000 in and 750 out are one cent
@@ -105,6 +108,15 @@ def test_one_settlement_may_cross_several_marks(desk: Any) -> None:
     assert here.marks() == [("notify", 10), ("notify", 20)]
 
 
+def test_alerts_of_many_runs_leave_memory_with_their_entries() -> None:
+    store = MemoryStore(max_entries=20)
+    with Bursar(store, [Budget("b", "1 USD", per="run", thresholds=[Threshold("10%", "notify")])]) as bursar:
+        for number in range(100):
+            with bursar.scope(run=f"r{number}"):
+                bursar.charge("0.50 USD")
+    assert len(list(store.entries())) + len(list(store.alerts())) in (20, 21)
+
+
 def test_a_new_window_tells_again_and_a_correction_does_not(desk: Any, clock: ManualClock) -> None:
     here = desk(Threshold("50%", "notify"), window="day")
     here.spend(5)
@@ -176,6 +188,25 @@ def test_downgrade_holds_while_spent_and_reserved_are_at_the_mark(desk: Any) -> 
     for one in held:
         one.release()
     assert here.bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10).model == "gpt-4o"
+
+
+@pytest.mark.parametrize("thresholds", [[], [Threshold("1%", "downgrade", models={"gpt-4o": "gpt-4o-mini"})]])
+def test_a_policy_that_comes_into_force_between_two_steps_of_a_call_is_looked_at(
+    desk: Any, monkeypatch: pytest.MonkeyPatch, thresholds: list[Threshold]
+) -> None:
+    """Another thread may have read it: the refusal, or the step, is of an account that the policy no longer has."""
+    here = desk(*thresholds)
+    here.bursar.charge("0.09 USD")
+    execute = here.bursar.store.execute
+
+    def and_reload(command: Any) -> Any:
+        answer = execute(command)
+        if type(answer) in (Refused, Stepped):
+            here.bursar.guard.policy = Policy([], version=here.bursar.guard.policy.version)
+        return answer
+
+    monkeypatch.setattr(here.bursar.store, "execute", and_reload)
+    here.bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=3_000).release()
 
 
 def test_clamp_limits_the_answer(desk: Any) -> None:

@@ -90,6 +90,7 @@ class Guard:
                         answer, now_us = yield from self._try(call, queue, now_us, quiet=False)
                 if isinstance(answer, Refused):
                     yield from self._refuse(call, answer, now_us)
+                    continue
                 assert type(answer) is Granted
                 call.state, call.reserved_us = "open", answer.reservation.reserved_us
                 return call
@@ -129,6 +130,7 @@ class Guard:
                 stop = self.stop_of(call, now_us)
                 if stop is not None:
                     raise stop
+            version = self.policy.version  # before it is matched by: another thread may put a newer one in force
             matched = self.matched(call, now_us)
             lines = self.amounts.lines(call, matched)
             command = Reserve(
@@ -138,7 +140,7 @@ class Guard:
                 call.draft,
                 call.digest(),
                 self.on_expiry,
-                self.policy.version,
+                version,
                 self.max_accounts,
                 quiet,
                 call.complied,
@@ -156,7 +158,7 @@ class Guard:
                 now_us = yield from self._recover(call, answer)
                 continue
             if type(answer) is Stepped:
-                yield from self._step(call, answer, now_us)
+                yield from self._step(call, answer, matched, now_us)
                 continue
             assert type(answer) is Granted or type(answer) is Refused
             return answer, now_us
@@ -170,9 +172,11 @@ class Guard:
             return int((yield Pause(Ticket(""), 0.0)))
         raise rejection(call.id, answer)
 
-    def _step(self, call: Call, answer: Stepped, now_us: int) -> Generator[Step, Any, None]:
+    def _step(
+        self, call: Call, answer: Stepped, matched: tuple[Matched, ...], now_us: int
+    ) -> Generator[Step, Any, None]:
         """Comply with the marks in force. Raises ApprovalRequired where only an operator can let the call go on."""
-        for one in self.matched(call, now_us):
+        for one in matched:
             rung = answer.marks.get(one.rule.key)
             if rung is None:
                 continue
@@ -186,10 +190,15 @@ class Guard:
             yield from self.notices.ask(call, Account(one.rule), 0, one.budget, index, self.policy, now_us)
 
     def _refuse(self, call: Call, refused: Refused, now_us: int) -> Generator[Step, Any, None]:
-        """Raise the error of a refusal; a mark that asks or kills is published first, for every process."""
+        """Raise the error of a refusal; a mark that asks or kills is published first, for every process.
+
+        Returns, for another look, where a policy without that account has come into force meanwhile.
+        """
         account = refused.account
         rule = account.rule
-        budget = next(one.budget for one in self.matched(call, now_us) if one.rule.key == rule.key)
+        budget = next((one.budget for one in self.matched(call, now_us) if one.rule.key == rule.key), None)
+        if budget is None:
+            return
         action = None if refused.mark is None else rule.marks[refused.mark].action
         if action == "ask":
             assert refused.mark is not None

@@ -76,7 +76,7 @@ class MemoryStore:
     def _forget(self, ended: str) -> None:
         self._open.pop(ended, None)
         self._ended.append(ended)
-        if len(self._ended) > self._max_entries:
+        while len(self._ended) > self._max_entries:  # the alerts of its marks came with it
             oldest = self._ended.popleft()
             self._rows.pop(oldest, None)
             self._outbox.pop(oldest[1:], None)
