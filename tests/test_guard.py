@@ -507,7 +507,7 @@ def test_a_remote_agent_spends_from_the_callers_budget(bursar: Bursar) -> None:
         assert caught.value.limit == Decimal("0.10")
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "[[],[]]", '[[{"a b":"c"}],[]]', '[[{"run":7}]]', "bursar.scope=%7B"])
+@pytest.mark.parametrize("text", ["", "x", "[]", "[[],[]]", '[[{"a b":"c"}],[]]', '[[{"run":7}]]', "bursar.scope=%7B", "[" * 5_000])
 def test_a_carried_scope_that_cannot_be_read_is_an_error(bursar: Bursar, text: str) -> None:
     with pytest.raises(InvalidInput), bursar.scope(carried=text):
         raise AssertionError("it was taken")

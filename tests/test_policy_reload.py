@@ -76,7 +76,8 @@ def test_a_changed_file_takes_effect_in_a_running_program(tmp_path: Path, monkey
                 taken.set()
 
     handler, log = Taken(), logging.getLogger("bursar")
-    monkeypatch.setattr(log, "level", logging.INFO)
+    level = log.level
+    log.setLevel(logging.INFO)  # not by the attribute: a logger keeps what it found disabled before
     log.addHandler(handler)
     try:
         with Bursar.from_policy(path) as bursar:
@@ -86,6 +87,7 @@ def test_a_changed_file_takes_effect_in_a_running_program(tmp_path: Path, monkey
                 bursar.reserve("openai", "gpt-4o", usage=CENT)
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def test_a_file_that_is_being_written_is_left_alone(desk: Callable[[str], Desk]) -> None:

@@ -21,8 +21,9 @@ from bursar import (
     OperatorRequired,
     Stopped,
     Threshold,
+    Usage,
 )
-from bursar.commands import Rejected, Release
+from bursar.commands import Rejected, Release, Tell
 from bursar.detect import Detectors
 from bursar.testing import ManualClock
 
@@ -142,3 +143,15 @@ def write(file: Path, kind: str, name: str, definition: dict[str, Any]) -> None:
             "INSERT INTO definitions(kind, name, definition, published_us) VALUES (?, ?, ?, 0)",
             (kind, name, json.dumps(definition)),
         )
+
+
+def test_i7_an_alert_that_somebody_has_told_before_fails_no_settlement(bursar: Bursar) -> None:
+    """Ids of reservations can be read in the store, and what their alerts will be called with them."""
+    reservation = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=5_000)
+    for account in bursar.store.accounts():
+        bursar.store.execute(Tell(f"{reservation.id}^{account.rule.key}^0", "threshold", {}))
+    record = reservation.settle(Usage(input_tokens=1_000, output_tokens=5_000))
+    assert record is not None
+    assert bursar.store.open_reservations() == 0
+    with pytest.raises(ApprovalRequired):
+        ask(bursar)

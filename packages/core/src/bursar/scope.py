@@ -101,7 +101,7 @@ class Scope:
             scope = cls.__new__(cls)
             scope.path = tuple(check_tags(tags) for tags in path)
             scope.limits = tuple((check_tags(tags), str(limit)) for tags, limit in limits)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise InvalidInput(
                 f"{str(text)[:60]!r} is no scope of another process. Hand on what `scope_environ()` or `scope_headers()` gave.",
                 argument="carried",

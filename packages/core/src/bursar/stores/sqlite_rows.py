@@ -76,7 +76,8 @@ _GET_OPERATOR = (
     "ORDER BY version DESC LIMIT 1"
 )
 _GET_ALERT = "SELECT id, kind, at_us, facts FROM alerts WHERE id=?"
-_PUT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, 0, 0, 0)"
+# Whoever has told of it before: a settlement must not fail for an alert.
+_PUT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, 0, 0, 0) ON CONFLICT(id) DO NOTHING"
 # Ids rise with time unless callers give their own, so the newest of many records are found without reading them all.
 LAST_TIME = (
     "SELECT max(at_us) FROM (SELECT max(reserved_us) AS at_us FROM reservations "
