@@ -52,6 +52,7 @@ class ProxyLogger(BursarLogger):
                 body=body,
                 endpoint=route,
                 resize=False,
+                changeable=(),
                 default_tags=read_tags({"metadata": _identity(user_api_key_dict)}, self.tags),
             )
         if "chat/completions" in route or attempt.provider in ("openai", _GATEWAY):

@@ -87,6 +87,7 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
     limit = LIMITS.get(kind)
+    resize = limit is not None and not any(kwargs.get(name) for name in _LIMIT_NAMES)
     request = {
         "provider": provider,
         "model": _base_model(kwargs) or _plain(model),
@@ -94,7 +95,8 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
-        "resize": limit is not None and not any(kwargs.get(name) for name in _LIMIT_NAMES),
+        "resize": resize,
+        "changeable": _changeable(resize),
     }
     return request | read_media(kind, request, kwargs.get("file"))
 
@@ -115,6 +117,7 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
             body["input"] = details.get("input")
     if kind == "speech":
         body["input"] = details.get("input")  # the text itself is left out of what LiteLLM notes
+    resize = _limit_name(kind, provider, body) is not None and not any(body.get(name) for name in _LIMIT_NAMES)
     request = {
         "provider": provider,
         "model": _base_model({**optional, **settings}) or _plain(model),
@@ -122,9 +125,15 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, {**optional, **settings}),
-        "resize": _limit_name(kind, provider, body) is not None and not any(body.get(name) for name in _LIMIT_NAMES),
+        "resize": resize,
+        "changeable": _changeable(resize),
     }
     return request | read_media(kind, request, sound)
+
+
+def _changeable(resize: bool) -> tuple[str, ...]:
+    """What thresholds may change: a maximum that nobody has set. LiteLLM has resolved the model's deployment by then."""
+    return ("max_output_tokens",) if resize else ()
 
 
 def wire_body(details: Mapping[str, Any]) -> dict[str, Any]:
