@@ -529,6 +529,8 @@ END $$;
 
 CREATE FUNCTION bursar_charge(c jsonb, careful boolean, given_us bigint, seen_us bigint) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
+    stale boolean := (c ->> 'version')::bigint < coalesce((SELECT max(version) FROM definitions), 0);
+    stored accounts;
     entry records;
     line accounts;
     lines accounts[] := coalesce(bursar_lines(c), '{}');
@@ -563,6 +565,9 @@ BEGIN
                 RETURN bursar_rejected('accounts', line.budget);
             END IF;
             made := made || line.budget;
+        ELSIF stale THEN  -- a cost is booked by whatever policy, but an older one changes no limit
+            SELECT one.* INTO stored FROM unnest(known) AS one WHERE one.key = line.key;
+            account := stored;
         END IF;
         before := before || account;
         amounts := amounts || line.reserved;

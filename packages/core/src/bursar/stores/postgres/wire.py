@@ -133,6 +133,7 @@ def _charge(command: Charge) -> dict[str, Any]:
         "estimated": command.estimated,
         "reason": command.reason,
         "outcome": command.outcome,
+        "version": command.version,
         "max": command.max_accounts,
         "facts": rows.dumps(command.facts),
     }

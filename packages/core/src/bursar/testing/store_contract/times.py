@@ -302,6 +302,9 @@ class Times(Base):
         assert {name: held.definition["limit"] for name, held in held["budget"].items()} == {"b": "50", "c": "1"}
         assert run(reserve("b", (rule("b", 100), 1), version=1)) == Rejected("stale", "3")
         assert type(run(reserve("b", (rule("b", 50), 1), version=3))) is Refused
+        booked = run(charge("c", (rule("b", 100), 0), version=1))  # never refused, but an older policy changes no limit
+        assert type(booked) is Ended
+        assert booked.accounts[0].rule.limit == 50
         run(settle("a", 60))
         assert self.account(store, rule("b", 50)).spent == 60
         assert type(run(reserve("b", (rule("b", 61), 1), version=3))) is Granted
