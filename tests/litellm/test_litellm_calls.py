@@ -383,8 +383,8 @@ def test_a_stream_that_breaks_off_is_billed_whatever_status_litellm_gives_it(
     def cut(*_: Any, **__: Any) -> None:
         raise litellm.BadRequestError("in the middle", "gpt-4o", "openai")
 
-    completion = early_completion if is_early else litellm.completion
     with guarded() as bursar:
+        completion = early_completion if is_early else litellm.completion
         stream = completion(**openai(provider), messages=MESSAGES, max_tokens=500, stream=True)
         next(stream)
         monkeypatch.setattr(litellm.CustomStreamWrapper, "chunk_creator", cut)
