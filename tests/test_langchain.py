@@ -423,6 +423,8 @@ def test_a_refused_completion_is_not_sent(provider: Provider, broke: Bursar) -> 
         ({"max_tokens": 77}, {"max_completion_tokens": 5}, 5),
         ({"max_tokens": 77}, {"max_tokens": None}, 16_384),  # that takes the limit off, so the model's own holds
         ({"max_tokens": None}, {}, 16_384),
+        ({"max_tokens": 77, "use_responses_api": True}, {"max_tokens": 5}, 77),  # there the model's own wins
+        ({"max_tokens": 77, "include": ["reasoning.encrypted_content"]}, {"max_completion_tokens": 5}, 5),
     ],
 )
 def test_what_is_reserved_is_what_the_wire_says(
@@ -431,7 +433,8 @@ def test_what_is_reserved_is_what_the_wire_says(
     provider.script([Fault("no_usage")])
     chat(provider, **made).invoke("hi", with_(BursarCallbackHandler(guard)), **called)
     sent = provider.account[0].request
-    assert (sent.get("max_completion_tokens") or sent.get("max_tokens") or 16_384) == limit
+    names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    assert next((sent[name] for name in names if sent.get(name)), 16_384) == limit
     assert one_record(guard).usage["output_tokens"] == limit
 
 

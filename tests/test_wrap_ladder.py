@@ -150,6 +150,37 @@ def test_a_stream_is_stopped_where_it_is(api: str, is_async: bool, monkeypatch: 
         assert guard.status()[0].reserved == 0
 
 
+@both
+def test_a_stopped_stream_is_closed_at_once(is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose bytes are read, which the SDK leaves open as long as its block lasts."""
+    monkeypatch.setattr("bursar.keeper.LOOK_S", 0.01)
+    asked: dict[str, Any] = {"model": "gpt-4o", "messages": HI, "max_completion_tokens": 500, "stream": True}
+
+    async def read(answer: Any) -> None:
+        async for _ in answer.iter_bytes():
+            continue
+
+    async def run(made: Any, operator: Operator) -> None:
+        async with made.chat.completions.with_streaming_response.create(**asked) as answer:
+            operator.freeze({})
+            with pytest.raises(Stopped):
+                await read(answer)
+            assert answer.http_response.is_closed
+        await made.close()
+
+    long = Answer(input_tokens=400, output_tokens=400, chunks=100, event_delay_s=0.02)
+    with Provider(long, rates=RATES) as provider, desk() as (guard, operator):
+        made = client(guard, provider, is_async=is_async)
+        if is_async:
+            asyncio.run(run(made, operator))
+            return
+        with made.chat.completions.with_streaming_response.create(**asked) as answer:
+            operator.freeze({})
+            with pytest.raises(Stopped):
+                list(answer.iter_bytes())
+            assert answer.http_response.is_closed
+
+
 def test_the_ladder_from_end_to_end(provider: Provider) -> None:
     """50 % notify, 80 % downgrade, 95 % ask, approved, killed at 100 %: half a cent a call, 0.03 by the cheaper model."""
     ladder = [

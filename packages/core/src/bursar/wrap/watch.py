@@ -45,9 +45,6 @@ class _Watched:
             answer.end_now()
             if left:
                 yield left
-        except Stopped:
-            rest.close()
-            raise
         finally:
             answer.is_reading = False
             end(answer)
@@ -72,7 +69,7 @@ class _Watched:
             if left:
                 yield left
         except Stopped:
-            await rest.aclose()
+            await rest.aclose()  # the sync one is closed when it is let go; this one would wait for the event loop
             raise
         finally:
             answer.is_reading = False
