@@ -28,6 +28,7 @@ from bursar import (
     StoreError,
     Threshold,
     Usage,
+    signing,
 )
 from bursar.commands import Refused, Stepped
 from bursar.policy import Policy
@@ -537,6 +538,17 @@ def test_a_raise_written_past_the_store_counts_for_nothing(tmp_path: Path) -> No
             )
         with pytest.raises(BudgetExceeded):
             bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1)
+
+
+def test_a_decision_is_verified_once_however_often_it_is_read(desk: Any) -> None:
+    here = desk()
+    here.bursar.charge("0.01 USD")
+    here.operator.raise_limit("b", "1 USD")
+    here.bursar._load_policy()
+    before = signing._signed.cache_info().misses
+    here.bursar._load_policy()
+    assert signing._signed.cache_info().misses == before
+    assert here.bursar.status()[0].limit > 1
 
 
 def test_the_key_is_not_shown_by_accident() -> None:
