@@ -21,6 +21,7 @@ from receiver import SECRET, Got, Receiver, an_alert, tell, untold
 from bursar import Budget, BudgetExceeded, Bursar, StoreError, Threshold
 from bursar.alerts import Alert, Alerts, Deliverer, Message, Route, Undelivered, Webhook, deliverer
 from bursar.alerts.message import MAX_ALERTS
+from bursar.commands import Tell
 from bursar.stores import open_store
 from bursar.stores.base import Store
 from bursar.testing import ManualClock
@@ -271,6 +272,38 @@ def test_a_store_that_is_out_of_reach_loses_nothing(store: Store, clock: ManualC
     run(delivery, clock, MINUTE_S)
     assert heard.alerts == ["alert-threshold-team-1"]
     assert not untold(store)
+
+
+def test_an_alert_that_nobody_can_read_holds_up_no_other(store: Store, clock: ManualClock) -> None:
+    heard = Heard()
+    store.execute(Tell("forged", "threshold", ["no facts"]))  # type: ignore[arg-type]
+    clock.advance(1)
+    store.execute(Tell("real", "frozen", {"name": "agent=x"}))
+    run(told(store, heard), clock, 10)
+    assert heard.alerts == ["real"]
+    assert untold(store) == []
+
+
+def test_delivery_outlives_whatever_goes_wrong_in_it(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims, claimed = [TypeError("of a kind that nobody expects")], threading.Event()
+
+    def claim(*_: int) -> list[Any]:
+        if claims:
+            raise claims.pop()
+        claimed.set()
+        return []
+
+    monkeypatch.setattr(store, "claim", claim)
+    delivery = told(store, Heard())
+    delivery.start()
+    delivery.wake()
+    while claims and not claimed.wait(0.01):
+        delivery.wake()
+    delivery.wake()
+    assert claimed.wait(5)
+    delivery.close()
 
 
 def test_a_process_that_dies_is_followed_by_another(store: Store, clock: ManualClock) -> None:

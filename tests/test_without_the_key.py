@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from bursar import (
     ApprovalRequired,
@@ -23,6 +24,7 @@ from bursar import (
     Threshold,
     Usage,
 )
+from bursar.cli import main
 from bursar.commands import Rejected, Release, Tell
 from bursar.detect import Detectors
 from bursar.testing import ManualClock
@@ -155,3 +157,16 @@ def test_i7_an_alert_that_somebody_has_told_before_fails_no_settlement(bursar: B
     assert bursar.store.open_reservations() == 0
     with pytest.raises(ApprovalRequired):
         ask(bursar)
+
+
+def test_rubbish_in_the_store_hides_nothing_from_the_operator(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'b.db'}"
+    with Bursar(url, [Budget("b", "0.10 USD", thresholds=[Threshold("50%", "ask")])]) as bursar:
+        bursar.store.publish({"a": {"state": "open"}, "b": {"state": "open", "account": "[", "why": 1}}, "approval")
+        for number, facts in enumerate((["x"], {"tags": "agent"}, {"tags": {"agent": "x"}})):
+            bursar.store.execute(Tell(f"t{number}", "frozen", facts))  # type: ignore[arg-type]
+        id = question(bursar)
+        assert [one.id for one in Operator(bursar.store).questions()] == [id]
+    told = CliRunner().invoke(main, ["alerts", "--store", url])
+    assert told.exit_code == 0, told.output
+    assert told.output.count("cannot be read") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -19,6 +20,8 @@ from bursar.scope import check_tags
 from bursar.signing import OperatorKey, content, short_id, switch_name
 from bursar.stores import open_store
 from bursar.stores.base import Store
+
+log = logging.getLogger("bursar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,15 @@ class Operator:
         self._tell("resolved", f"resume {name}", {"name": name, "why": why, "by": self._by, "was": "frozen"})
 
     def questions(self) -> list[Question]:
-        """What thresholds have asked, and how it was answered."""
+        """What thresholds have asked, and how it was answered. What somebody else put there is left out, and logged."""
         _, held = self.store.definitions()
-        return [_question(id, one.definition) for id, one in held.get("approval", {}).items()]
+        found = []
+        for id, one in held.get("approval", {}).items():
+            try:
+                found.append(_question(id, one.definition))
+            except (KeyError, ValueError, TypeError, AttributeError):  # raised, it would hide all others
+                log.warning("the question %r cannot be read: no threshold has put it", id)
+        return found
 
     def approve(self, id: str, *, raise_by: str | None = None, for_s: float | None = None, why: str = "") -> None:
         """Let what asked go on: with its limit raised by an amount ("5 USD"), else up to the limit; for a time, else for good."""

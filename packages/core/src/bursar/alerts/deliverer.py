@@ -19,7 +19,7 @@ from bursar.alerts.routes import Alerts, Route
 from bursar.alerts.sinks import Undelivered, log, place
 from bursar.alerts.storms import Storms
 from bursar.commands import Alert
-from bursar.errors import StoreError
+from bursar.errors import BursarError, StoreError
 from bursar.stores.base import Store
 
 TEND_S = 5.0
@@ -93,6 +93,10 @@ class Deliverer:
         owners = self._owners() if claimed else {}
         with self._lock:
             for alert, _ in claimed:
+                facts: object = alert.facts
+                if not isinstance(facts, dict):  # somebody else's, put there to keep the others from being told
+                    self._held[alert.id] = _Held(alert, set(), now_us + LEASE_US)
+                    continue
                 owner = alert.facts.get("owner") or owners.get(budget_of(alert))
                 self._admit(alert._replace(facts={**alert.facts, "owner": owner}) if owner else alert, now_us)
             for over in self._storms.over(now_us):
@@ -275,9 +279,9 @@ def _run(held: weakref.ref[Deliverer], wake: threading.Event, stop: threading.Ev
             return
         try:
             deliverer.tend()
-        except StoreError as error:
-            # The store may be back at the next round; without this the thread would end, and with it all delivery.
-            log.warning("alerts wait for the store: %s", error)
+        except Exception as error:  # noqa: BLE001 - see below
+            # Another round may go well; without this the thread would end, and with it all delivery.
+            log.warning("alerts wait: %s", error, exc_info=not isinstance(error, BursarError))
         if last:
             ended.set()
         del deliverer

@@ -182,6 +182,8 @@ def alerts(store: str, form: str) -> None:
 
 
 def _gist(facts: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(facts, dict) or not isinstance(facts.get("tags", {}), dict):
+        return {"what": "cannot be read: Bursar has not put it", "who": {}}
     tags = facts.get("tags") or {}
     action = facts.get("action") or facts.get("cause") or facts.get("why", "")
     share = f" at {100 * facts['at'] / facts['limit']:.4g}%" if "at" in facts and facts.get("limit") else ""
