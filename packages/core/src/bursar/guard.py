@@ -187,7 +187,8 @@ class Guard:
             if self.policy.decisions.granted(one.rule.key, now_us)[1]:  # an operator let it go on as it is
                 call.complied[one.rule.key] = rung
                 continue
-            yield from self.notices.ask(call, Account(one.rule), 0, one.budget, index, self.policy, now_us)
+            least = Account(one.rule, one.rule.marks[index].at)  # the balance is at the mark, or above it
+            yield from self.notices.ask(call, least, 0, one.budget, index, self.policy, now_us)
 
     def _refuse(self, call: Call, refused: Refused, now_us: int) -> Generator[Step, Any, None]:
         """Raise the error of a refusal; a mark that asks or kills is published first, for every process.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bursar.errors import BudgetExceeded, BursarError, StoreError
+from bursar.errors import ApprovalRequired, BudgetExceeded, BursarError, Stopped, StoreError
 
 
 class LiteLLMBudgetExceeded(BudgetExceeded):
@@ -25,6 +25,14 @@ class LiteLLMBudgetExceeded(BudgetExceeded):
         self.message = message  # LiteLLM's Router adds to it which deployments were tried
 
 
+class LiteLLMApprovalRequired(LiteLLMBudgetExceeded, ApprovalRequired):
+    """A budget asks an operator before more is spent. Field `id`: for `bursar approve ID`."""
+
+
+class LiteLLMStopped(LiteLLMBudgetExceeded, Stopped):
+    """The agent was stopped by a switch, a budget's kill or a detector. Fields: `cause`, `why`."""
+
+
 class BudgetStop(BaseException):
     """Carries an error out of a sync call of LiteLLM, which swallows every Exception of its callbacks and sends the call.
 
@@ -43,7 +51,10 @@ class BudgetStop(BaseException):
 def litellm_error(error: BaseException) -> BaseException:
     """The same error, as LiteLLM understands it: a refusal in its class, the others with a status that says whether to retry."""
     if isinstance(error, BudgetExceeded):
-        return error if isinstance(error, LiteLLMBudgetExceeded) else LiteLLMBudgetExceeded(str(error), **error.fields)
+        if isinstance(error, LiteLLMBudgetExceeded):
+            return error
+        kinds = {ApprovalRequired: LiteLLMApprovalRequired, Stopped: LiteLLMStopped}
+        return kinds.get(type(error), LiteLLMBudgetExceeded)(str(error), **error.fields)
     if isinstance(error, BursarError) and not hasattr(error, "status_code"):
         vars(error)["status_code"] = 503 if isinstance(error, StoreError) else 400
     return error
