@@ -495,6 +495,16 @@ def test_a_child_process_spends_from_its_parents_budget(tmp_path: Path) -> None:
             parent.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=3_000)
 
 
+def test_a_scope_of_the_same_tags_lifts_no_limit(bursar: Bursar) -> None:
+    with bursar.scope(run="r-1", budget="0.01 USD"), bursar.scope(run="r-1", budget="100 USD"):
+        with pytest.raises(BudgetExceeded) as caught:
+            bursar.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=9_000)
+        assert caught.value.limit == Decimal("0.01")
+        with bursar.scope(run="r-1", budget="0.005 USD"), pytest.raises(BudgetExceeded) as caught:
+            bursar.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=9_000)
+        assert caught.value.limit == Decimal("0.005")
+
+
 def test_a_remote_agent_spends_from_the_callers_budget(bursar: Bursar) -> None:
     with bursar.scope(team="a", run="r-1", budget="0.10 USD"):
         header = bursar.scope_headers()["baggage"]
@@ -507,7 +517,9 @@ def test_a_remote_agent_spends_from_the_callers_budget(bursar: Bursar) -> None:
         assert caught.value.limit == Decimal("0.10")
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "[[],[]]", '[[{"a b":"c"}],[]]', '[[{"run":7}]]', "bursar.scope=%7B", "[" * 5_000])
+@pytest.mark.parametrize(
+    "text", ["", "x", "[]", "[[],[]]", '[[{"a b":"c"}],[]]', '[[{"run":7}]]', "bursar.scope=%7B", "[" * 5_000]
+)
 def test_a_carried_scope_that_cannot_be_read_is_an_error(bursar: Bursar, text: str) -> None:
     with pytest.raises(InvalidInput), bursar.scope(carried=text):
         raise AssertionError("it was taken")

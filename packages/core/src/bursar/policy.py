@@ -186,8 +186,9 @@ class Policy:
                 continue
             for tags, leaf in levels:
                 rule = one.rule(tags, now_us, leaf=leaf)
-                if rule is not None:
-                    found.setdefault(rule.key, Matched(one.budget, rule))
+                # a scope inside another with the same tags shares its account: it may limit further, not lift
+                if rule is not None and (rule.key not in found or rule.limit < found[rule.key].rule.limit):
+                    found[rule.key] = Matched(one.budget, rule)
         default = self._default
         if default is not None and default.limit.unit in units and not any(limits(one.rule) for one in found.values()):
             rule = default.account_rule(levels[0][0], now_us)
