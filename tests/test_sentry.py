@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -232,3 +234,18 @@ def test_a_budget_that_burns_too_fast_is_told_of(make: Any, clock: ManualClock) 
             call = bursar.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=10_000)
             call.settle(Usage(input_tokens=10_000, output_tokens=10_000))
     assert ("burn", "notify") in told(bursar)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_s_child_does_not_wait_for_its_parents_threads(make: Any) -> None:
+    """A thread of the parent may be amid a look at the time; the child has no such thread, and the lock stays held."""
+    bursar = make(detectors=Detectors())
+    with bursar.scope(run="r"):
+        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).release()
+        with bursar.guard.notices.sentry._tower._lock:
+            child = os.fork()
+            if not child:
+                signal.alarm(5)
+                bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).release()
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0

@@ -124,6 +124,7 @@ class Driver:
         """
         if self.keeper.start():
             self.guard.room = WaitingRoom()  # who waited in the parent does not wait here
+            self.guard.notices.sentry = self.guard.notices.sentry.anew()
         now_us = self.store.now_us()
         try:
             yield from self.guard.reserve(call, now_us)

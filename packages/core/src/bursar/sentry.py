@@ -46,6 +46,12 @@ class Sentry:
         self._failing: set[str] = set()  # connections that have failed once: of the others nothing is counted
         self._lock = threading.Lock()
 
+    def anew(self) -> Sentry:
+        """The same sentry for a fork's child, where the locks that its parent's threads held are held for ever."""
+        fresh = Sentry(self.settings, acts=self._acts, require=self._require)
+        fresh._stopped.update(self._stopped)
+        return fresh
+
     def before(self, call: Call, rules: Sequence[Rule], now_us: int) -> list[Sign]:
         """What there is to say of this call before it is sent."""
         found: list[Sign | None] = []
