@@ -19,6 +19,7 @@ from bursar import (
     Budget,
     BudgetExceeded,
     Bursar,
+    IdempotencyConflict,
     InvalidInput,
     Operator,
     OperatorKey,
@@ -180,6 +181,20 @@ def test_downgrade_swaps_the_model_and_the_record_says_so(desk: Any) -> None:
     assert here.bursar.reserve("openai", "gpt-4.1-nano", input_tokens=10, max_output_tokens=10).model == "gpt-4.1-nano"
     ignoring = here.bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=750)
     assert ignoring.settle(Usage(input_tokens=1_000, output_tokens=750, model="gpt-4o")).cost_nanos == 10_000_000
+
+
+def test_a_call_that_was_downgraded_may_be_repeated(desk: Any) -> None:
+    """I6: the same id and content is the same call, whatever a threshold made of it; and it is cut to what its model can."""
+    said = {"input_tokens": 10, "max_output_tokens": 16_384, "id": "mine"}
+    here = desk(Threshold("1%", "downgrade", models={"gpt-4o": "gpt-4-turbo"}), limit="9 USD")
+    here.bursar.charge("1 USD")
+    first = here.bursar.reserve("openai", "gpt-4o", **said)
+    assert (first.model, first.max_output_tokens, first.capped) == ("gpt-4-turbo", 4_096, True)
+    again = here.bursar.reserve("openai", "gpt-4o", **said)
+    assert again.id == first.id
+    assert here.bursar.store.open_reservations() == 1
+    with pytest.raises(IdempotencyConflict):
+        here.bursar.reserve("openai", "gpt-4o-mini", **said)
 
 
 def test_downgrade_holds_while_spent_and_reserved_are_at_the_mark(desk: Any) -> None:

@@ -190,7 +190,8 @@ class Call:
         """What must be the same when an id is used again (I6); nothing where nobody can use it again."""
         if not self.given_id:
             return ""
-        facts: tuple[object, ...] = (self.tags(), self.scope.runs, self.amounts, *more)
+        tags = {**self.tags(), "model": self.model_asked or self.model}  # a threshold may have swapped it since
+        facts: tuple[object, ...] = (tags, self.scope.runs, self.amounts, *more)
         if self.request is not None:
             request = self.request
             facts += (request.size, request.input_tokens, request.n, request.retries)

@@ -67,6 +67,9 @@ def _downgrade(call: Call, threshold: Threshold, now_us: int) -> bool:
     call.request = call.request.for_model(wanted)
     call.model = wanted
     call.price = call.book.find(call.provider, call.model, now_us, call.tags())
+    most = call.price.max_output_tokens
+    if most and (call.request.max_output_tokens or 0) > most and "max_output_tokens" in call.changeable:
+        call.request.max_output_tokens, call.capped = most, True  # the provider refuses more than its model can
     return True
 
 
