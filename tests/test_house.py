@@ -93,6 +93,7 @@ ARROWS: dict[str, set[str]] = {
         "policy",
         "policy_file",
         "prices",
+        "queueing",
         "scope",
     }
     | {"stores", "testing"},

@@ -10,13 +10,17 @@ FOREVER = 2**62
 
 
 class Balance:
-    """What one account has spent. A rate's `level` is counted in amount x microseconds of its period, so that it is exact."""
+    """What one account has spent. A rate's `level` is counted in amount x microseconds of its period, so that it is exact.
 
-    __slots__ = ("at_us", "buckets", "level", "rule", "spent")
+    `is_killed`: a mark that kills was reached; it stays so when a rolling window has let it go.
+    """
+
+    __slots__ = ("at_us", "buckets", "is_killed", "level", "rule", "spent")
 
     def __init__(self, rule: Rule, now_us: int) -> None:
         self.rule = rule
         self.spent = 0
+        self.is_killed = False
         self.buckets: deque[list[int]] = deque()  # of a rolling window: [index, amount], oldest first
         self.level, self.at_us = rule.limit * rule.period_us, now_us
 
@@ -45,6 +49,7 @@ class Balance:
             if not self.buckets or self.buckets[-1][0] != index:
                 self.buckets.append([index, 0])
             self.buckets[-1][1] += amount
+        self.is_killed = self.is_killed or any(self.spent >= at for at, action in self.rule.marks if action == "kill")
 
     def wait_us(self, need: int, limit: int, now_us: int) -> int | None:
         """How long until time alone makes room for `need`; None when it never does."""

@@ -18,6 +18,7 @@ from bursar.foresight.loop import End, Loop, Step, call_of, used
 from bursar.foresight.rungs import Line, Taken
 from bursar.foresight.simulation import Simulation
 from bursar.policy import NONE, Matched, limits
+from bursar.queueing import LOOK_S
 from bursar.scope import process_run
 from bursar.usage import Usage
 
@@ -103,7 +104,7 @@ class _Reckoning:
             wait_us = self._relief_us(lines, stop) if stop.patience_s else None
             if wait_us is None or self.now_us + wait_us > begun_us + int(stop.patience_s * 1e6):
                 return stop
-            self.now_us += wait_us
+            self.now_us += min(wait_us, int(LOOK_S * 1e6))  # what stops it may be another account by then
             self.waited = True
         for line in lines:
             self.balances[line.rule.key].book(line.actual, self.now_us)
@@ -174,7 +175,8 @@ class _Reckoning:
         """The first mark in force that stops the call."""
         for line in lines:
             for threshold, mark in zip(line.budget.ladder, line.rule.marks, strict=False):
-                reached = self.balances[line.rule.key].spent >= mark.at
+                balance = self.balances[line.rule.key]
+                reached = balance.spent >= mark.at or (mark.action == "kill" and balance.is_killed)
                 if reached and mark.action in STOPPING:
                     patience_s = line.budget.wait_s if mark.action == "block" else 0.0
                     by = f"{line.rule.budget}: {mark.action} at {threshold.at}"
