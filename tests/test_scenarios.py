@@ -194,7 +194,11 @@ def test_fifty_tasks(url: str, provider: Provider, mode: str) -> None:
     ("mode", "durability"), [("given", "process"), ("given", "full"), ("warm", "process"), ("cold, waiting", "process")]
 )
 def test_four_processes_of_thirteen_threads(tmp_path: Path, provider: Provider, mode: str, durability: str) -> None:
-    url = f"sqlite:///{tmp_path / 'budgets.db'}?durability={durability}"
+    four_processes(f"sqlite:///{tmp_path / 'budgets.db'}?durability={durability}", provider, mode)
+
+
+def four_processes(url: str, provider: Provider, mode: str) -> None:
+    """Four processes of 13 threads, each thread with one call: none beyond the cap, on whatever store."""
     with guard_of(url, **MODES[mode][0]) as guard:
         workers = [start("try", url, provider.url, mode) for _ in range(4)]
         for worker in workers:
@@ -257,8 +261,11 @@ def test_thirty_abandoned_streams(url: str, provider: Provider, mode: str) -> No
 
 @pytest.mark.parametrize("durability", ["process", "full"])
 def test_a_killed_process_with_five_calls_in_flight(tmp_path: Path, provider: Provider, durability: str) -> None:
+    killed_with_five_in_flight(f"sqlite:///{tmp_path / 'budgets.db'}?durability={durability}", provider)
+
+
+def killed_with_five_in_flight(url: str, provider: Provider) -> None:
     """SIGKILL: the five stay booked, before and after they expire, because the provider billed them."""
-    url = f"sqlite:///{tmp_path / 'budgets.db'}?durability={durability}"
     provider.script([Fault("hang")] * 5)
     client = client_of(provider.url)
     with guard_of(url) as guard, guard.scope(team="research"):

@@ -48,8 +48,6 @@ _FAULTS = {
     "XX001": ("damaged", "Stop all writers, and restore the database from a backup."),
     "XX002": ("damaged", "Stop all writers, and reindex the database."),
     "22003": ("overflow", "A sum would pass 2^63: correct the amount, or give the budget a window."),
-    "28": ("unreachable", "Correct user and password in the store's URL."),
-    "3D000": ("unreachable", "Create the database, or correct its name in the store's URL."),
 }
 
 
