@@ -26,6 +26,7 @@ HORIZON_US = 31 * 86_400_000_000
 MOST_TURNS = 10_000  # reckoned one by one
 _MINUTE_US = 60_000_000
 _HALF_HOUR_US = 1_800_000_000
+_LOOK_US = int(LOOK_S * 1e6)
 
 
 class _Stop(NamedTuple):
@@ -101,10 +102,11 @@ class _Reckoning:
             stop = stop or self._short(lines)
             if stop is None:
                 break
-            wait_us = self._relief_us(lines, stop) if stop.patience_s else None
-            if wait_us is None or self.now_us + wait_us > begun_us + int(stop.patience_s * 1e6):
+            waits = self._waits_us(lines, stop) if stop.patience_s else None
+            if waits is None or self.now_us + max(waits) > begun_us + int(stop.patience_s * 1e6):
                 return stop
-            self.now_us += min(wait_us, int(LOOK_S * 1e6))  # what stops it may be another account by then
+            # The guard looks once a second: at the first look after anything has room, something else may stop the call.
+            self.now_us += min(max(waits), -(-min(waits) // _LOOK_US) * _LOOK_US)
             self.waited = True
         for line in lines:
             self.balances[line.rule.key].book(line.actual, self.now_us)
@@ -172,12 +174,13 @@ class _Reckoning:
         return self._made[key]
 
     def _marked(self, lines: list[Line]) -> _Stop | None:
-        """The first mark in force that stops the call."""
+        """What marks stop the call: first the switch that a kill has thrown, then the first mark in force."""
+        for line in lines:
+            if self.balances[line.rule.key].is_killed:
+                return _Stop(f"{line.rule.budget}: kill")
         for line in lines:
             for threshold, mark in zip(line.budget.ladder, line.rule.marks, strict=False):
-                balance = self.balances[line.rule.key]
-                reached = balance.spent >= mark.at or (mark.action == "kill" and balance.is_killed)
-                if reached and mark.action in STOPPING:
+                if mark.action in STOPPING and self.balances[line.rule.key].spent >= mark.at:
                     patience_s = line.budget.wait_s if mark.action == "block" else 0.0
                     by = f"{line.rule.budget}: {mark.action} at {threshold.at}"
                     return _Stop(by, patience_s, (line.rule, mark.at))
@@ -195,14 +198,15 @@ class _Reckoning:
     def _without_room(self, lines: list[Line]) -> list[Line]:
         return [line for line in lines if not self.balances[line.rule.key].has_room(line.held, line.rule.limit)]
 
-    def _relief_us(self, lines: list[Line], stop: _Stop) -> int | None:
-        """How long until time alone makes room on every account that lacks it; None when it never does."""
+    def _waits_us(self, lines: list[Line], stop: _Stop) -> list[int] | None:
+        """How long until time alone makes room on each account that lacks it; None when it never does."""
         lacking = [(line.rule, line.held, line.rule.limit) for line in self._without_room(lines)]
         if stop.mark is not None:
             rule, at = stop.mark
             lacking.append((rule, 1, at))
         waits = [self.balances[rule.key].wait_us(need, limit, self.now_us) for rule, need, limit in lacking]
-        return max((wait or 0 for wait in waits), default=0) if None not in waits else None
+        known = [wait for wait in waits if wait is not None]
+        return known if len(known) == len(waits) else None
 
     # -- detectors -------------------------------------------------------------------------------------------------
 
