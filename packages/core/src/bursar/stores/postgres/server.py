@@ -27,7 +27,8 @@ _DEFAULTS = {
 }
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _LAW = "\n".join(
-    files(__package__).joinpath(name).read_text("utf-8") for name in ("accounts.sql", "fast.sql", "law.sql")
+    files(__package__).joinpath(f"{name}.sql").read_text("utf-8")
+    for name in ("accounts", "fast", "rows", "reserve", "ends", "law")
 )
 # The functions carry the digest of their text in their names: processes of several versions work side by side, each by the
 # law that it came with.
