@@ -47,7 +47,7 @@ def goes_on(bursar: Bursar) -> bool:
     return not thread.is_alive()
 
 
-def interrupted_calls(url: str, folder: Path, wanted: int) -> dict[str, int]:
+def interrupted_calls(url: str, folder: Path, wanted: int, call_s: float = 4e-4) -> dict[str, int]:
     """Interrupt that many calls, each at some microsecond of it; how many were, and what went wrong afterwards."""
 
     def interrupt(*_: object) -> None:
@@ -64,7 +64,7 @@ def interrupted_calls(url: str, folder: Path, wanted: int) -> dict[str, int]:
         block = bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
         entered = False
         try:
-            signal.setitimer(signal.ITIMER_REAL, at_random.uniform(1e-6, 4e-4))
+            signal.setitimer(signal.ITIMER_REAL, at_random.uniform(1e-6, call_s))
             block.__enter__()
             entered = True
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -85,19 +85,24 @@ def interrupted_calls(url: str, folder: Path, wanted: int) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("url", ["memory:", "sqlite:///FILE?durability=process"])
 def test_i9_a_keyboard_interrupt_leaves_nothing_held_and_nobody_stuck(url: str, tmp_path: Path) -> None:
+    found = interrupted_child(url, tmp_path, 300)
+    assert found == {"interrupted": 300, "held": 0, "stuck": 0, "queued": 0}
+
+
+def interrupted_child(url: str, folder: Path, wanted: int, call_s: float = 4e-4) -> dict[str, int]:
     """In a child, because the alarm of this process is the test runner's."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(writing, json.dumps(interrupted_calls(url, tmp_path, 300)).encode())
+            os.write(writing, json.dumps(interrupted_calls(url, folder, wanted, call_s)).encode())
         finally:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        found = json.loads(pipe.read() or b"{}")
+        found: dict[str, int] = json.loads(pipe.read() or b"{}")
     os.waitpid(child, 0)
-    assert found == {"interrupted": 300, "held": 0, "stuck": 0, "queued": 0}
+    return found
 
 
 # -- cancelled tasks -------------------------------------------------------------------------------------------------

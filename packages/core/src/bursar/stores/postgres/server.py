@@ -43,6 +43,7 @@ _FAULTS = {
     "53": ("unreachable", "The server is out of connections or memory: raise its limits, or use fewer processes."),
     "25006": ("readonly", "This server is a replica or read-only: name the primary in the store's URL."),
     "42501": ("readonly", "Give this user the rights to the schema and its tables, then try again."),
+    "23": ("damaged", "Stop all writers, and restore the database from a backup."),
     "42": ("damaged", "The schema is not what Bursar made: restore it from a backup."),
     "BU002": ("damaged", "Stop all writers, and restore the database from a backup."),
     "22P02": ("damaged", "Stop all writers, and restore the database from a backup."),
