@@ -356,3 +356,21 @@ def test_a_guarded_call_from_end_to_end(url: str) -> None:
         assert record.cost_nanos == 3_500_000
         (status,) = bursar.status()
         assert (status.spent * 10**9, status.reserved) == (3_500_000, 0)
+
+
+def test_stores_that_meet_new_accounts_in_every_order_deadlock_nobody(url: str, store: PostgresStore) -> None:
+    """Refused calls leave no account, but a store that has met its rule: the next call makes it where others make it, too."""
+    others = [store, *(PostgresStore(url) for _ in range(3))]
+    wrong: list[object] = []
+
+    def work(of: PostgresStore, number: int) -> None:
+        for round in range(15):
+            new, old = rule("a", 10**6, of=f"r{round}"), rule("z", 10**6)
+            of.execute(reserve(f"{number}-{round}-", (new, 10**7), (old, 1), quiet=True))
+            answer = of.execute(reserve(f"{number}-{round}", *((new, 1), (old, 1))[:: -1 if number % 2 else 1]))
+            wrong.extend([answer] if type(answer) is not Granted else [])
+
+    in_threads(*[lambda of=of, n=n: work(of, n) for n, of in enumerate(others * 2)])  # type: ignore[misc]
+    assert not wrong
+    for other in others[1:]:
+        other.close()

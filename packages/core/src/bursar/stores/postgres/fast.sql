@@ -24,7 +24,9 @@ BEGIN
             overrun, refused, refused_minute, refused_in_minute, level, remainder, at_us, buckets, crossed, marks)
         SELECT line ->> 0, '', '', '', '', (line ->> 2)::bigint, 0, (line ->> 3)::bigint, (line ->> 4)::bigint,
             (line ->> 5)::boolean, 0, (line ->> 1)::bigint, 0, 0, 0, 0, 0, 0, now_us, '', 0, line ->> 6
-        FROM jsonb_array_elements(c -> 'fast') AS line ORDER BY (line ->> 0) COLLATE "C"
+        FROM jsonb_array_elements(c -> 'fast') AS line
+        WHERE (SELECT true FROM accounts AS met WHERE met.key = line ->> 0)  -- making one takes a lock that comes before this
+        ORDER BY (line ->> 0) COLLATE "C"
         ON CONFLICT (key) DO UPDATE SET
             reserved = a.reserved + excluded.reserved,
             level = CASE a.kind WHEN 'refill' THEN bursar_level(a, excluded.at_us) - excluded.reserved ELSE a.level END,
@@ -39,7 +41,7 @@ BEGIN
                     OR (a.buckets::json -> 0 ->> 0)::bigint >= (excluded.at_us - a.period_us) / (a.period_us / 60))
                 ELSE a."limit" - a.spent - a.reserved >= excluded.reserved END
             AND (a.marks = '' OR bursar_in_force(a) IS NULL)
-        RETURNING budget, '[' || to_json(key) || ',' || spent || ',' || reserved || ',' || overrun || ',' || refused || ','
+        RETURNING '[' || to_json(key) || ',' || spent || ',' || reserved || ',' || overrun || ',' || refused || ','
             || refused_minute || ',' || refused_in_minute || ',' || level || ',' || remainder || ',' || at_us || ',"'
             || buckets || '",' || crossed || ']' AS account
     ), put_id AS (
@@ -49,7 +51,7 @@ BEGIN
             AND (c ->> 'version')::bigint >= coalesce((SELECT max(version) FROM definitions), 0)
         RETURNING 1
     )
-    SELECT count(*) FILTER (WHERE budget <> ''), string_agg(account, ','), (SELECT count(*) FROM put_id)
+    SELECT count(*), string_agg(account, ','), (SELECT count(*) FROM put_id)
     INTO held_on, after, opened FROM put;
     IF c ->> 'behind' <> '' OR held_on < jsonb_array_length(c -> 'fast') OR opened = 0 THEN
         RAISE EXCEPTION USING ERRCODE = 'BU003';
