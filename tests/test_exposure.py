@@ -26,7 +26,7 @@ from bursar.foresight.exposure import (
 )
 from bursar.foresight.loop import Loop, Step, drive
 from bursar.foresight.options import Options
-from bursar.foresight.reckoning import reckon
+from bursar.foresight.reckoning import HORIZON_US, reckon
 from bursar.foresight.sightings import ANY_OTHER
 from bursar.testing import ManualClock
 from bursar.testing.clock import START_US
@@ -121,7 +121,7 @@ def agree(seed: int, most_calls: int) -> bool:
     loop, given, start_us = a_case(seed)
     driven = drive(loop, given, start_us, most_calls)
     reckoned = reckon(loop, given, start_us)
-    if driven.by is None:
+    if driven.by is None or driven.elapsed_us > HORIZON_US:
         within = reckoned.by is None or reckoned.calls + reckoned.tool_calls >= driven.calls + driven.tool_calls
         assert within, (seed, reckoned, driven)
         return False
@@ -129,14 +129,18 @@ def agree(seed: int, most_calls: int) -> bool:
     return True
 
 
+# a kill in a rolling window; two waits of unlike patience; a kill beside a wait; a mark on the account of the model left behind
+FOUND = [20_258, 30_517, 50_024, 701_036]
+
+
 def test_what_is_reckoned_is_what_the_law_does() -> None:
-    assert sum(agree(seed, 60) for seed in [*range(40), 20_258, 30_517, 50_024]) > 20
+    assert sum(agree(seed, 60) for seed in [*range(40), *FOUND]) > 20
 
 
 @pytest.mark.nightly
 def test_what_is_reckoned_is_what_the_law_does_in_many_more_cases() -> None:
     begin = random.SystemRandom().randrange(10**9)
-    assert sum(agree(seed, 2_000) for seed in range(begin, begin + 1_000)) > 500
+    assert sum(agree(seed, 1_000) for seed in range(begin, begin + 500)) > 250
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ class Balance:
         """Book `count` turns, the first of them at `next_us`."""
         self.age(next_us)
         each, rule = sum(actual for _, actual in moves), self.rule
+        if not each and rule.kind != "refill":
+            return
         if rule.kind == "refill":
             gained = (count - 1) * (interval_us * rule.limit - each * rule.period_us)
             self.level = min(rule.limit * rule.period_us, self.level + gained) - each * rule.period_us

@@ -110,7 +110,7 @@ class _Reckoning:
             self.waited = True
         for line in lines:
             self.balances[line.rule.key].book(line.actual, self.now_us)
-            self.moves.setdefault(line.rule.key, []).append((line.held, line.actual))
+            self.moves[line.rule.key].append((line.held, line.actual))
         self.nanos += nanos
         self.calls, self.tool_calls = self.calls + (not step.tool), self.tool_calls + bool(step.tool)
         if self.loop.kind == "failing":
@@ -133,6 +133,9 @@ class _Reckoning:
                 balance = self.balances[line.rule.key] = Balance(line.rule, self.now_us)
                 balance.spent = self._skipped_into(line.rule)
             balance.age(self.now_us)
+            self.moves.setdefault(
+                line.rule.key, []
+            )  # its marks decide what the call is, whether or not it is spent from
         return known[2:]
 
     def _amounts(self, call: Call, step: Step, matched: tuple[Matched, ...]) -> tuple[list[Line], int]:
