@@ -249,3 +249,22 @@ def test_a_fork_s_child_does_not_wait_for_its_parents_threads(make: Any) -> None
                 bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).release()
                 os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_run_that_burns_a_budget_too_fast_is_stopped_where_that_is_asked_for(make: Any, clock: ManualClock) -> None:
+    bursar = make(budgets=[Budget("day", "10 USD", window="day")], detectors=Detectors(burn="block"))
+
+    def spend() -> None:
+        clock.advance(60)
+        call = bursar.reserve("openai", "gpt-4o", input_tokens=10_000, max_output_tokens=10_000)
+        call.settle(Usage(input_tokens=10_000, output_tokens=10_000))
+
+    with bursar.scope(run="r"):
+        for _ in range(55):
+            with contextlib.suppress(Stopped):
+                spend()
+        with pytest.raises(Stopped) as caught:
+            spend()
+    assert caught.value.cause == "burn"
+    with bursar.scope(run="other"):
+        bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10).release()

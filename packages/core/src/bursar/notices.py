@@ -19,6 +19,7 @@ from bursar.signing import short_id, switch_name
 from bursar.waiting import Ticket
 
 MAX_PAUSES = 100
+PACE = ("velocity", "burn")  # detectors of what was spent, rather than of what is asked for
 
 log = logging.getLogger("bursar")
 
@@ -76,6 +77,8 @@ class Notices:
         try:
             for sign in self.sentry.answered(call, answer, cost_nanos, [one.rule for one in matched], now_us):
                 yield from self._tell(call, sign, now_us)
+                if sign.name in PACE and sign.action in STOPPING:
+                    self.sentry.stop(call, sign)  # no request shows it again: the run's next call meets it
                 if sign.action == "kill":
                     yield from self._switch({"tags": {"run": call.run}}, sign.name, sign.why, call.run)
         except StoreError as error:  # the call is settled all the same
