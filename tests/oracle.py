@@ -265,14 +265,13 @@ class Oracle:
                     self.moves.append(Move(key, now_us, now_us, -amount, 0, 0))
         return refusing
 
-    def _move(self, held: Held, now_us: int, spent: dict[str, int], given_back: bool, before: dict[str, int]) -> None:
-        """Book by unit; `before` is what had been booked or held, which an overrun exceeds."""
+    def _move(self, held: Held, now_us: int, spent: dict[Key, int], given_back: bool, before: dict[Key, int]) -> None:
+        """Book by account; `before` is what had been booked or held, which an overrun exceeds."""
         for key, amount in held.keys.items():
-            unit = self.spec(key).unit
-            if unit == "slots":
+            if self.spec(key).unit == "slots":
                 continue
-            booked = spent[unit]
-            over = max(0, booked - before[unit]) if given_back else max(0, booked)
+            booked = spent[key]
+            over = max(0, booked - before[key]) if given_back else max(0, booked)
             back = amount if given_back else 0
             spent_before = self.spent(key, now_us)
             self.moves.append(Move(key, now_us, held.at_us, back, booked, over))
@@ -280,30 +279,45 @@ class Oracle:
 
     def settle(self, id: str, actuals: dict[str, int], now_us: int) -> None:
         held = self.reservations[id]
-        full = {unit: actuals.get(unit, amount) for unit, amount in held.amounts.items()}
+        full = {key: actuals.get(self.spec(key).unit, amount) for key, amount in held.keys.items()}
         if held.state == "open":
-            self._move(held, now_us, full, True, held.amounts)
+            self._move(held, now_us, full, True, held.keys)
             held.state = "settled"
             self.ended.append(("settlement", id))
         else:
             assert held.state == "expired"
-            booked = held.amounts if held.charge else dict.fromkeys(held.amounts, 0)
-            self._move(held, now_us, {unit: full[unit] - booked[unit] for unit in full}, False, booked)
+            booked = held.keys if held.charge else dict.fromkeys(held.keys, 0)
+            self._move(held, now_us, {key: full[key] - booked[key] for key in full}, False, booked)
             held.state = "corrected"
             self.ended.append(("correction", id))
 
     def release(self, id: str, now_us: int) -> None:
         held = self.reservations[id]
         if held.state == "open":
-            self._move(held, now_us, dict.fromkeys(held.amounts, 0), True, held.amounts)
+            self._move(held, now_us, dict.fromkeys(held.keys, 0), True, held.keys)
             held.state = "released"
             self.ended.append(("release", id))
         else:
             assert held.state == "expired"
-            booked = held.amounts if held.charge else dict.fromkeys(held.amounts, 0)
-            self._move(held, now_us, {unit: -amount for unit, amount in booked.items()}, False, booked)
+            booked = held.keys if held.charge else dict.fromkeys(held.keys, 0)
+            self._move(held, now_us, {key: -amount for key, amount in booked.items()}, False, booked)
             held.state = "reversed"
             self.ended.append(("reversal", id))
+
+    def draw(self, id: str, spent: dict[str, dict[Key, int]], now_us: int) -> None:
+        """Book what was spent on a lease, by entry and account: out of what it still holds, as far as that goes."""
+        held = self.reservations[id]
+        for key in next(iter(spent.values())):
+            actual = sum(amounts[key] for amounts in spent.values())
+            paid = min(held.keys[key], actual) if held.state == "open" and key in held.keys else 0
+            uncovered = max(0, actual - paid - max(0, self.available(key, now_us)))
+            if paid:
+                held.keys[key] -= paid
+            self.touched.add(key)
+            spent_before = self.spent(key, now_us)
+            self.moves.append(Move(key, now_us, now_us, paid, actual, uncovered))
+            self.crossing(key, spent_before, now_us)
+        self.ended += [("settlement", entry) for entry in spent]
 
     def due(self, now_us: int) -> list[Held]:
         return [held for held in self.reservations.values() if held.state == "open" and held.expires_us <= now_us]
@@ -311,9 +325,7 @@ class Oracle:
     def sweep(self, now_us: int) -> int:
         due = self.due(now_us)
         for held in due:
-            self._move(
-                held, now_us, held.amounts if held.charge else dict.fromkeys(held.amounts, 0), True, held.amounts
-            )
+            self._move(held, now_us, held.keys if held.charge else dict.fromkeys(held.keys, 0), True, held.keys)
             held.state = "expired"
             self.ended.append(("expiry", held.id))
         return len(due)

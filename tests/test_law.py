@@ -25,7 +25,10 @@ from bursar.commands import (
     Answer,
     Charge,
     Command,
+    Draw,
+    Drawn,
     Ended,
+    Entry,
     Granted,
     Refused,
     Rejected,
@@ -129,7 +132,7 @@ class World(RuleBasedStateMachine):
         self.memory = MemoryStore(self.clock)
         self.other = self.reopen()
         self.counted = 0
-        self.kept: dict[str, Command] = {}
+        self.kept: dict[str, Reserve] = {}
 
     def reopen(self) -> Store:
         """The other store, with what it held before."""
@@ -278,6 +281,43 @@ class World(RuleBasedStateMachine):
         again = self.apply(command)
         assert type(again) is Ended
         assert again.again
+
+    @precondition(lambda self: self.oracle.reservations)
+    @rule(data=st.data(), number=st.integers(1, 3), now=st.booleans())
+    def draw(self, data: st.DataObject, number: int, now: bool) -> None:
+        """What a reservation's holder has spent of it by itself, in the windows of its begin or in those of now."""
+        id = data.draw(st.sampled_from(sorted(self.oracle.reservations)), label="id")
+        held = self.oracle.reservations[id]
+        lines = self.matching(held.run, UNITS) if now else [one for one, _ in self.kept[id].lines]
+        rules = tuple(one for one in lines if one.kind == "window")
+        if not rules:
+            return
+        entries, spent = [], {}
+        for _ in range(number):
+            self.counted += 1
+            units = {unit: data.draw(st.one_of(AMOUNTS, st.integers(-12, 0)), label=unit) for unit in UNITS}
+            amounts = {one.key: units[one.unit] for one in rules}
+            entry = self.entry(f"c{self.counted:04}", held.run, amounts)
+            entries.append(entry)
+            spent[entry.id] = {key_of(one): amounts[one.key] for one in rules}
+        still_open = held.state == "open"
+        self.oracle.draw(id, spent, self.now_us())
+        command = Draw(id, rules, tuple(entries))
+        answer = self.apply(command)
+        assert type(answer) is Drawn
+        assert answer.new == number
+        assert (answer.left is not None) is still_open
+        again = self.apply(command)
+        assert type(again) is Drawn
+        assert (again.new, again.left, again.accounts) == (0, answer.left, answer.accounts)
+        other = command._replace(entries=(*entries, entries[0]._replace(reason="another")))
+        assert self.apply(other) == Rejected("conflict", entries[0].id)
+
+    def entry(self, id: str, run: str, amounts: dict[str, int]) -> Entry:
+        now_us, draft = self.now_us(), self.draft(run, 0)
+        return Entry(
+            id, "settlement", None, "completed", False, "", 7, {}, amounts, now_us, now_us, "", draft, {"tab": "\t\\"}
+        )
 
     @rule()
     def sweep(self) -> None:

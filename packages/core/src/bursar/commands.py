@@ -137,6 +137,20 @@ class Charge(NamedTuple):
     version: int = 0
 
 
+class Draw(NamedTuple):
+    """Book entries that a lease's holder has decided by the same law; what they spend comes out of what the lease holds.
+
+    `id`: of the lease, a reservation; once it has ended the amounts are booked all the same, for they were spent (I7). `rules`:
+    of the accounts that the entries name, all of kind `window`. Entries that are on the books already are left alone.
+    """
+
+    id: str
+    rules: tuple[Rule, ...]
+    entries: tuple[Entry, ...]
+    version: int = 0
+    max_accounts: int = 1_000_000
+
+
 class Tell(NamedTuple):
     """Put an alert into the outbox, unless one with its id is there already."""
 
@@ -145,7 +159,7 @@ class Tell(NamedTuple):
     facts: dict[str, Any]
 
 
-Command = Reserve | Settle | Release | Extend | Expire | Charge | Tell
+Command = Reserve | Settle | Release | Extend | Expire | Charge | Draw | Tell
 
 
 class Granted(NamedTuple):
@@ -190,6 +204,18 @@ class Ended(NamedTuple):
     alerts: tuple[Alert, ...] = ()
 
 
+class Drawn(NamedTuple):
+    """The entries are on the books, `new` of them since now. `left`: what the lease still holds, by account key; None once ended.
+
+    `alerts`: of the marks that these entries crossed.
+    """
+
+    new: int
+    left: dict[str, int] | None
+    accounts: tuple[Account, ...]
+    alerts: tuple[Alert, ...] = ()
+
+
 class Told(NamedTuple):
     """The alert is in the outbox; `again` when it had been there before."""
 
@@ -214,7 +240,7 @@ class Rejected(NamedTuple):
     detail: str = ""
 
 
-Answer = Granted | Refused | Stepped | Ended | Extended | Told | Rejected
+Answer = Granted | Refused | Stepped | Ended | Drawn | Extended | Told | Rejected
 
 
 class Decision(NamedTuple):

@@ -31,6 +31,8 @@ from bursar.commands import (
     Charge,
     Command,
     Decision,
+    Draw,
+    Drawn,
     Ended,
     Entry,
     Expire,
@@ -459,13 +461,8 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
         return _reject("conflict", command.id)
     puts: dict[str, Row] = {}
     accounts = []
-    stale = command.version < (read(POLICY_KEY) or 0)  # type: ignore[operator]
     for rule, amount in command.lines:
-        if stale and type(known := read(rule.key)) is Account:
-            rule = known.rule  # a cost is booked by whatever policy, but an older one changes no limit
-        # what was incurred in a window belongs to it, however late it is told
-        in_window_us = now_us if rule.end_us is None else min(now_us, rule.end_us - 1)
-        account = _standing(read, rule, in_window_us, puts, command.max_accounts)
+        account = _incurring(read, rule, command, now_us, puts)
         if type(account) is not Account:
             return _reject(*account)
         uncovered = max(0, amount - max(0, age(account, now_us).available))
@@ -492,6 +489,54 @@ def _charge(read: Read, command: Charge, now_us: int) -> Decision:
     return Decision(Ended(entry, tuple(accounts), alerts=alerts), puts)
 
 
+def _incurring(
+    read: Read, rule: Rule, command: Charge | Draw, now_us: int, puts: dict[str, Row]
+) -> Account | tuple[str, str]:
+    """As `_standing`, of an account on which a cost has been incurred already."""
+    if command.version < (read(POLICY_KEY) or 0) and type(known := read(rule.key)) is Account:  # type: ignore[operator]
+        rule = known.rule  # a cost is booked by whatever policy, but an older one changes no limit
+    # what was incurred in a window belongs to it, however late it is told
+    in_window_us = now_us if rule.end_us is None else min(now_us, rule.end_us - 1)
+    return _standing(read, rule, in_window_us, puts, command.max_accounts)
+
+
+def _draw(read: Read, command: Draw, now_us: int) -> Decision:
+    lease = read(command.id)
+    if lease is None:
+        return _reject("unknown", command.id)
+    new: list[Entry] = []
+    for entry in command.entries:
+        known = read(entry.id)
+        if known is None:
+            new.append(entry)
+        elif known != entry:
+            return _reject("conflict", entry.id)
+    left = {key: held for key, _, held in lease.held} if type(lease) is Reservation else None
+    if not new:
+        held = tuple((rule.key, rule.unit, 0) for rule in command.rules)
+        return Decision(Drawn(0, left, _accounts(read, held)), _NOTHING)
+    puts: dict[str, Row] = {entry.id: entry for entry in new}
+    accounts = []
+    for rule in command.rules:
+        assert rule.kind == "window", f"{rule.key} is no account of a lease"
+        account = _incurring(read, rule, command, now_us, puts)
+        if type(account) is not Account:
+            return _reject(*account)
+        actual = sum(entry.amounts.get(rule.key, 0) for entry in new)
+        paid = min(left[rule.key], actual) if left is not None and rule.key in left else 0
+        after = book(account, paid, actual, now_us, now_us, max(0, actual - paid - max(0, account.available)))
+        after = puts[rule.key] = _crossed(account, after, new[-1].id, new[-1].draft, now_us, puts)
+        accounts.append(after)
+        if paid and left is not None:
+            left[rule.key] -= paid
+    if type(lease) is Reservation and left is not None:
+        still = tuple((key, unit, left[key]) for key, unit, _ in lease.held)
+        draft = {**lease.draft, "cost_nanos": max((held for _, unit, held in still if unit == "USD"), default=0)}
+        puts[lease.id] = lease._replace(held=still, draft=draft)
+    alerts = tuple(put for put in puts.values() if type(put) is Alert)
+    return Decision(Drawn(len(new), left, tuple(accounts), alerts), puts)
+
+
 def _tell(read: Read, command: Tell, now_us: int) -> Decision:
     key = "^" + command.id
     if read(key) is not None:
@@ -506,5 +551,6 @@ _HANDLERS: dict[type, Callable[[Read, Any, int], Decision]] = {
     Extend: _extend,
     Expire: _expire,
     Charge: _charge,
+    Draw: _draw,
     Tell: _tell,
 }

@@ -15,6 +15,7 @@ from bursar.commands import (
     Command,
     Definition,
     Definitions,
+    Drawn,
     Ended,
     Entry,
     Expire,
@@ -61,10 +62,12 @@ class MemoryStore:
                         self._put_out(alert.id)
                 elif type(command) is Tell:
                     self._put_out(command.id)
-                elif type(answer) is Refused:
+                elif type(answer) is Refused or type(answer) is Drawn:
                     for key, row in puts.items():
                         if type(row) is Entry:
                             self._forget(key)
+                        elif type(row) is Alert:
+                            self._put_out(row.id)
             return answer
 
     async def aexecute(self, command: Command) -> Answer:

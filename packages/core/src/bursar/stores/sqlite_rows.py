@@ -62,12 +62,13 @@ _MOVE_ACCOUNT = (
     "level=?, remainder=?, at_us=?, buckets=?, crossed=? WHERE key=?"
 )
 _NEW_RESERVATION = "INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?)"
-_EXTEND_RESERVATION = "UPDATE reservations SET expires_us=? WHERE id=?"
+_MOVE_RESERVATION = "UPDATE reservations SET held=?, expires_us=?, draft=? WHERE id=?"
 _GET_ACCOUNT = f"SELECT {_ACCOUNT} FROM accounts WHERE key=?"
 RESERVATIONS = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations ORDER BY id"
 _GET_RESERVATION = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations WHERE id=?"
 _END_RESERVATION = "DELETE FROM reservations WHERE id=?"
-_PUT_ENTRY = f"INSERT INTO records({ENTRY}, {_TAG_COLUMNS}, model_answered) VALUES ({', '.join('?' * 27)})"
+RECORD = f"{ENTRY}, {_TAG_COLUMNS}, model_answered"
+_PUT_ENTRY = f"INSERT INTO records({RECORD}) VALUES ({', '.join('?' * 27)})"
 _GET_ENTRY = f"SELECT {ENTRY} FROM records WHERE id=?"
 _PUT_COUNT = "INSERT OR REPLACE INTO account_counts VALUES (?, ?)"
 _GET_COUNT = "SELECT accounts FROM account_counts WHERE budget=?"
@@ -212,16 +213,17 @@ class Rows(dict[str, Row | None]):
                     new.append((*rule[:10], *row[1:10], text, row.crossed, marks))
                     stored[key] = rule
             elif type(row) is Reservation:
-                if key in drafts:
-                    self._execute(_EXTEND_RESERVATION, (row.expires_us, key))
+                moves = key in drafts
+                draft = drafts[key] = dumps(row.draft)
+                if moves:
+                    self._execute(_MOVE_RESERVATION, (dumps(row.held), row.expires_us, draft, key))
                 else:
-                    draft = drafts[key] = dumps(row.draft)
                     opened.append((key, dumps(row.held), *row[2:6], draft))
             elif type(row) is Entry:
                 del self[key]  # nobody asks for it but a repeated command
                 if row.kind in ("settlement", "release", "expiry"):
                     ended.append((key,))
-                entries.append(_values(row, drafts.pop(key, None)))
+                entries.append(values(row, drafts.pop(key, None)))
             elif type(row) is Alert:
                 del self[key]
                 alerts.append((*row[:3], dumps(row.facts)))
@@ -243,7 +245,8 @@ class Rows(dict[str, Row | None]):
         self._puts.clear()
 
 
-def _values(entry: Entry, draft: str | None) -> tuple[Any, ...]:
+def values(entry: Entry, draft: str | None = None) -> tuple[Any, ...]:
+    """The columns RECORD of an entry; `draft`: the JSON of its draft where that is known."""
     tag, facts = entry.draft["tags"].get, entry.facts
     return (
         *entry[:7],

@@ -6,17 +6,14 @@
 
 CREATE FUNCTION bursar_charge(c jsonb, careful boolean, given_us bigint, seen_us bigint) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
-    stale boolean := (c ->> 'version')::bigint < coalesce((SELECT max(version) FROM definitions), 0);
-    stored accounts;
     entry records;
-    line accounts;
     lines accounts[] := coalesce(bursar_lines(c), '{}');
     known accounts[];
-    account accounts;
-    before accounts[] := '{}';
+    before accounts[];
+    made text[];
+    rejected text;
     amounts bigint[] := '{}';
     over bigint[] := '{}';
-    made text[] := '{}';
     now_us bigint;
     moved json;
 BEGIN
@@ -31,24 +28,13 @@ BEGIN
         RETURN '{"t": "careful"}';
     END IF;
     now_us := bursar_now(given_us, seen_us);
-    FOREACH line IN ARRAY lines LOOP
-        IF now_us < line.start_us AND line.end_us IS NOT NULL THEN
-            RETURN bursar_rejected('moved', line.budget);
-        END IF;
-        -- what was incurred in a window belongs to it, however late it is told
-        account := bursar_standing(line, known, least(now_us, line.end_us - 1));
-        IF NOT line.key = ANY (SELECT key FROM unnest(known)) OR known IS NULL THEN
-            IF NOT bursar_may_make(line, made, (c ->> 'max')::bigint) THEN
-                RETURN bursar_rejected('accounts', line.budget);
-            END IF;
-            made := made || line.budget;
-        ELSIF stale THEN  -- a cost is booked by whatever policy, but an older one changes no limit
-            SELECT one.* INTO stored FROM unnest(known) AS one WHERE one.key = line.key;
-            account := stored;
-        END IF;
-        before := before || account;
-        amounts := amounts || line.reserved;
-        over := over || greatest(0, line.reserved - greatest(0, bursar_available(bursar_age(account, now_us))));
+    SELECT * INTO before, made, rejected FROM bursar_incurred(c, lines, known, now_us);
+    IF rejected IS NOT NULL THEN
+        RETURN rejected;
+    END IF;
+    FOR number IN 1 .. cardinality(lines) LOOP
+        amounts := amounts || lines[number].reserved;
+        over := over || greatest(0, lines[number].reserved - greatest(0, bursar_available(bursar_age(before[number], now_us))));
     END LOOP;
     moved := bursar_move(c ->> 'id', c ->> 'draft', before, array_fill(0::bigint, ARRAY[cardinality(amounts)]), amounts, over,
         now_us, now_us);

@@ -19,6 +19,7 @@ CLAIM = (
 DELIVERED = "UPDATE alerts SET delivered_us = %s WHERE id = ANY (%s)"
 RETRY = "UPDATE alerts SET due_us = %s WHERE id = ANY (%s)"
 ALERTS = 'SELECT id, kind, at_us, facts, delivered_us FROM alerts ORDER BY at_us, id COLLATE "C"'
+SOME_ENTRIES = f"SELECT {rows.ENTRY} FROM records WHERE id = ANY (%s)"
 SOME_ACCOUNTS = rows.ALL_ACCOUNTS.replace("ORDER BY", "WHERE key = ANY (%s) ORDER BY")
 
 

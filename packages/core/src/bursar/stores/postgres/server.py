@@ -28,7 +28,7 @@ _DEFAULTS = {
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _LAW = "\n".join(
     files(__package__).joinpath(f"{name}.sql").read_text("utf-8")
-    for name in ("accounts", "fast", "rows", "reserve", "ends", "law")
+    for name in ("accounts", "fast", "rows", "reserve", "ends", "draw", "law")
 )
 # The functions carry the digest of their text in their names: processes of several versions work side by side, each by the
 # law that it came with.

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import psycopg
@@ -20,9 +21,11 @@ from bursar.commands import (
     Command,
     Definition,
     Definitions,
+    Draw,
     Ended,
     Entry,
     Expire,
+    Rejected,
     Release,
     Reservation,
     Settle,
@@ -44,10 +47,13 @@ from bursar.stores.postgres.server import (
     split,
 )
 from bursar.stores.postgres.server_clock import ServerClock
-from bursar.stores.postgres.wire import Wire, answer_of, late
+from bursar.stores.postgres.wire import Wire, answer_of, copied, late
 
 SWEEP_BATCH = 500
 MAX_STATEMENT = 64  # commands of one statement: each holds a lock of the server's table of locks
+MAX_DRAWS = 8
+_DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
+_COPY = f"COPY records({rows.RECORD}) FROM STDIN"
 _APPLY = f"SELECT {LAW}apply(%s::jsonb, %s, %s::bigint, %s::bigint)"
 
 
@@ -103,8 +109,11 @@ class PostgresStore:
     def _apply(self, commands: Sequence[Command], _first_time: bool) -> list[Answer | BaseException]:
         """A statement may be made again: the law gives a command that comes twice the same answer (I6)."""
         answers: list[Answer | BaseException] = []
-        for start in range(0, len(commands), MAX_STATEMENT):
-            answers += self._apply_some(commands[start : start + MAX_STATEMENT])
+        for draws, some in groupby(commands, lambda command: type(command) is Draw):
+            together = list(some)
+            size = 1 if draws else MAX_STATEMENT
+            for start in range(0, len(together), size):
+                answers += self._apply_some(together[start : start + size])
         return answers
 
     def _apply_some(self, commands: Sequence[Command]) -> list[Answer | BaseException]:
@@ -126,6 +135,8 @@ class PostgresStore:
     def _send(self, commands: Sequence[Command]) -> list[Answer | BaseException]:
         if self._closed:
             raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+        if type(commands[0]) is Draw:
+            return [self._draw(commands[0])]
         careful = len(commands) > 1 or not self._wire.knows(commands[0])
         told = self._call([self._wire.text(command) for command in commands], careful=careful)
         if told[0]["t"] == "careful":
@@ -138,30 +149,58 @@ class PostgresStore:
             answers.append(answer_of(command, one))
         return answers
 
+    def _draw(self, command: Draw) -> Answer:
+        """In one transaction: the sums by a call of the law, the entries by COPY, which takes a fifth of an insert's time."""
+        new = command
+        for _ in range(MAX_DRAWS):
+            try:
+                with self._speaking() as (connection, times), connection.transaction():
+                    row = connection.execute(_DRAW, (self._wire.draw(new), *times), prepare=True).fetchone()
+                    assert row is not None
+                    if new.entries:
+                        with connection.cursor().copy(_COPY) as copy:
+                            copy.write(copied(new.entries))
+                return answer_of(new, from_json(row[0]))
+            except psycopg.errors.UniqueViolation:
+                ids = [entry.id for entry in command.entries]
+                known = {row[0]: rows.entry(row) for row in self._query(queries.SOME_ENTRIES, (ids,))}
+                conflict = next((one.id for one in command.entries if known.get(one.id, one) != one), None)
+                if conflict is not None:
+                    return Rejected("conflict", conflict)
+                new = command._replace(entries=tuple(one for one in command.entries if one.id not in known))
+        raise StoreError(
+            "Others write the same records all the time. Recover a journal by one process.", fault="locked"
+        )
+
     def _call(self, texts: list[str], *, careful: bool) -> list[dict[str, Any]]:
-        """One statement on the connection for commands; one that fails or is interrupted half-way is not used again."""
-        if self._server is None:
-            given_us, seen_us = self.now_us(), None
-        else:
-            self._server.check()
-            given_us, seen_us = None, self._server.seen_us
-        connection = self._connection
-        try:
-            if connection is None:
-                connection = self._connection = self._connect(lawful=True)
-            values = (f"[{','.join(texts)}]", careful, given_us, seen_us)
-            row = connection.execute(_APPLY, values, prepare=True).fetchone()
-        except BaseException as error:
-            if self._connection is not None and not _still_good(error):
-                self._connection.close()
-                self._connection = None
-            raise
+        """One statement on the connection for commands."""
+        with self._speaking() as (connection, times):
+            row = connection.execute(_APPLY, (f"[{','.join(texts)}]", careful, *times), prepare=True).fetchone()
         assert row is not None
         told = from_json(row[0])
         if self._server is not None:
             self._server.learn(told["now_us"])
         answers: list[dict[str, Any]] = told["answers"]
         return answers
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[tuple[psycopg.Connection[Any], tuple[int | None, int | None]]]:
+        """The connection for commands, and what a command is told of the time; one that is interrupted is not used again."""
+        times: tuple[int | None, int | None]
+        if self._server is None:
+            times = self.now_us(), None
+        else:
+            self._server.check()
+            times = None, self._server.seen_us
+        try:
+            if self._connection is None:
+                self._connection = self._connect(lawful=True)
+            yield self._connection, times
+        except BaseException as error:
+            if self._connection is not None and not _still_good(error):
+                self._connection.close()
+                self._connection = None
+            raise
 
     def sweep(self) -> int:
         due = self._query(queries.DUE_RESERVATIONS, (self.now_us(), SWEEP_BATCH))

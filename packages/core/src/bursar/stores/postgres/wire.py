@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -14,6 +15,8 @@ from bursar.commands import (
     Answer,
     Charge,
     Command,
+    Draw,
+    Drawn,
     Ended,
     Entry,
     Expire,
@@ -44,6 +47,8 @@ _ENTRY = itemgetter(
     "id", "kind", "corrects", "outcome", "estimated", "reason", "cost_nanos", "usage", "amounts", "reserved_us", "settled_us",
     "digest", "draft", "facts",
 )  # fmt: skip
+_COPY = {ord(sign): escape for sign, escape in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))}
+_SPECIAL = re.compile(r"[\\\t\n\r]").search
 _RESERVATION = itemgetter("id", "held", "reserved_us", "expires_us", "on_expiry", "digest", "draft")
 
 
@@ -70,6 +75,20 @@ class Wire:
         fields["lines"] = f"[{','.join([f'{line}{amount}}}' for (_, line), amount in known])}]"
         fast = ",".join([f"[{short[0]}{amount}{short[1]}" for (short, _), amount in known])
         return f'{rows.dumps(fields)[:-1]},"fast":[{fast}]}}'
+
+    def draw(self, command: Draw) -> str:
+        """As `text`, of a draw whose entries are all new: their sums. Its entries travel beside it, see `copied`."""
+        last = command.entries[-1] if command.entries else None
+        sums = {rule: sum(entry.amounts.get(rule.key, 0) for entry in command.entries) for rule in command.rules}
+        fields = {
+            "id": command.id,
+            "last": last.id if last else "",
+            "draft": rows.dumps(last.draft) if last else "",
+            "version": command.version,
+            "max": command.max_accounts,
+            "lines": f"[{','.join([f'{self._line(rule)[1]}{amount}}}' for rule, amount in sums.items()])}]",
+        }
+        return rows.dumps(fields)
 
     def _line(self, rule: Rule) -> tuple[tuple[str, str], str]:
         """The texts around a line's amount: of a short line, which tells what may have changed, and of a whole one."""
@@ -170,6 +189,21 @@ def late(command: Settle | Release, answer: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
+def copied(entries: Iterable[Entry]) -> str:
+    """The rows of these entries in the text format of COPY, for the columns `rows.RECORD`.
+
+    Source: PostgreSQL's manual, COPY, "Text Format".
+    """
+    return "".join(["\t".join(map(_field, rows.values(entry))) + "\n" for entry in entries])
+
+
+def _field(value: object) -> str:
+    if value is None:
+        return "\\N"
+    text = str(value)
+    return text.translate(_COPY) if _SPECIAL(text) else text
+
+
 def answer_of(command: Command, told: Mapping[str, Any]) -> Answer:
     """The answer in the server's JSON."""
     answer: Answer = _ANSWERS[told["t"]](command, told)
@@ -178,6 +212,10 @@ def answer_of(command: Command, told: Mapping[str, Any]) -> Answer:
 
 def _accounts(told: Mapping[str, Any]) -> tuple[Account, ...]:
     return tuple([rows.account(_ACCOUNT(row)) for row in told["accounts"] or ()])
+
+
+def _alerts(told: Mapping[str, Any]) -> tuple[Alert, ...]:
+    return tuple([Alert(row["id"], row["kind"], row["at_us"], from_json(row["facts"])) for row in told["alerts"]])
 
 
 def _granted(command: Reserve, told: Mapping[str, Any]) -> Granted:
@@ -244,8 +282,7 @@ def _refused(command: Reserve, told: Mapping[str, Any]) -> Refused:
 
 
 def _ended(_command: Command, told: Mapping[str, Any]) -> Ended:
-    alerts = tuple([Alert(row["id"], row["kind"], row["at_us"], from_json(row["facts"])) for row in told["alerts"]])
-    return Ended(rows.entry(_ENTRY(told["entry"])), _accounts(told), told["again"], alerts)
+    return Ended(rows.entry(_ENTRY(told["entry"])), _accounts(told), told["again"], _alerts(told))
 
 
 _ANSWERS: dict[str, Any] = {
@@ -255,6 +292,7 @@ _ANSWERS: dict[str, Any] = {
     "settled fast": _settled_fast,
     "refused": _refused,
     "ended": _ended,
+    "drawn": lambda command, told: Drawn(len(command.entries), told["left"], _accounts(told), _alerts(told)),
     "stepped": lambda _, told: Stepped(told["marks"]),
     "extended": lambda _, told: Extended(told["expires_us"]),
     "told": lambda _, told: Told(told["again"]),
