@@ -304,13 +304,13 @@ class Oracle:
             held.state = "reversed"
             self.ended.append(("reversal", id))
 
-    def draw(self, id: str, spent: dict[str, dict[Key, int]], now_us: int) -> None:
+    def draw(self, id: str, spent: dict[str, dict[Key, int]], overruns: dict[Key, int], now_us: int) -> None:
         """Book what was spent on a lease, by entry and account: out of what it still holds, as far as that goes."""
         held = self.reservations[id]
         for key in next(iter(spent.values())):
             actual = sum(amounts[key] for amounts in spent.values())
             paid = min(held.keys[key], actual) if held.state == "open" and key in held.keys else 0
-            uncovered = max(0, actual - paid - max(0, self.available(key, now_us)))
+            uncovered = max(0, actual - paid - max(0, self.available(key, now_us)), overruns[key])
             if paid:
                 held.keys[key] -= paid
             self.touched.add(key)

@@ -301,8 +301,9 @@ class World(RuleBasedStateMachine):
             entries.append(entry)
             spent[entry.id] = {key_of(one): amounts[one.key] for one in rules}
         still_open = held.state == "open"
-        self.oracle.draw(id, spent, self.now_us())
-        command = Draw(id, rules, tuple(entries))
+        overruns = {one.key: data.draw(st.sampled_from([0, 0, 5]), label="overrun") for one in rules}
+        self.oracle.draw(id, spent, {key_of(one): overruns[one.key] for one in rules}, self.now_us())
+        command = Draw(id, rules, tuple(entries), overruns)
         answer = self.apply(command)
         assert type(answer) is Drawn
         assert answer.new == number

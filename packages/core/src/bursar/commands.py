@@ -141,12 +141,14 @@ class Draw(NamedTuple):
     """Book entries that a lease's holder has decided by the same law; what they spend comes out of what the lease holds.
 
     `id`: of the lease, a reservation; once it has ended the amounts are booked all the same, for they were spent (I7). `rules`:
-    of the accounts that the entries name, all of kind `window`. Entries that are on the books already are left alone.
+    of the accounts that the entries name, all of kind `window`. `overruns`: by account key, by how much the entries exceed what
+    was held for them. Entries that are on the books already are left alone.
     """
 
     id: str
     rules: tuple[Rule, ...]
     entries: tuple[Entry, ...]
+    overruns: Mapping[str, int] = {}
     version: int = 0
     max_accounts: int = 1_000_000
 

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
+from bursar.accounts import Account
 from bursar.budget import Budget
 from bursar.call import CHARGE_UNITS, CallOptions, Reload, Step, ToolOptions
 from bursar.clock import Clock
+from bursar.commands import Alert
 from bursar.decisions import Decisions
 from bursar.detect import Detectors
 from bursar.driver import Driver
@@ -99,6 +101,8 @@ class Bursar:
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
         self._make = CallMaker(self.guard, self.store, tags, ids)
         self._driver = Driver(self.guard, self.store, self._load_policy)
+        if hasattr(self.store, "on_crossed"):  # a store with leases: what crosses a mark there is sent later
+            self.store.on_crossed(self._crossed)
         self._deliverer = self._deliver(alerts)
         try:
             self.store.publish(settings.definitions())
@@ -264,6 +268,9 @@ class Bursar:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _crossed(self, alerts: tuple[Alert, ...], accounts: tuple[Account, ...]) -> None:
+        self._driver.run(self.guard.notices.crossed(alerts, accounts, self.guard.policy))
 
     def _deliver(self, alerts: Alerts | None) -> Deliverer | None:
         if alerts is None or not alerts.configured:  # what nobody else is told of is in the log already

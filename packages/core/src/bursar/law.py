@@ -502,8 +502,6 @@ def _incurring(
 
 def _draw(read: Read, command: Draw, now_us: int) -> Decision:
     lease = read(command.id)
-    if lease is None:
-        return _reject("unknown", command.id)
     new: list[Entry] = []
     for entry in command.entries:
         known = read(entry.id)
@@ -524,7 +522,8 @@ def _draw(read: Read, command: Draw, now_us: int) -> Decision:
             return _reject(*account)
         actual = sum(entry.amounts.get(rule.key, 0) for entry in new)
         paid = min(left[rule.key], actual) if left is not None and rule.key in left else 0
-        after = book(account, paid, actual, now_us, now_us, max(0, actual - paid - max(0, account.available)))
+        uncovered = actual - paid - max(0, account.available)
+        after = book(account, paid, actual, now_us, now_us, max(0, uncovered, command.overruns.get(rule.key, 0)))
         after = puts[rule.key] = _crossed(account, after, new[-1].id, new[-1].draft, now_us, puts)
         accounts.append(after)
         if paid and left is not None:

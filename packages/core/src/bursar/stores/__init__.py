@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from bursar.clock import Clock
 from bursar.errors import InvalidInput
@@ -24,9 +24,34 @@ def open_store(url: str, clock: Clock | None = None) -> Store:
     if parts.scheme in ("postgresql", "postgres"):
         from bursar.stores.postgres import PostgresStore
 
-        return PostgresStore(url, clock=clock)
+        url, folder, durability = _leases(url)
+        store = PostgresStore(url, clock=clock)
+        return store if folder is None else _leased(store, folder, durability)
     raise InvalidInput(
-        f'{url!r} names no store. Use "memory:", "sqlite:///file.db", "sqlite:///file.db?durability=process" or '
-        '"postgresql://user@host/database".',
+        f'{url!r} names no store. Use "memory:", "sqlite:///file.db", "sqlite:///file.db?durability=process", '
+        '"postgresql://user@host/database" or "postgresql://user@host/database?leases=/var/lib/bursar".',
         argument="store",
     )
+
+
+def _leases(url: str) -> tuple[str, str | None, str]:
+    """The URL without the options of leases, the folder for journals (`?leases=`), and the journals' durability."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    folder, durability = options.pop("leases", None), options.pop("durability", None)
+    if folder is None and durability is not None:
+        raise InvalidInput(
+            "A shared store is as durable as its server. Leave `durability` out, or give `leases=FOLDER` beside it.",
+            argument="store",
+        )
+    return urlunsplit(parts._replace(query=urlencode(options))), folder, durability or "full"
+
+
+def _leased(shared: Store, folder: str, durability: str) -> Store:
+    from bursar.stores.leases import LeasedStore
+
+    try:
+        return LeasedStore(shared, folder, durability=durability)
+    except BaseException:
+        shared.close()
+        raise

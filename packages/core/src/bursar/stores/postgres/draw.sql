@@ -55,8 +55,6 @@ BEGIN
     IF FOUND THEN
         SELECT coalesce(jsonb_object_agg(one ->> 0, (one ->> 2)::bigint), '{}') INTO remaining
         FROM json_array_elements(lease.held::json) AS one;
-    ELSIF NOT EXISTS (SELECT FROM records WHERE id = c ->> 'id') THEN
-        RETURN bursar_rejected('unknown', c ->> 'id');
     END IF;
     IF c ->> 'last' <> '' THEN
         SELECT * INTO before, made, rejected
@@ -74,7 +72,8 @@ BEGIN
             END IF;
             paid := paid || amount;
             actual := actual || lines[number].reserved;
-            over := over || greatest(0, lines[number].reserved - amount - greatest(0, bursar_available(before[number])));
+            over := over || greatest(0, lines[number].reserved - amount - greatest(0, bursar_available(before[number])),
+                (c -> 'overruns' ->> lines[number].key)::bigint);
         END LOOP;
         moved := bursar_move(c ->> 'last', c ->> 'draft', before, paid, actual, over, now_us, now_us);
         IF made <> '{}' THEN

@@ -84,6 +84,7 @@ class Wire:
             "id": command.id,
             "last": last.id if last else "",
             "draft": rows.dumps(last.draft) if last else "",
+            "overruns": command.overruns,
             "version": command.version,
             "max": command.max_accounts,
             "lines": f"[{','.join([f'{self._line(rule)[1]}{amount}}}' for rule, amount in sums.items()])}]",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bursar.testing.store_contract.amounts import Amounts
+from bursar.testing.store_contract.leases import Leases
 from bursar.testing.store_contract.times import Times
 from bursar.testing.store_contract.together import Together
 
 __all__ = ["StoreContract"]
 
 
-class StoreContract(Amounts, Times, Together):
+class StoreContract(Amounts, Leases, Times, Together):
     """Derive a test class and give it the fixture `open_store`: a function from a clock to a store.
 
     Called again within one test, `open_store` must open the same data again where `durable` is true. Nearly every test

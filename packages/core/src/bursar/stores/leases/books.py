@@ -1,0 +1,153 @@
+"""The books of a process: its leases, the calls that are made out of them, and what it wants to lease. Safe for threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from bursar.commands import Answer, Command, Ended, Entry, Expire, Rejected, Reserve
+from bursar.errors import StoreError
+from bursar.stores.leases.journal import Journal
+from bursar.stores.leases.lease import Lease
+from bursar.stores.leases.sizing import Demand, leasable
+
+Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
+MAX_BUNDLES = 10_000  # whose demand is known
+
+
+class Books:
+    """Which lease serves which calls. `wake` is called when a lease is wanted; `version` is the newest of the policy that is known.
+
+    Each bundle of accounts has one lease that is used, and at most one that follows it; older ones wait for their last calls.
+    """
+
+    def __init__(self, now_us: Callable[[], int], wake: Callable[[], None]) -> None:
+        self.lock = threading.RLock()
+        self.journal: Journal | None = None  # there is one as soon as there is a lease
+        self.leases: dict[str, Lease] = {}
+        self.version = 0
+        self.wanted: dict[Bundle, tuple[Reserve, int]] = {}
+        self._now_us = now_us
+        self._wake = wake
+        self._queues: dict[Bundle, list[Lease]] = {}
+        self._holders: dict[str, Lease] = {}
+        self._demand: dict[Bundle, Demand] = {}
+
+    def holds(self, id: str) -> bool:
+        """Whether this call was made out of a lease."""
+        return id in self._holders
+
+    def reserve(self, command: Reserve) -> Answer | None:
+        """Reserve out of a lease; None where that is not to be had now, and the shared store has to be asked."""
+        if command.digest or command.behind or command.complied:  # see `leasable`
+            return None
+        bundle = tuple([rule.key for rule, _ in command.lines])
+        with self.lock:
+            if command.version != self.version:
+                if command.version < self.version:
+                    return Rejected("stale", str(self.version))
+                self.renew(command.version)
+            now_us = self._now_us()
+            demand = self._demand.get(bundle)
+            if demand is None:
+                if len(self._demand) >= MAX_BUNDLES:
+                    self._demand.clear()
+                demand = self._demand[bundle] = Demand(now_us)
+            demand.note(now_us)
+            queue = self._queues.get(bundle, ())
+            while queue:
+                lease = queue[0]
+                if not lease.retired and lease.serves(command):
+                    self._holders[command.id] = lease
+                    answer = lease.reserve(command, now_us)
+                    if answer is not None:
+                        if len(queue) == 1 and lease.low():
+                            self._want(bundle, command, demand, now_us)
+                        return answer
+                    del self._holders[command.id]
+                lease.retired = True
+                queue.pop(0)
+            self._want(bundle, command, demand, now_us)
+        return None
+
+    def _want(self, bundle: Bundle, command: Reserve, demand: Demand, now_us: int) -> None:
+        if now_us < demand.not_before_us or bundle in self.wanted:
+            return
+        calls = demand.calls()
+        if calls and leasable(command):
+            self.wanted[bundle] = (command, calls)
+            self._wake()
+
+    def put_off(self, bundle: Bundle, until_us: int) -> None:
+        """Want no lease of these accounts before that time."""
+        if bundle in self._demand:
+            self._demand[bundle].not_before_us = until_us
+
+    def add(self, bundle: Bundle, lease: Lease) -> None:
+        """Use this lease once those before it are used up."""
+        with self.lock:
+            if lease.version < self.version:
+                lease.retired = True
+            else:
+                self._queues.setdefault(bundle, []).append(lease)
+
+    def renew(self, version: int) -> None:
+        """A newer policy is in force: what was leased by an older one is given back."""
+        with self.lock:
+            if version > self.version:
+                self.version = version
+                self.retire(lambda lease: lease.version < version)
+
+    def retire(self, wanted: Callable[[Lease], bool]) -> None:
+        """Make no more calls out of these leases."""
+        with self.lock:
+            for lease in self.leases.values():
+                lease.retired = lease.retired or wanted(lease)
+            for bundle, queue in list(self._queues.items()):
+                queue[:] = [lease for lease in queue if not lease.retired]
+                if not queue:
+                    del self._queues[bundle]
+
+    def drop(self, lease: Lease) -> None:
+        """The shared store has all of it: forget it, and its calls."""
+        with self.lock:
+            self.leases.pop(lease.id, None)
+            for id in lease.rows:
+                self._holders.pop(id, None)
+
+    def due(self) -> list[Expire]:
+        """The ends of calls whose time has come."""
+        with self.lock:
+            now_us = self._now_us()
+            return [Expire(id) for lease in self.leases.values() for id in lease.due(now_us)]
+
+    def apply(self, commands: Sequence[Command], _first_time: bool = True) -> list[Answer | BaseException]:
+        """End calls: decided in memory, and answered when the journal has what that books. `Rejected` unknown: not of a lease."""
+        answers: list[Answer | BaseException] = []
+        booked: dict[int, tuple[Lease, Entry]] = {}
+        with self.lock:
+            now_us = self._now_us()
+            for number, command in enumerate(commands):
+                lease = self._holders.get(command.id)
+                answer = Rejected("unknown", command.id) if lease is None else lease.end(command, now_us)
+                if lease is not None and type(answer) is Ended and answer.entry.id in lease.unwritten:
+                    booked[number] = (lease, answer.entry)
+                answers.append(answer)
+        try:
+            self.write(list(booked.values()))
+        except StoreError as error:  # they stay unwritten, and are written by whoever comes next
+            for number in booked:
+                answers[number] = error
+        return answers
+
+    def write(self, booked: Sequence[tuple[Lease, Entry]]) -> None:
+        """Keep these entries in the journal; from then on they may be sent."""
+        if not booked:
+            return
+        assert self.journal is not None, "there is no lease without a journal"
+        self.journal.write((lease.id, entry) for lease, entry in booked)
+        with self.lock:
+            for lease, entry in booked:
+                if entry.id in lease.unwritten:
+                    lease.unsent[entry.id] = entry
+                    del lease.unwritten[entry.id]

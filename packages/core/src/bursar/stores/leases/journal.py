@@ -1,0 +1,191 @@
+"""The journal: what one process has booked on its leases and the shared store does not have yet, in a SQLite file of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic_core import from_json
+
+from bursar.accounts import Mark, Rule
+from bursar.commands import Entry
+from bursar.errors import StoreError
+from bursar.stores.sqlite_rows import dumps
+
+SUFFIX = ".journal"
+# The log is folded into the file rarely: what has been sent is deleted soon, so the file stays small.
+CHECKPOINT_PAGES = 8_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS leases(
+    id TEXT PRIMARY KEY, rules TEXT NOT NULL, granted TEXT NOT NULL, drawn TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entries(id TEXT PRIMARY KEY, lease TEXT NOT NULL, entry TEXT NOT NULL) WITHOUT ROWID;
+"""
+_FAULTS = {
+    sqlite3.SQLITE_BUSY: "locked",
+    sqlite3.SQLITE_FULL: "full",
+    sqlite3.SQLITE_READONLY: "readonly",
+    sqlite3.SQLITE_CORRUPT: "damaged",
+    sqlite3.SQLITE_NOTADB: "damaged",
+}
+_WRITE = "INSERT OR REPLACE INTO entries VALUES (?, ?, ?)"
+
+
+class Kept(NamedTuple):
+    """One lease as a journal knows it: what it was granted, and what of it the shared store has, by account key."""
+
+    id: str
+    rules: tuple[Rule, ...]
+    granted: dict[str, int]
+    drawn: dict[str, int]
+    entries: tuple[Entry, ...]
+
+
+class Journal:
+    """The journal of a process, which holds the file's lock as long as it lives. `full`: every write waits for the disk.
+
+    Raises StoreError (locked: its process lives; unreachable, full, readonly: the folder cannot be written).
+    """
+
+    def __init__(self, path: Path, *, full: bool) -> None:
+        self.path = path
+        self._full = full
+        self._using = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        with self._faults():
+            # what was spent is nobody else's business
+            self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                flock(self._file, LOCK_EX | LOCK_NB)
+                if not path.exists() or os.stat(path).st_ino != os.fstat(self._file).st_ino:
+                    raise BlockingIOError(f"{path} was recovered a moment ago")
+                with self._use() as connection:
+                    connection.executescript(_SCHEMA)
+            except BaseException:
+                os.close(self._file)
+                raise
+
+    @contextlib.contextmanager
+    def _use(self) -> Iterator[sqlite3.Connection]:
+        with self._using, self._faults():
+            if self._connection is None:
+                self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'NORMAL'}")
+                self._connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+            yield self._connection
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:
+            raise StoreError(
+                f"The journal {self.path} is in use: its process lives. End that process, then try again.",
+                fault="locked",
+                path=str(self.path),
+            ) from error
+        except (sqlite3.Error, OSError) as error:
+            fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "unreachable")
+            raise StoreError(
+                f"The journal {self.path} failed: {error}. Check the folder's disk and permissions, then try again.",
+                fault=fault,
+                path=str(self.path),
+            ) from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._use() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def begin(self, id: str, rules: Sequence[Rule], granted: Mapping[str, int]) -> None:
+        """Know a lease, before it is asked for."""
+        with self._use() as connection:
+            connection.execute("INSERT INTO leases VALUES (?, ?, ?, '{}')", (id, dumps(rules), dumps(granted)))
+
+    def write(self, booked: Iterable[tuple[str, Entry]]) -> None:
+        """Keep these entries, each with its lease's id, before their callers are answered."""
+        values = [(entry.id, lease, dumps(entry)) for lease, entry in booked]
+        if len(values) == 1:
+            with self._use() as connection:
+                connection.execute(_WRITE, values[0])
+        else:
+            with self._transaction() as connection:
+                connection.executemany(_WRITE, values)
+
+    def sent(self, lease: str, entries: Iterable[Entry], drawn: Mapping[str, int]) -> None:
+        """The shared store has these entries; all in all it has this much of the lease, by account key."""
+        with self._transaction() as connection:
+            connection.executemany("DELETE FROM entries WHERE id = ?", [(entry.id,) for entry in entries])
+            connection.execute("UPDATE leases SET drawn = ? WHERE id = ?", (dumps(drawn), lease))
+
+    def ended(self, lease: str) -> None:
+        """The lease is over, and the shared store has all of it."""
+        with self._use() as connection:
+            connection.execute("DELETE FROM leases WHERE id = ?", (lease,))
+
+    def kept(self) -> list[Kept]:
+        """Every lease that is not over, with the entries that the shared store may lack."""
+        with self._use() as connection:
+            entries: dict[str, list[Entry]] = {}
+            for lease, text in connection.execute("SELECT lease, entry FROM entries ORDER BY id"):
+                entries.setdefault(lease, []).append(Entry._make(from_json(text)))
+            leases = connection.execute("SELECT id, rules, granted, drawn FROM leases ORDER BY id").fetchall()
+        return [
+            Kept(id, _rules(rules), from_json(granted), from_json(drawn), tuple(entries.get(id, ())))
+            for id, rules, granted, drawn in leases
+        ]
+
+    def close(self, *, delete: bool) -> None:
+        """Let go of the file; `delete`: nothing in it is needed any more."""
+        with self._using, self._faults():
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            if delete:
+                for end in ("", "-wal", "-shm"):
+                    self.path.with_name(self.path.name + end).unlink(missing_ok=True)
+            os.close(self._file)
+
+    # SQLite's connection must not cross a fork; the file's lock stays with the parent, whose child closes its copy alone.
+
+    def before_fork(self) -> None:
+        self._using.acquire()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def after_fork(self, *, in_child: bool) -> None:
+        if in_child:
+            os.close(self._file)
+        self._using.release()
+
+
+def left_behind(folder: Path, *, but: Path | None = None) -> Iterator[Journal]:
+    """The journals of processes that live no more, each locked while it is looked at; the caller closes it."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        if path == but:
+            continue
+        try:
+            journal = Journal(path, full=True)
+        except StoreError as error:
+            if error.fault == "locked":  # its process lives, or somebody else recovers it
+                continue
+            raise
+        yield journal
+
+
+def _rules(text: str) -> tuple[Rule, ...]:
+    return tuple(Rule._make((*row[:10], tuple(Mark(*mark) for mark in row[10]))) for row in from_json(text))

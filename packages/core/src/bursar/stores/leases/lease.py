@@ -1,0 +1,113 @@
+"""A lease: a slice of several accounts, and the calls that are made out of it, by the law over a few rows in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bursar.accounts import Account, Rule
+from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Reservation, Reserve, Row
+from bursar.law import decide
+
+
+class Lease:
+    """What one process holds of the accounts of `rules`. Not safe for threads: its owner has the lock.
+
+    `open`: the ids of the calls in flight. `unwritten`: entries that the journal lacks, `unsent`: those that the shared store
+    lacks. `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by account key. `retired`: nothing more
+    is reserved out of it. `ended`: the reservation behind it is over (its time had come while the store was out of reach).
+    """
+
+    __slots__ = (
+        "_lines",
+        "calls",
+        "drawn",
+        "ended",
+        "extended_us",
+        "id",
+        "made",
+        "open",
+        "retired",
+        "rows",
+        "rules",
+        "told",
+        "unsent",
+        "unwritten",
+        "used_us",
+        "version",
+    )  # fmt: skip
+
+    def __init__(
+        self, id: str, rules: Sequence[Rule], amounts: Sequence[int], calls: int, version: int, now_us: int
+    ) -> None:
+        self.id = id
+        self.calls = calls
+        self.made = 0
+        self.rules = tuple(rules)
+        self.version = version
+        self._lines = tuple(rule._replace(limit=amount, marks=()) for rule, amount in zip(rules, amounts, strict=True))
+        self.rows: dict[str, Row] = {rule.key: Account(rule) for rule in self._lines}
+        self.open: set[str] = set()
+        self.unwritten: dict[str, Entry] = {}
+        self.unsent: dict[str, Entry] = {}
+        self.drawn: dict[str, int] = {}
+        self.told: dict[str, int] = {}
+        self.used_us = self.extended_us = now_us
+        self.retired = self.ended = False
+
+    def serves(self, command: Reserve) -> bool:
+        """Whether the call's accounts are those of the lease, under the same limits."""
+        return all(rule is own or rule == own for (rule, _), own in zip(command.lines, self.rules, strict=True))
+
+    def reserve(self, command: Reserve, now_us: int) -> Answer | None:
+        """Reserve out of the lease; None where it has too little left."""
+        lines = tuple([(own, amount) for own, (_, amount) in zip(self._lines, command.lines, strict=True)])
+        answer, puts = decide(self.rows.get, command._replace(lines=lines, version=0, quiet=True), now_us)
+        if type(answer) is not Granted:
+            return None
+        self.open.add(command.id)
+        self.rows.update(puts)
+        self.used_us = now_us
+        self.made += 1
+        return answer
+
+    def end(self, command: Command, now_us: int) -> Answer:
+        """Settle, release, extend or expire one of its calls."""
+        answer, puts = decide(self.rows.get, command, now_us)
+        if type(answer) is Ended and not answer.again:
+            self.unwritten[answer.entry.id] = answer.entry  # first, so that no interrupt leaves it out
+        self.rows.update(puts)
+        if type(answer) is Ended:
+            self.open.discard(answer.entry.corrects or answer.entry.id)
+            self.used_us = now_us
+        return answer
+
+    def low(self) -> bool:
+        """Whether half of the calls that it was asked for have been made."""
+        return 2 * self.made > self.calls
+
+    def overruns(self) -> dict[str, int]:
+        """By how much its entries exceed what was held for them, all in all."""
+        return {account.rule.key: account.overrun for account in self._accounts() if account.overrun}
+
+    def over(self) -> bool:
+        """Whether nothing is left to be done with it, but to give it back."""
+        return self.retired and not (self.open or self.unwritten or self.unsent)
+
+    def due(self, now_us: int) -> list[str]:
+        """The calls whose time has come."""
+        return [id for id in self.open if type(row := self.rows[id]) is Reservation and row.expires_us <= now_us]
+
+    def _accounts(self) -> list[Account]:
+        return [account for rule in self._lines if type(account := self.rows[rule.key]) is Account]
+
+
+def sums(rules: Sequence[Rule], entries: Sequence[Entry], before: dict[str, int]) -> dict[str, int]:
+    """What these entries spend on each account, on top of what was before."""
+    return {
+        rule.key: before.get(rule.key, 0) + sum(entry.amounts.get(rule.key, 0) for entry in entries) for rule in rules
+    }
+
+
+def draw(id: str, rules: Sequence[Rule], entries: Sequence[Entry], overruns: dict[str, int], version: int = 0) -> Draw:
+    """The command that books these entries on the shared store."""
+    return Draw(id, tuple(rules), tuple(entries), overruns, version)

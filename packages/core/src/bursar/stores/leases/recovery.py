@@ -1,0 +1,91 @@
+"""Recovery: what a process that died had booked on its leases gets to the shared store, from the journal it left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from bursar.accounts import Rule
+from bursar.commands import Drawn, Ended, Rejected, Settle
+from bursar.errors import StoreError
+from bursar.stores.base import Store
+from bursar.stores.leases.journal import Journal, Kept, left_behind
+from bursar.stores.leases.lease import draw, sums
+
+MAX_DRAW = 2_000  # entries that travel at a time
+
+log = logging.getLogger("bursar")
+
+
+class Recovered(NamedTuple):
+    """One lease: how many records the store lacked, and what stays booked as estimated, by unit, since nobody can tell."""
+
+    journal: Path
+    lease: str
+    records: int
+    estimated: dict[str, int]
+
+
+def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Recovered]:
+    """Book what the journals of dead processes in this folder hold, and delete them; journals that are in use are left alone.
+
+    Raises StoreError: what was booked until then stays booked, and another try goes on from there.
+    """
+    found: list[Recovered] = []
+    for journal in left_behind(folder, but=but):
+        delete = False
+        try:
+            for kept in journal.kept():
+                found.append(_recover(store, journal, kept))
+            delete = True
+        finally:
+            journal.close(delete=delete)
+    for one in found:
+        log.warning(
+            "recovered %d records of the lease %s from %s; booked as estimated: %s",
+            *(one.records, one.lease, one.journal, one.estimated),
+        )
+    return found
+
+
+def _recover(store: Store, journal: Journal, kept: Kept) -> Recovered:
+    drawn, new, left = kept.drawn, 0, None
+    for start in range(0, max(len(kept.entries), 1), MAX_DRAW):  # at least once: to see what the lease still holds
+        entries = kept.entries[start : start + MAX_DRAW]
+        answer = store.execute(draw(kept.id, kept.rules, entries, {}))
+        if type(answer) is not Drawn:
+            raise StoreError(
+                f"The store rejects the records of {journal.path}: {answer}. Nothing of them is lost: keep the file, and report "
+                "this as a defect.",
+                fault="damaged",
+            )
+        new, left = new + answer.new, answer.left
+        drawn = sums(kept.rules, entries, drawn)
+        journal.sent(kept.id, entries, drawn)
+    estimated = unaccounted(kept.rules, kept.granted, drawn)
+    # the calls in flight may have been billed: what is left stands for them, for each account what it held
+    actuals = {} if left is not None else estimated
+    settle(
+        store, kept.id, actuals, estimated.get("USD", 0), "the process died: the outcome of its last calls is unknown"
+    )
+    journal.ended(kept.id)
+    return Recovered(journal.path, kept.id, new, estimated)
+
+
+def unaccounted(rules: Iterable[Rule], granted: dict[str, int], drawn: dict[str, int]) -> dict[str, int]:
+    """What nobody has spent of a lease, by unit: of the account on which the least was spent."""
+    found: dict[str, int] = {}
+    for rule in rules:
+        left = max(0, granted[rule.key] - drawn.get(rule.key, 0))
+        found[rule.unit] = max(found.get(rule.unit, 0), left)
+    return found
+
+
+def settle(store: Store, id: str, actuals: dict[str, int], cost_nanos: int, reason: str) -> None:
+    """End a lease, or correct its expiry: of what it held, this much was spent."""
+    answer = store.execute(Settle(id, actuals, cost_nanos, {}, "cancelled", True, reason))
+    if type(answer) is Rejected and answer.why != "unknown":  # it was never granted
+        log.error("the end of the lease %s was rejected: %s %s", id, answer.why, answer.detail)
+    assert type(answer) in (Ended, Rejected)

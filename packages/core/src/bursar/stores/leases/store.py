@@ -1,0 +1,184 @@
+"""The leased store: calls on hot accounts are reserved in memory, out of slices that a shared store has granted."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bursar.accounts import Account
+from bursar.commands import (
+    Alert,
+    Answer,
+    Command,
+    Definitions,
+    Entry,
+    Expire,
+    Extend,
+    Rejected,
+    Release,
+    Reservation,
+    Reserve,
+    Settle,
+)
+from bursar.errors import InvalidInput, StoreError
+from bursar.stores.base import Store
+from bursar.stores.group_commit import GroupCommit
+from bursar.stores.leases.tender import Crossed, Tender
+
+_ENDS = frozenset({Settle, Release, Extend, Expire})
+
+
+class LeasedStore:
+    """A shared store, and this process's leases of its hot accounts. `folder`: where the journals of a host's processes lie.
+
+    A call on accounts that are all leased is reserved and settled here; every settlement is in the journal before it is
+    answered, and in the shared store within a second. `durability` is the journal's, as SQLite has it. All other calls, and
+    every other command, go to the shared store at once. `background`: False where nobody but the caller of `tend` does the
+    housekeeping. Raises InvalidInput, and the StoreError of the shared store and of the journal.
+    """
+
+    def __init__(self, shared: Store, folder: str | Path, *, durability: str = "full", background: bool = True) -> None:
+        if durability not in ("full", "process"):
+            raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
+        path = Path(folder)
+        if not path.is_dir() or not os.access(path, os.W_OK):
+            raise StoreError(
+                f"Journals cannot be written to {path}. Create the folder, on a local disk, for this user.",
+                fault="unreachable",
+                path=str(path),
+            )
+        self.shared = shared
+        self.durability = durability
+        self.now_us = shared.now_us
+        self._tender = Tender(shared, path, full=durability == "full", background=background)
+        self._commits = GroupCommit(self._tender.books.apply)
+        self._closed = False
+        _watch_forks()
+        _opened.add(self)
+
+    def on_crossed(self, crossed: Crossed) -> None:
+        """Call `crossed` with the alerts of marks that were crossed by what was sent to the shared store, and the accounts."""
+        self._tender.crossed = crossed
+
+    def tend(self) -> None:
+        """One round of housekeeping: take and extend leases, send what was booked, give back what is idle. Raises StoreError."""
+        self._tender.tend()
+
+    def execute(self, command: Command) -> Answer:
+        self._check_open()
+        answer = self._leased(command)
+        if answer is None and type(command) in _ENDS and self._tender.books.holds(command.id):
+            answer = self._commits.run(command)
+            if type(answer) is Rejected and answer.why == "unknown":  # it was given back a moment ago
+                answer = None
+        return self.shared.execute(command) if answer is None else answer
+
+    async def aexecute(self, command: Command) -> Answer:
+        self._check_open()
+        answer = self._leased(command)
+        if answer is None and type(command) in _ENDS and self._tender.books.holds(command.id):
+            # without an fsync, the hop to another thread would take longer than the write
+            answer = await self._commits.arun(command) if self.durability == "full" else self._commits.run(command)
+            if type(answer) is Rejected and answer.why == "unknown":
+                answer = None
+        return await self.shared.aexecute(command) if answer is None else answer
+
+    def _leased(self, command: Command) -> Answer | None:
+        return self._tender.books.reserve(command) if type(command) is Reserve and command.lines else None
+
+    def post(self, command: Command) -> None:
+        self._check_open()
+        if type(command) in _ENDS and self._tender.books.holds(command.id):
+            self._commits.post(command)
+        else:
+            self.shared.post(command)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+
+    def sweep(self) -> int:
+        ended = sum(type(self.execute(command)) is not Rejected for command in self._tender.books.due())
+        return ended + self.shared.sweep()
+
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
+        return self.shared.publish(definitions, kind)
+
+    def definitions(self) -> tuple[int, Definitions]:
+        return self.shared.definitions()
+
+    def version(self) -> int:
+        return self.shared.version()
+
+    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
+        return self.shared.claim(limit, lease_us)
+
+    def delivered(self, ids: Iterable[str]) -> None:
+        self.shared.delivered(ids)
+
+    def retry(self, ids: Iterable[str], at_us: int) -> None:
+        self.shared.retry(ids, at_us)
+
+    def alerts(self) -> Iterator[tuple[Alert, bool]]:
+        return self.shared.alerts()
+
+    # Reports see what this process has booked; what it has leased and not yet spent is reserved to them.
+
+    def reservations(self) -> Iterator[Reservation]:
+        self._tender.tend()
+        return self.shared.reservations()
+
+    def open_reservations(self) -> int:
+        self._tender.tend()
+        return self.shared.open_reservations()
+
+    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
+        self._tender.tend()
+        return self.shared.accounts(keys)
+
+    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
+        self._tender.tend()
+        return self.shared.entries(tags)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._commits.close()
+            self._tender.close()
+            self._closed = True
+            self.shared.close()
+
+    def _before_fork(self) -> None:
+        self._tender.before_fork()
+
+    def _after_fork(self, *, in_child: bool) -> None:
+        self._tender.after_fork(in_child=in_child)
+        if in_child:
+            self._commits = GroupCommit(self._tender.books.apply)
+
+
+_opened: weakref.WeakSet[LeasedStore] = weakref.WeakSet()
+_forking: list[LeasedStore] = []
+
+
+def _before_fork() -> None:
+    _forking[:] = sorted(_opened, key=id)
+    for store in _forking:
+        store._before_fork()
+
+
+def _after_fork(in_child: bool) -> None:
+    for store in reversed(_forking):
+        store._after_fork(in_child=in_child)
+    _forking.clear()
+
+
+@cache
+def _watch_forks() -> None:
+    """After the shared store's own watch has begun: what begins last goes first, and the tender may be waiting for that store."""
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
+    )
