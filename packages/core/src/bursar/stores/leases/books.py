@@ -26,7 +26,7 @@ class Books:
         self.journal: Journal | None = None  # there is one as soon as there is a lease
         self.leases: dict[str, Lease] = {}
         self.version = 0
-        self.wanted: dict[Bundle, tuple[Reserve, int]] = {}
+        self.wanted: dict[Bundle, Reserve] = {}
         self._now_us = now_us
         self._wake = wake
         self._queues: dict[Bundle, list[Lease]] = {}
@@ -73,10 +73,14 @@ class Books:
     def _want(self, bundle: Bundle, command: Reserve, demand: Demand, now_us: int) -> None:
         if now_us < demand.not_before_us or bundle in self.wanted:
             return
-        calls = demand.calls()
-        if calls and leasable(command):
-            self.wanted[bundle] = (command, calls)
+        if demand.calls() and leasable(command):
+            self.wanted[bundle] = command
             self._wake()
+
+    def calls(self, bundle: Bundle) -> int:
+        """How many calls a lease of these accounts is to last for."""
+        demand = self._demand.get(bundle)
+        return 0 if demand is None else demand.calls()
 
     def put_off(self, bundle: Bundle, until_us: int) -> None:
         """Want no lease of these accounts before that time."""

@@ -157,7 +157,9 @@ class Journal:
             if delete:
                 for end in ("", "-wal", "-shm"):
                     self.path.with_name(self.path.name + end).unlink(missing_ok=True)
-            os.close(self._file)
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
 
     # SQLite's connection must not cross a fork; the file's lock stays with the parent, whose child closes its copy alone.
 
@@ -168,7 +170,7 @@ class Journal:
             self._connection = None
 
     def after_fork(self, *, in_child: bool) -> None:
-        if in_child:
+        if in_child and self._file >= 0:
             os.close(self._file)
         self._using.release()
 

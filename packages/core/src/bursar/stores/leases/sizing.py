@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from bursar.accounts import Account
 from bursar.commands import Reserve
 
-HOT_PER_S = 10.0  # calls a second from which on a lease is worth its round trips
+HOT_PER_S = 20.0  # calls a second from which on a lease is worth its round trips
 HORIZON_S = 1.0  # how long a lease is to last
 # The most that a lease takes of what is available. What silent processes hold when a budget runs out is stranded: with two of
 # eight silent since the beginning, 2/256.

@@ -98,18 +98,19 @@ class Tender:
         books = self.books
         with books.lock:
             wanted = list(books.wanted.items())
-        for bundle, (command, calls) in wanted:
+        for bundle, command in wanted:
             taken = False
             try:
                 with _noted(failed):
-                    taken = self._ask(bundle, command, calls)
+                    taken = self._ask(bundle, command)
             finally:
                 if not taken:
                     books.put_off(bundle, self._shared.now_us() + PUT_OFF_US)
                 books.wanted.pop(bundle, None)
 
-    def _ask(self, bundle: Bundle, command: Reserve, calls: int) -> bool:
-        """Ask for a lease for so many calls like this one."""
+    def _ask(self, bundle: Bundle, command: Reserve) -> bool:
+        """Ask for a lease for calls like this one."""
+        calls = self.books.calls(bundle)
         known = {account.rule.key: account for account in self._shared.accounts(bundle)}
         rules = [rule for rule, _ in command.lines]
         accounts = [under(known.get(rule.key) or Account(rule), rule) for rule in rules]
