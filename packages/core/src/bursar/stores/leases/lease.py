@@ -8,13 +8,17 @@ from bursar.accounts import Account, Rule
 from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Reservation, Reserve, Row
 from bursar.law import decide
 
+_new = tuple.__new__  # see bursar.law
+_NOTHING: dict[str, int] = {}
+
 
 class Lease:
     """What one process holds of the accounts of `rules`. Not safe for threads: its owner has the lock.
 
-    `open`: the ids of the calls in flight. `unwritten`: entries that the journal lacks, `unsent`: those that the shared store
-    lacks. `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by account key. `retired`: nothing more
-    is reserved out of it. `ended`: the reservation behind it is over (its time had come while the store was out of reach).
+    `open`: the ids of the calls in flight. `unwritten`: entries that the journal lacks. `unsent`: those that the shared store
+    lacks, by their numbers in the journal. `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by
+    account key. `retired`: nothing more is reserved out of it. `ended`: the reservation behind it is over (its time had come
+    while the store was out of reach).
     """
 
     __slots__ = (
@@ -48,7 +52,7 @@ class Lease:
         self.rows: dict[str, Row] = {rule.key: Account(rule) for rule in self._lines}
         self.open: set[str] = set()
         self.unwritten: dict[str, Entry] = {}
-        self.unsent: dict[str, Entry] = {}
+        self.unsent: dict[int, Entry] = {}
         self.drawn: dict[str, int] = {}
         self.told: dict[str, int] = {}
         self.used_us = self.extended_us = now_us
@@ -61,7 +65,9 @@ class Lease:
     def reserve(self, command: Reserve, now_us: int) -> Answer | None:
         """Reserve out of the lease; None where it has too little left."""
         lines = tuple([(own, amount) for own, (_, amount) in zip(self._lines, command.lines, strict=True)])
-        answer, puts = decide(self.rows.get, command._replace(lines=lines, version=0, quiet=True), now_us)
+        id, _, ttl_us, draft, digest, on_expiry = command[:6]
+        own_command = _new(Reserve, (id, lines, ttl_us, draft, digest, on_expiry, 0, 1, True, _NOTHING, ""))
+        answer, puts = decide(self.rows.get, own_command, now_us)
         if type(answer) is not Granted:
             return None
         self.open.add(command.id)
@@ -109,5 +115,5 @@ def sums(rules: Sequence[Rule], entries: Sequence[Entry], before: dict[str, int]
 
 
 def draw(id: str, rules: Sequence[Rule], entries: Sequence[Entry], overruns: dict[str, int], version: int = 0) -> Draw:
-    """The command that books these entries on the shared store."""
-    return Draw(id, tuple(rules), tuple(entries), overruns, version)
+    """The command that books these entries on the shared store, the last of each id."""
+    return Draw(id, tuple(rules), tuple({entry.id: entry for entry in entries}.values()), overruns, version)

@@ -52,8 +52,10 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
 
 def _recover(store: Store, journal: Journal, kept: Kept) -> Recovered:
     drawn, new, left = kept.drawn, 0, None
-    for start in range(0, max(len(kept.entries), 1), MAX_DRAW):  # at least once: to see what the lease still holds
-        entries = kept.entries[start : start + MAX_DRAW]
+    numbers = list(kept.entries)
+    for start in range(0, max(len(numbers), 1), MAX_DRAW):  # at least once: to see what the lease still holds
+        some = numbers[start : start + MAX_DRAW]
+        entries = [kept.entries[number] for number in some]
         answer = store.execute(draw(kept.id, kept.rules, entries, {}))
         if type(answer) is not Drawn:
             raise StoreError(
@@ -63,7 +65,7 @@ def _recover(store: Store, journal: Journal, kept: Kept) -> Recovered:
             )
         new, left = new + answer.new, answer.left
         drawn = sums(kept.rules, entries, drawn)
-        journal.sent(kept.id, entries, drawn)
+        journal.sent(kept.id, some, drawn)
     estimated = unaccounted(kept.rules, kept.granted, drawn)
     # the calls in flight may have been billed: what is left stands for them, for each account what it held
     actuals = {} if left is not None else estimated

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from bursar.accounts import Account
 from bursar.commands import Reserve
 
-HOT_PER_S = 20.0  # calls a second from which on a lease is worth its round trips
+HOT_PER_S = 5.0  # calls a second from which on a lease is worth its round trips
 HORIZON_S = 1.0  # how long a lease is to last
 # The most that a lease takes of what is available. What silent processes hold when a budget runs out is stranded: with two of
 # eight silent since the beginning, 2/256.
@@ -39,7 +39,7 @@ class Demand:
     def calls(self) -> int:
         """How many calls a lease is to last for; 0 where they come too seldom."""
         rate = max(self.rate, float(self.count))
-        return min(int(rate * HORIZON_S), MAX_CALLS) if rate >= HOT_PER_S else 0
+        return min(max(int(rate * HORIZON_S), MIN_CALLS), MAX_CALLS) if rate >= HOT_PER_S else 0
 
 
 def leasable(command: Reserve) -> bool:

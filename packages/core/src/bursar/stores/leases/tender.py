@@ -163,7 +163,8 @@ class Tender:
 
     def _send(self, lease: Lease) -> None:
         with self.books.lock:
-            entries = list(lease.unsent.values())[:MAX_DRAW]
+            numbers = list(lease.unsent)[:MAX_DRAW]
+            entries = [lease.unsent[number] for number in numbers]
             overruns = lease.overruns()
         untold = {key: over - lease.told.get(key, 0) for key, over in overruns.items()}
         answer = self._shared.execute(draw(lease.id, lease.rules, entries, untold, lease.version))
@@ -174,11 +175,11 @@ class Tender:
             )
         drawn = sums(lease.rules, entries, lease.drawn)
         assert self.books.journal is not None
-        self.books.journal.sent(lease.id, entries, drawn)
+        self.books.journal.sent(lease.id, numbers, drawn)
         with self.books.lock:
             lease.drawn, lease.told = drawn, overruns
-            for entry in entries:
-                del lease.unsent[entry.id]
+            for number in numbers:
+                del lease.unsent[number]
         if answer.left is None:
             self._end(lease)
         if answer.alerts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from typing import Any
@@ -47,8 +46,6 @@ _ENTRY = itemgetter(
     "id", "kind", "corrects", "outcome", "estimated", "reason", "cost_nanos", "usage", "amounts", "reserved_us", "settled_us",
     "digest", "draft", "facts",
 )  # fmt: skip
-_COPY = {ord(sign): escape for sign, escape in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))}
-_SPECIAL = re.compile(r"[\\\t\n\r]").search
 _RESERVATION = itemgetter("id", "held", "reserved_us", "expires_us", "on_expiry", "digest", "draft")
 
 
@@ -198,11 +195,14 @@ def copied(entries: Iterable[Entry]) -> str:
     return "".join(["\t".join(map(_field, rows.values(entry))) + "\n" for entry in entries])
 
 
-def _field(value: object) -> str:
-    if value is None:
-        return "\\N"
-    text = str(value)
-    return text.translate(_COPY) if _SPECIAL(text) else text
+def _field(value: Any) -> str:
+    if type(value) is str:
+        if "\\" in value:
+            value = value.replace("\\", "\\\\")
+        if not value.isprintable():
+            value = value.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+        return value
+    return "\\N" if value is None else str(value)
 
 
 def answer_of(command: Command, told: Mapping[str, Any]) -> Answer:
