@@ -195,8 +195,8 @@ def copied(entries: Iterable[Entry]) -> str:
     return "".join(["\t".join(map(_field, rows.values(entry))) + "\n" for entry in entries])
 
 
-def _field(value: Any) -> str:
-    if type(value) is str:
+def _field(value: object) -> str:
+    if isinstance(value, str):
         if "\\" in value:
             value = value.replace("\\", "\\\\")
         if not value.isprintable():
