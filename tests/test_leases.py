@@ -32,6 +32,7 @@ from bursar.commands import (
     Settle,
 )
 from bursar.errors import InvalidInput, StoreError
+from bursar.foresight.past import read_past
 from bursar.stores import open_store
 from bursar.stores.leases import LeasedStore, recover
 from bursar.stores.leases.sizing import MIN_CALLS, SHARE
@@ -693,6 +694,10 @@ def test_through_the_face_of_it_all(tmp_path: Path) -> None:
             )
         assert len(shared.commands) == before
     assert sum(record.cost_nanos for record in bursar.records(org="acme")) == 210 * 6_500_000
+    clock.advance(us=IDLE_US)
+    store.tend()
+    assert any(entry.kind == "release" for entry in store.entries())
+    assert len(read_past(store.entries())) == 210  # a lease is no call
     (status,) = bursar.status(org="acme")
     assert int(status.spent * 10**9) == 210 * 6_500_000
     with bursar.scope(org="acme", run="r"), pytest.raises(BudgetExceeded):

@@ -56,6 +56,8 @@ def read_past(entries: Iterable[Entry]) -> list[Past]:
     calls: dict[str, Entry] = {}
     later: list[Entry] = []
     for entry in entries:
+        if "run" not in entry.draft["tags"]:  # of a lease, which is no call
+            continue
         if entry.corrects is None:
             calls[entry.id] = entry
         else:
