@@ -1,0 +1,262 @@
+"""The Redis server or cluster: connections to it, what it keeps, and its errors as faults."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import redis
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from bursar.errors import InvalidInput, StoreError
+from bursar.stores.redis.scripts import Script
+
+log = logging.getLogger("bursar")
+
+PIPELINE = 500  # commands that are read together
+_OPTIONS = {"socket_connect_timeout": 5.0, "socket_timeout": 10.0, "socket_keepalive": True, "protocol": 2}
+# What the server says first, or the driver's class for it -> (our fault, what the user does next)
+_FAULTS = {
+    "OOM": ("full", "Give the server more memory (maxmemory), or drain its records; nothing was lost."),
+    "MISCONF": ("full", "The server cannot write to its disk: free some space, then try again; nothing was lost."),
+    "READONLY": ("readonly", "This server is a replica: name the primary in the store's URL."),
+    "LOADING": ("loading", "The server reads its data from disk: try again when it has."),
+    "BUSY": ("locked", "Another script has been running for too long: end it with SCRIPT KILL, then try again."),
+    "NOAUTH": ("denied", "Give a user and a password in the store's URL."),
+    "WRONGPASS": ("denied", "Correct the user and the password in the store's URL."),
+    "NOPERM": ("denied", "Give this user the rights to these commands and to keys that begin with bursar."),
+    "NOREPLICAS": ("unreachable", "The server has too few replicas to write (min-replicas-to-write): bring them back."),
+    "MASTERDOWN": ("unreachable", "This replica has lost its primary: name the primary in the store's URL."),
+    "CLUSTERDOWN": ("unreachable", "Part of the cluster is down: bring it back, then try again."),
+    "TRYAGAIN": ("locked", "The cluster is moving this slot: try again."),
+    "OVERFLOW": ("overflow", "Correct the amount, or give the budget a window."),
+    "I2": ("damaged", "Stop all writers, and restore the server's data from a backup."),
+    "WRONGTYPE": ("damaged", "Something else writes keys of Bursar's: stop it, and restore the data from a backup."),
+}
+_CLASSES: Sequence[tuple[type[Exception], str]] = (
+    (exceptions.OutOfMemoryError, "OOM"),
+    (exceptions.ReadOnlyError, "READONLY"),
+    (exceptions.BusyLoadingError, "LOADING"),
+    (exceptions.AuthenticationError, "WRONGPASS"),
+    (exceptions.AuthorizationError, "NOAUTH"),
+    (exceptions.NoPermissionError, "NOPERM"),
+    (exceptions.MasterDownError, "MASTERDOWN"),
+    (exceptions.ClusterDownError, "CLUSTERDOWN"),
+    (exceptions.TryAgainError, "TRYAGAIN"),
+)
+_SAID = re.compile(rf"\b({'|'.join(_FAULTS)})\b")
+ERRORS = (exceptions.RedisError, exceptions.RedisClusterException)
+
+
+class Server:
+    """One server (`redis://`, `rediss://`) or a cluster (`redis+cluster://`, `rediss+cluster://`).
+
+    `org`: what the URL says of it. Commands of the hot path go over a connection that is kept for them; everything else over
+    the driver's own pool.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query))
+        self.org = options.pop("org", None)
+        self.is_cluster = parts.scheme.endswith("+cluster")
+        scheme = parts.scheme.removesuffix("+cluster")
+        self._url = urlunsplit(parts._replace(scheme=scheme, query=urlencode(options)))
+        self.using = threading.RLock()  # held while the connection for scripts is in use
+        self._client: Any = None
+        self._connection: Any = None
+
+    def client(self) -> Any:
+        """The driver's client."""
+        if self._client is None:
+            options: dict[str, Any] = dict(_OPTIONS)
+            try:
+                if self.is_cluster:
+                    self._client = redis.RedisCluster.from_url(self._url, **options)
+                else:
+                    options |= {"retry": Retry(NoBackoff(), 0), "retry_on_error": []}
+                    self._client = redis.Redis.from_url(self._url, **options)
+            except (ValueError, TypeError):  # whose text may hold a password
+                raise InvalidInput(
+                    'The URL of the Redis store is malformed. Write it like "redis://user:password@host:6379/0", with special '
+                    "signs of the password percent-encoded.",
+                    argument="store",
+                ) from None
+        return self._client
+
+    def run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
+        """Run a script; its text is sent where the server has lost it."""
+        try:
+            return self._send("EVALSHA", script.digest, 1, key, *arguments)
+        except exceptions.NoScriptError:
+            return self._send("EVAL", script.text, 1, key, *arguments)
+
+    def _send(self, *command: str | bytes | int) -> Any:
+        if self.is_cluster:
+            return self.ask(*command)
+        with self.using:
+            connection = self._connection
+            if connection is None:
+                connection = self._connection = self.client().connection_pool.make_connection()
+            try:
+                connection.send_command(*command)
+                return connection.read_response()
+            except BaseException as error:
+                if not isinstance(error, exceptions.ResponseError):  # half-way: the next answer would be this command's
+                    self._connection = None
+                    connection.disconnect()
+                raise
+
+    def reconnect(self) -> None:
+        """Leave the server that the connection for scripts leads to."""
+        with self.using:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.disconnect()
+
+    def ask(self, *command: str | bytes | int, **options: Any) -> Any:
+        """One command beside the scripts."""
+        try:
+            return self.client().execute_command(*command, **options)
+        except ERRORS:
+            raise
+        except BaseException:
+            self.drop()  # a connection that was left half-way must not come back from the pool
+            raise
+
+    def many(self, commands: Iterable[Sequence[str | int]], *, whole: bool = False) -> Iterator[Any]:
+        """The answers to many commands, on whatever nodes; with `whole`, all of them or none, and in one slot."""
+        batch: list[Sequence[str | int]] = []
+        for command in commands:
+            batch.append(command)
+            if len(batch) == PIPELINE and not whole:
+                yield from self._batch(batch, whole=False)
+                batch = []
+        yield from self._batch(batch, whole=whole)
+
+    def _batch(self, commands: list[Sequence[str | int]], *, whole: bool) -> list[Any]:
+        if not commands:
+            return []
+        try:
+            with self.client().pipeline(transaction=whole) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                found: list[Any] = pipeline.execute()
+                return found
+        except ERRORS:
+            raise
+        except BaseException:
+            self.drop()
+            raise
+
+    def settings(self) -> list[Mapping[str, str]]:
+        """What each node says of its persistence and eviction; empty where it does not tell."""
+        client = self.client()
+        nodes = [{"target_nodes": node} for node in client.get_primaries()] if self.is_cluster else [{}]
+        found = []
+        for node in nodes:
+            told: dict[str, str] = {}
+            for pattern in ("append*", "maxmemory-policy"):
+                with suppress(exceptions.ResponseError):  # a hosted server may not tell
+                    told |= _plain(client.execute_command("CONFIG GET", pattern, **node))
+            found.append(told)
+        return found
+
+    def drop(self) -> None:
+        """Close every connection; the next command opens new ones."""
+        self.reconnect()
+        client, self._client = self._client, None
+        if client is not None:
+            with suppress(*ERRORS):
+                client.close()
+
+    def leave(self) -> tuple[Any, Any]:
+        """In a fork's child: forget the parent's connections, which must not be closed here. They are to be kept for ever."""
+        inherited = self._client, self._connection
+        self._client = self._connection = None
+        return inherited
+
+
+def _plain(told: Any) -> dict[str, str]:
+    """CONFIG GET's answer, whose form depends on the driver and its protocol."""
+    pairs = told.items() if isinstance(told, dict) else zip(told[::2], told[1::2], strict=True)
+    return {_text(name): _text(value) for name, value in pairs}
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def durability_of(settings: Sequence[Mapping[str, str]]) -> str:
+    """What survives by these settings: `full`, `everysec`, `memory`, or `unknown`. Raises StoreError where keys may be evicted."""
+    policies = {told.get("maxmemory-policy", "noeviction") for told in settings} - {"noeviction"}
+    if policies:
+        raise StoreError(
+            f"The server evicts keys when it is full (maxmemory-policy {sorted(policies)[0]}), and with them what was spent. "
+            "Set maxmemory-policy to noeviction.",
+            fault="evicts",
+        )
+    found = {_durability(told) for told in settings}
+    durability = next((one for one in ("unknown", "memory", "everysec") if one in found), "full")
+    if durability != "full":
+        log.warning("The Redis store %s", _WARNINGS[durability])
+    return durability
+
+
+def _durability(told: Mapping[str, str]) -> str:
+    if "appendonly" not in told or "maxmemory-policy" not in told:
+        return "unknown"
+    if told["appendonly"] != "yes":
+        return "memory"
+    return "full" if told.get("appendfsync") == "always" else "everysec"
+
+
+_WARNINGS = {
+    "everysec": "may lose the last second of its books when its server or machine fails. For money, set appendfsync to always.",
+    "memory": "keeps no books beyond its server's memory: a restart loses them, or what came after the last snapshot. For money, "
+    "set appendonly to yes and appendfsync to always.",
+    "unknown": "does not tell what it keeps (CONFIG GET is denied). Make sure that appendonly is yes, appendfsync is always and "
+    "maxmemory-policy is noeviction.",
+}
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether another connection may serve: this one is gone, or leads to a server that may not write."""
+    if isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError)):
+        return False
+    gone = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError)
+    return isinstance(error, gone) or isinstance(error, exceptions.RedisClusterException)
+
+
+def fault_of(error: Exception | str) -> StoreError:
+    """The StoreError that says what to do. It names no URL, which may hold a password."""
+    says = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    code = next((code for kind, code in _CLASSES if isinstance(error, kind)), "")
+    said = _SAID.search(says)
+    if not code and said:
+        code = said[1]
+    if code:
+        fault, remedy = _FAULTS[code]
+    elif isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.RedisClusterException)):
+        fault, remedy = "unreachable", "Check the server, and the store's URL."
+    else:
+        fault, remedy = "damaged", "The server does not do what Redis does: check what it is."
+    if fault == "overflow":
+        says = "a sum would pass 2^63"
+    return StoreError(f"The Redis store failed: {says.rstrip('.')}. {remedy}", fault=fault)
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """What the driver raises inside, as the StoreError that says what to do."""
+    try:
+        yield
+    except ERRORS as error:
+        raise fault_of(error) from error

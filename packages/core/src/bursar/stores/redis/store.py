@@ -1,0 +1,333 @@
+"""The Redis store: budgets shared by the processes of many hosts, one script call per command or batch of them."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic_core import from_json
+from redis.exceptions import ReadOnlyError
+
+from bursar.accounts import Account
+from bursar.clock import Clock, StoreClock
+from bursar.commands import Alert, Answer, Command, Definition, Definitions, Ended, Entry, Expire, Reservation
+from bursar.errors import StoreError
+from bursar.law import OPERATOR_KEY, decide
+from bursar.signing import changes, operator_of
+from bursar.stores.group_commit import GroupCommit
+from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
+from bursar.stores.redis.server import ERRORS, Server, durability_of, fault_of, faults, is_lost
+from bursar.stores.redis.slots import Slots, check_budgets
+from bursar.stores.redis.wire import Wire, alert_of, fields_of, row_of
+from bursar.stores.server_clock import ServerClock
+from bursar.stores.sqlite_rows import PAGE, dumps
+
+SWEEP_BATCH = 500
+MAX_BATCH = 64  # commands of one call: nobody else is served while it runs
+MAX_TURNS = 100  # of somebody whom others are always ahead of
+
+
+_T = TypeVar("_T")
+
+
+class RedisStore:
+    """Budgets on a Redis server or cluster, in keys that begin with `bursar{ORG}:` (`?org=`, by default "bursar").
+
+    In a cluster without `?org=` each organisation has a slot of its own, and every budget has `org` among its `per`. The
+    server's clock decides; with `clock` (for tests and simulations), that one. `durability` is what the server is set to: `full`
+    (a settlement is on its disk before it is acknowledged), `everysec`, `memory` or `unknown`. Raises StoreError (unreachable,
+    locked, full, readonly, loading, denied, evicts, damaged, clock).
+    """
+
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+        self._closed = False
+        self._wire = Wire()
+        self._server = Server(url)
+        self._slots = Slots(self._server)
+        try:
+            with faults():
+                self.durability = durability_of(self._server.settings())
+                times = self._many(("GET", f"{slot}clock") for slot in self._slots.all())
+                last = max((int(time) for time in times if time), default=0)
+            self._clock = None if clock is not None else ServerClock(self._ask_time, last)
+            given = StoreClock(clock, last) if clock is not None else self._clock
+            assert given is not None
+            self.now_us = given.now_us
+        except BaseException:
+            self._server.drop()
+            raise
+        self._commits = GroupCommit(self._apply)
+        _opened.add(self)
+
+    def execute(self, command: Command) -> Answer:
+        return self._commits.run(command)
+
+    async def aexecute(self, command: Command) -> Answer:
+        return await self._commits.arun(command)
+
+    def post(self, command: Command) -> None:
+        self._commits.post(command)
+
+    # -- commands
+
+    def _apply(self, commands: Sequence[Command], _first_time: bool) -> list[Answer | BaseException]:
+        """One call for the commands of a slot. It may be made again: a command that comes twice gets the same answer (I6)."""
+        answers: dict[int, Answer | BaseException] = {}
+        by_slot: dict[str, list[int]] = {}
+        for number, command in enumerate(commands):
+            try:
+                by_slot.setdefault(self._twice(partial(self._slots.of, command)), []).append(number)
+            except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
+                answers[number] = error
+        for slot, numbers in by_slot.items():
+            for start in range(0, len(numbers), MAX_BATCH):
+                some = numbers[start : start + MAX_BATCH]
+                told = self._apply_some(slot, [commands[number] for number in some])
+                answers |= zip(some, told, strict=True)
+        return [answers[number] for number in range(len(commands))]
+
+    def _apply_some(self, slot: str, commands: Sequence[Command]) -> list[Answer | BaseException]:
+        try:
+            told = self._twice(partial(self._call, slot, [self._wire.text(command) for command in commands]))
+        except Exception as error:  # noqa: BLE001 - as above
+            return [error for _ in commands]
+        return [self._answer(slot, *one) for one in zip(commands, told, strict=True)]
+
+    def _answer(self, slot: str, command: Command, told: Sequence[Any]) -> Answer | BaseException:
+        """What the server has told, or what the law says of the row that it found.
+
+        An entry does not change any more, nor does what an open reservation will book when it expires: so the law may say here
+        what follows from them. The server writes it, if the row is still in that state.
+        """
+        try:
+            for _ in range(MAX_TURNS):
+                if told[0] == "failed":
+                    return fault_of(told[1])
+                if told[0] != "found":
+                    return self._wire.answer(command, told)
+                now_us, found = self._wire.rows(command, told)
+                answer, puts = decide(found.get, command, now_us)
+                if not puts:
+                    return answer
+                assert type(answer) is Ended
+                operator = found.get(OPERATOR_KEY)
+                text = self._wire.text(command, answer.entry, operator if type(operator) is str else None)
+                (told,) = self._twice(partial(self._call, slot, [text]))
+        except Exception as error:  # noqa: BLE001 - the answers to the others of its batch stand
+            return error
+        raise AssertionError("unreachable")
+
+    def _call(self, slot: str, texts: list[str]) -> list[Any]:
+        """One call of the law."""
+        if self._closed:
+            raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+        if self._clock is None:
+            given_us, seen_us = str(self.now_us()), "0"
+        else:
+            self._clock.check()
+            given_us, seen_us = "", str(self._clock.seen_us)
+        run = partial(self._server.run, LAW, slot, given_us, seen_us, "1" if self._slots.by_org else "", *texts)
+        told = run()
+        if told == [b"join"]:  # the slot has lost what it knew
+            self._slots.join(slot)
+            told = run()
+        now_us = _time(told)
+        if self._clock is not None:
+            self._clock.learn(now_us)
+        if told[1].startswith(b'["failed"') and b"READONLY" in told[1]:
+            raise ReadOnlyError(told[1].decode())
+        return [from_json(one) for one in told[1:]]
+
+    def _ask_time(self) -> int:
+        return self._twice(lambda: _time(self._server.run(LAW, self._slots.policy, "", "0", "")))
+
+    def _twice(self, work: Callable[[], _T]) -> _T:
+        """The work, done again on a new connection where the old one was lost."""
+        try:
+            return work()
+        except ERRORS as error:
+            if not is_lost(error):
+                raise fault_of(error) from error
+        self._server.reconnect()
+        with faults():
+            return work()
+
+    def sweep(self) -> int:
+        slots = self._twice(self._slots.all)
+        wanted = (f"ZRANGEBYSCORE {slot}due -inf {self.now_us()} LIMIT 0 {SWEEP_BATCH}".split() for slot in slots)
+        swept = 0
+        for slot, ids in zip(slots, self._many(wanted), strict=True):
+            for id in ids:
+                self._slots.remember(f"i:{id.decode()}", slot)
+                swept += type(self.execute(Expire(id.decode()))) is Ended
+        return swept
+
+    # -- definitions
+
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
+        """By one process at a time: who finds that another was faster looks again. What is the newest already is left alone."""
+        if kind == "budget" and self._slots.by_org:
+            check_budgets(definitions)
+        for _ in range(MAX_TURNS):
+            version, held = self.definitions()
+            found = changes(kind, definitions, held)
+            if not found:
+                return version
+            new = {name: Definition(version + 1 + number, one) for number, (name, one) in enumerate(found.items())}
+            last = version + len(new)
+            operator = operator_of({**held, kind: {**held.get(kind, {}), **new}}) or ""
+            fields = [text for name, one in new.items() for text in (dumps((kind, name)), dumps(one))]
+            arguments = (str(version), str(last), operator, *fields)
+            if self._twice(partial(self._server.run, PUBLISH, self._slots.policy, *arguments)):
+                return self.version()
+        raise StoreError("Others publish all the time. Try again.", fault="locked")
+
+    def definitions(self) -> tuple[int, Definitions]:
+        version = self.version()
+        held: Definitions = {}
+        for name, told in self._twice(lambda: self._server.ask("HGETALL", f"{self._slots.policy}definitions")).items():
+            kind, name = from_json(name)
+            held.setdefault(kind, {})[name] = Definition(*from_json(told))
+        newest = max((one.version for named in held.values() for one in named.values()), default=0)
+        return max(version, newest), held
+
+    def version(self) -> int:
+        return self._twice(self._slots.version)
+
+    # -- the outbox
+
+    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
+        now_us, slots = self.now_us(), self._twice(self._slots.all)
+        due = self._many(f"ZRANGEBYSCORE {slot}outbox -inf {now_us} LIMIT 0 1".split() for slot in slots)
+        found: list[tuple[Alert, int]] = []
+        for slot in (slot for slot, ids in zip(slots, due, strict=True) if ids):
+            arguments = (str(now_us), str(now_us + lease_us), str(limit - len(found)))
+            for id, claims, flat in self._twice(partial(self._server.run, CLAIM, slot, *arguments)):
+                self._slots.remember(f"t:{id.decode()}", slot)
+                found.append((alert_of(id.decode(), fields_of(dict(zip(flat[::2], flat[1::2], strict=True)))), claims))
+        return sorted(found, key=lambda one: (one[0].at_us, one[0].id))
+
+    def delivered(self, ids: Iterable[str]) -> None:
+        self._outbox(("ZREM", id) for id in ids)
+
+    def retry(self, ids: Iterable[str], at_us: int) -> None:
+        self._outbox(("ZADD", "XX", str(at_us), id) for id in ids)
+
+    def _outbox(self, commands: Iterable[Sequence[str]]) -> None:
+        for name, *arguments in commands:
+            slot = self._twice(partial(self._slots.home, f"t:{arguments[-1]}"))
+            self._twice(partial(self._server.ask, name, f"{slot}outbox", *arguments))
+
+    def alerts(self) -> Iterator[tuple[Alert, bool]]:
+        found = []
+        for slot in self._twice(self._slots.all):
+            waiting = {id.decode() for id in self._read("ZRANGE", f"{slot}outbox", "0", "-1")}
+            for alert in self._rows(slot, "t:", self._read("ZRANGE", f"{slot}alerts", "0", "-1"), alert_of):
+                found.append((alert, alert.id not in waiting))
+        return iter(sorted(found, key=lambda one: (one[0].at_us, one[0].id)))
+
+    # -- reading
+
+    def reservations(self) -> Iterator[Reservation]:
+        slots = self._twice(self._slots.all)
+        found = [row for slot in slots for row in self._rows(slot, "i:", self._read("ZRANGE", f"{slot}due", "0", "-1"), row_of)]
+        return iter(sorted(row for row in found if type(row) is Reservation))
+
+    def open_reservations(self) -> int:
+        return sum(self._many(("ZCARD", f"{slot}due") for slot in self._twice(self._slots.all)))
+
+    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
+        if keys is None:
+            wanted = [
+                (slot, key)
+                for slot in self._twice(self._slots.all)
+                for key in sorted(key.decode() for key in self._read("SMEMBERS", f"{slot}accounts"))
+            ]
+        else:
+            wanted = [(self._slots.of_account(key), key) for key in keys]
+        rows = self._many(("HGETALL", f"{slot}a:{key}") for slot, key in wanted)
+        return iter([self._wire.stored_account(fields_of(row)) for row in rows if row])
+
+    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
+        """Those that have not been drained. All ids are read first, since they come in the order of time."""
+        wanted = dict(tags or {}).items()
+        ids = sorted((id, slot) for slot in self._twice(self._slots.all) for id in self._ended(slot))
+        for start in range(0, len(ids), PAGE):
+            page = ids[start : start + PAGE]
+            rows = self._many(("HGETALL", f"{slot}i:{id}") for id, slot in page)
+            for (id, _), row in zip(page, rows, strict=True):
+                entry = row_of(id, fields_of(row)) if row else None
+                if type(entry) is Entry and wanted <= entry.draft["tags"].items():
+                    yield entry
+
+    def _ended(self, slot: str) -> Iterator[str]:
+        """The ids in a slot's stream of records."""
+        after = "-"
+        while True:
+            page = self._read("XRANGE", f"{slot}records", after, "+", "COUNT", str(PAGE))
+            for _, fields in page:
+                yield fields[b"id"].decode()
+            if len(page) < PAGE:
+                return
+            after = f"({page[-1][0].decode()}"
+
+    def _rows(self, slot: str, kind: str, ids: Sequence[bytes], made: Callable[[str, Mapping[str, str]], _T]) -> list[_T]:
+        names = [id.decode() for id in ids]
+        rows = self._many(("HGETALL", f"{slot}{kind}{name}") for name in names)
+        return [made(name, fields_of(row)) for name, row in zip(names, rows, strict=True) if row]
+
+    def _read(self, *command: str) -> Any:
+        return self._twice(partial(self._server.ask, *command))
+
+    def _many(self, commands: Iterable[Sequence[str]]) -> list[Any]:
+        wanted = list(commands)
+        return self._twice(lambda: list(self._server.many(wanted)))
+
+    def close(self) -> None:
+        self._commits.close()
+        self._closed = True
+        self._server.drop()
+
+    # A connection must not cross a fork: both sides would speak on one socket.
+
+    def _in_child(self) -> None:
+        _inherited.append(self._server.leave())
+        self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
+
+
+def _time(told: Sequence[bytes]) -> int:
+    """The time in front of an answer of the law."""
+    if told[0] == b"clock":
+        raise StoreError(
+            f"The server's clock is {told[1].decode()} s behind the store's. Set the clock (NTP), then try again.",
+            fault="clock",
+        )
+    return int(told[0])
+
+
+_opened: weakref.WeakSet[RedisStore] = weakref.WeakSet()
+_forking: list[RedisStore] = []
+_inherited: list[Any] = []  # a parent's, kept for ever: closing one here would end it there
+
+
+def _before_fork() -> None:
+    _forking[:] = sorted(_opened, key=id)
+    for store in _forking:
+        store._server.using.acquire()
+
+
+def _after_fork(in_child: bool) -> None:
+    for store in reversed(_forking):
+        store._server.using.release()
+        if in_child:
+            store._in_child()
+    _forking.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
+    )
