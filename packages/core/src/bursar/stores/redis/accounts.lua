@@ -1,10 +1,9 @@
 -- Accounts: the arithmetic of bursar.accounts, on hashes. Each function is named as it is there.
 --
 -- The fields of the hash: `rule`, a JSON array of the rule's fields with its figures first; `spent`; `reserved`; and `rest`,
--- "overrun,refused,refused_minute,refused_in_minute,level,remainder,at_us,crossed,buckets", which is opened when needed.
+-- "level,remainder,at_us,crossed,overrun,refused,refused_minute,refused_in_minute,buckets", which is opened when needed.
 
 local REST = '^([-%d]+),([-%d]+),([-%d]+),([-%d]+),([-%d]+),([-%d]+),([-%d]+),([-%d]+),(.*)$'
-local FIGURES = '^%["(%a+)",([-%d]+),(%d+),(%d+),(%d),([-%d]+),([-%w]+),'
 
 -- Take the figures of a rule's text. `marked`: how many marks it has.
 local function ruled(a, rule)
@@ -23,7 +22,7 @@ end
 
 local function opened(a)
   if a.overrun then return end
-  local overrun, refused, minute, in_minute, level, remainder, at, crossed, buckets = a.rest:match(REST)
+  local level, remainder, at, crossed, overrun, refused, minute, in_minute, buckets = a.rest:match(REST)
   a.overrun, a.refused, a.minute, a.in_minute = num(overrun), tonumber(refused), tonumber(minute), tonumber(in_minute)
   a.level, a.remainder, a.at, a.crossed = num(level), num(remainder), tonumber(at), tonumber(crossed)
   a.buckets = {}
@@ -37,8 +36,8 @@ local function rest_of(a)
   local buckets = {}
   for at, bucket in ipairs(a.buckets) do buckets[at] = '[' .. dec(bucket[1]) .. ',' .. stored(bucket[2]) .. ']' end
   return table.concat({
-    stored(a.overrun), dec(a.refused), dec(a.minute), dec(a.in_minute), stored(a.level), stored(a.remainder), dec(a.at),
-    dec(a.crossed), '[' .. table.concat(buckets, ',') .. ']',
+    stored(a.level), stored(a.remainder), dec(a.at), dec(a.crossed), stored(a.overrun), dec(a.refused), dec(a.minute),
+    dec(a.in_minute), '[' .. table.concat(buckets, ',') .. ']',
   }, ',')
 end
 

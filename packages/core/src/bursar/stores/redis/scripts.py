@@ -9,15 +9,21 @@ from importlib.resources import files
 class Script:
     """A script's text, and the digest by which the server knows it."""
 
-    def __init__(self, *names: str, head: str = "") -> None:
-        folder = files(__package__)
-        self.text = head + "\n".join(folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names)
-        self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+def _text(*names: str) -> str:
+    folder = files(__package__)
+    return "\n".join(folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names)
+
+
+_WHOLE = _text("numbers", "accounts", "rows", "reserve", "ends", "law")
 LAW = Script(
-    "numbers", "accounts", "rows", "reserve", "ends", "law", head="local P, now, version = KEYS[1], nil, nil\n"
+    f"local P, now, version = KEYS[1], nil, nil\n{_text('fast')}\n"
+    f"local function whole()\n{_WHOLE}\nend\n{_text('main')}"
 )
-PUBLISH = Script("publish")
-SHARE = Script("share")
-CLAIM = Script("claim")
+PUBLISH = Script(_text("publish"))
+SHARE = Script(_text("share"))
+CLAIM = Script(_text("claim"))

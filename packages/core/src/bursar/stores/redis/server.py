@@ -106,7 +106,7 @@ class Server:
             if connection is None:
                 connection = self._connection = self.client().connection_pool.make_connection()
             try:
-                connection.send_command(*command)
+                connection.send_packed_command([_packed(command)])
                 return connection.read_response()
             except BaseException as error:
                 if not isinstance(error, exceptions.ResponseError):  # half-way: the next answer would be this command's
@@ -182,6 +182,12 @@ class Server:
         inherited = self._client, self._connection
         self._client = self._connection = None
         return inherited
+
+
+def _packed(words: Sequence[str | bytes | int]) -> bytes:
+    """A command as RESP (the protocol's array of bulk strings); the driver's own way takes a third of a call's time."""
+    texts = [word if type(word) is bytes else str(word).encode() for word in words]
+    return b"*%d\r\n" % len(texts) + b"".join([b"$%d\r\n%b\r\n" % (len(text), text) for text in texts])
 
 
 def _plain(told: Any) -> dict[str, str]:

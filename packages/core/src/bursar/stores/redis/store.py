@@ -50,7 +50,7 @@ class RedisStore:
         try:
             with faults():
                 self.durability = durability_of(self._server.settings())
-                times = self._many(("GET", f"{slot}clock") for slot in self._slots.all())
+                times = self._many(("HGET", f"{slot}policy", "clock") for slot in self._slots.all())
                 last = max((int(time) for time in times if time), default=0)
             self._clock = None if clock is not None else ServerClock(self._ask_time, last)
             given = StoreClock(clock, last) if clock is not None else self._clock
@@ -130,19 +130,20 @@ class RedisStore:
             self._clock.check()
             given_us, seen_us = "", str(self._clock.seen_us)
         run = partial(self._server.run, LAW, slot, given_us, seen_us, "1" if self._slots.by_org else "", *texts)
-        told = run()
-        if told == [b"join"]:  # the slot has lost what it knew
+        told = from_json(run())
+        if told[0] == "join":  # the slot has lost what it knew
             self._slots.join(slot)
-            told = run()
+            told = from_json(run())
         now_us = _time(told)
         if self._clock is not None:
             self._clock.learn(now_us)
-        if told[1].startswith(b'["failed"') and b"READONLY" in told[1]:
-            raise ReadOnlyError(told[1].decode())
-        return [from_json(one) for one in told[1:]]
+        answers: list[Any] = told[1:]
+        if answers[0][0] == "failed" and "READONLY" in answers[0][1]:
+            raise ReadOnlyError(answers[0][1])
+        return answers
 
     def _ask_time(self) -> int:
-        return self._twice(lambda: _time(self._server.run(LAW, self._slots.policy, "", "0", "")))
+        return self._twice(lambda: _time(from_json(self._server.run(LAW, self._slots.policy, "", "0", ""))))
 
     def _twice(self, work: Callable[[], _T]) -> _T:
         """The work, done again on a new connection where the old one was lost."""
@@ -298,11 +299,11 @@ class RedisStore:
         self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
 
 
-def _time(told: Sequence[bytes]) -> int:
+def _time(told: Sequence[Any]) -> int:
     """The time in front of an answer of the law."""
-    if told[0] == b"clock":
+    if told[0] == "clock":
         raise StoreError(
-            f"The server's clock is {told[1].decode()} s behind the store's. Set the clock (NTP), then try again.",
+            f"The server's clock is {told[1]} s behind the store's. Set the clock (NTP), then try again.",
             fault="clock",
         )
     return int(told[0])

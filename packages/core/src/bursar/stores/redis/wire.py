@@ -176,7 +176,10 @@ def _head(kind: str, corrects: str | None, told: Entry | Charge | Settle | Relea
 
 
 def _account(rule: Rule, row: Sequence[Any]) -> Account:
-    return Account._make((rule, *row[1:10], tuple([(index, amount) for index, amount in row[11]]), row[10]))
+    _, spent, reserved, level, remainder, at_us, crossed, overrun, refused, minute, in_minute, buckets = row
+    sums = tuple([(index, amount) for index, amount in buckets]) if buckets else ()
+    fields = (rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, sums, crossed)
+    return Account._make(fields)
 
 
 def _rule(told: Sequence[Any]) -> Rule:
