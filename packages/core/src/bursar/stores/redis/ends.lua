@@ -1,4 +1,4 @@
--- How reservations end, and what is booked without one: bursar.law's `_settle`, `_release`, `_expire`, `_extend`, `_charge`.
+-- How reservations end: bursar.law's `_settle`, `_release`, `_expire`, `_extend`.
 
 -- Write what a command has done: accounts, the entry, alerts. The answer tells of them.
 local function ended(accounts, texts, alerts, id, kind, entry, ...)
@@ -99,32 +99,4 @@ local function extend(c)
   redis.call('HSET', P .. 'i:' .. c[2], 'expires_us', dec(expires))
   redis.call('ZADD', P .. 'due', expires, c[2])
   return '["extended",' .. dec(expires) .. ']'
-end
-
--- c: "charge", id, digest, head, facts, version, max_accounts, draft, held, rules ...
-local function charge(c)
-  local id, draft = c[2], c[8]
-  if redis.call('EXISTS', P .. 'i:' .. id) == 1 then return found(id) end
-  local stale = tonumber(c[6]) < version
-  local accounts, texts, amounts, budgets, alerts, made = {}, {}, {}, {}, {}, {}
-  for at, line in ipairs(lines_of(c[9])) do
-    local rule = c[9 + at]
-    if stale then -- a cost is booked by whatever policy, but an older one changes no limit
-      rule = redis.call('HGET', P .. 'a:' .. line.key, 'rule') or rule
-    end
-    local till = tonumber((select(7, rule:match(FIGURES)))) -- what was incurred in a window belongs to it, however late it is told
-    local a, why = standing(line.key, rule, till and math.min(now, till - 1) or now, made, tonumber(c[7]))
-    if not a then return rejected(why, cjson.decode(rule)[9]) end
-    if a.fresh then budgets[at] = cjson.decode(rule)[9] end
-    age(a)
-    local uncovered = most(0, sub(line.amount, most(0, available(a))))
-    move(a, 0, line.amount, now, uncovered, id, draft, alerts)
-    accounts[at], amounts[at], texts[at] = a, line.amount, ready(a)
-  end
-  local entry = entry_of(c[4], amounts, c[5])
-  redis.call('ZREM', P .. 'due', id) -- as in finish
-  make(accounts, budgets)
-  return '["ended",' .. dec(now) .. ',' .. cjson.encode(c[3]) .. ',' .. draft
-    .. ended(accounts, texts, alerts, id, 'charge', entry, 'held', c[9], 'reserved_us', dec(now), 'digest', c[3], 'draft', draft)
-    .. ']'
 end

@@ -8,5 +8,6 @@ return function(c)
   if name == 'extend' then return extend(c) end
   if name == 'expire' then return expire(c) end
   if name == 'charge' then return charge(c) end
+  if name == 'draw' then return draw(c) end
   return put_out({id = c[2], kind = c[3], facts = c[4]}) and '["told",false]' or '["told",true]'
 end

@@ -18,22 +18,20 @@ local function relief(accounts, lines, short, mark)
 end
 
 -- Record a refusal, at most 60 times a minute and account; what it would have made is made for the refusing budget alone.
-local function record_refusal(c, accounts, budgets, lines, short, mark)
+local function record_refusal(c, accounts, lines, short, mark)
   local a = accounts[short]
-  local minute, kept, names = math.floor(now / 60000000), {a}, {budgets[short]}
+  local minute, kept, budgets, made = math.floor(now / 60000000), {a}, {}, false
   opened(a)
   local recorded = a.minute == minute and a.in_minute or 0
   a.refused, a.minute, a.in_minute = a.refused + 1, minute, recorded + 1
-  local made = false
+  for at, other in ipairs(accounts) do budgets[at] = cjson.decode(other.rule)[9] end
   for at, other in ipairs(accounts) do made = made or other.fresh and budgets[at] == budgets[short] end
   for at, other in ipairs(accounts) do
-    if made and at ~= short and budgets[at] == budgets[short] then
-      kept[#kept + 1], names[#names + 1] = other, budgets[at]
-    end
+    if made and at ~= short and budgets[at] == budgets[short] then kept[#kept + 1] = other end
   end
   for _, one in ipairs(kept) do ready(one) end
   for _, one in ipairs(kept) do put(one) end
-  make(kept, names)
+  make(kept)
   if recorded >= 60 then return end
   local facts = {'{"account":' .. cjson.encode(a.key), '"asked":' .. dec(lines[short].amount), '"available":' .. dec(available(a))}
   if c[9] ~= '' then facts[#facts + 1] = '"behind":' .. cjson.encode(c[9]) end
@@ -44,13 +42,12 @@ local function record_refusal(c, accounts, budgets, lines, short, mark)
 end
 
 local function refuse(c, accounts, lines, short, mark)
-  local texts, budgets = {}, {}
+  local texts = {}
   for at, a in ipairs(accounts) do
-    if c[8] == '' then budgets[at] = cjson.decode(a.rule)[9] end
     texts[at] = '[0,' .. dec(a.spent) .. ',' .. dec(a.reserved) .. ',' .. rest_of(a) .. ']'
   end
   local retry, free = relief(accounts, lines, short, mark)
-  if c[8] == '' then record_refusal(c, accounts, budgets, lines, short, mark) end
+  if c[8] == '' then record_refusal(c, accounts, lines, short, mark) end
   return '["refused",' .. dec(now) .. ',' .. (short - 1) .. ',' .. retry .. ',' .. tostring(free) .. ','
     .. (mark and mark - 1 or 'null') .. ',[' .. table.concat(texts, ',') .. ']]'
 end
@@ -106,14 +103,13 @@ local function reserve(c)
   end
   if short then return refuse(c, accounts, lines, short) end
   if #shadowed > 0 then draft = draft:sub(1, -2) .. ',"shadowed":' .. cjson.encode(shadowed) .. '}' end
-  local texts, budgets = {}, {}
+  local texts = {}
   for at, a in ipairs(accounts) do
-    if a.fresh then budgets[at] = cjson.decode(a.rule)[9] end
     hold(a, lines[at].amount)
     texts[at] = ready(a, '0')
   end
   for _, a in ipairs(accounts) do put(a) end
-  make(accounts, budgets)
+  make(accounts)
   redis.call('HSET', P .. 'i:' .. id, 'held', c[12], 'reserved_us', dec(now), 'expires_us', dec(now + ttl), 'on_expiry', c[5],
     'digest', c[3], 'draft', draft)
   redis.call('ZADD', P .. 'due', now + ttl, id)

@@ -53,12 +53,12 @@ local function put_out(alert)
   return true
 end
 
--- Make the accounts of which a budget may have more; count and list them.
-local function make(accounts, budgets)
-  for at, a in ipairs(accounts) do
+-- List those of the accounts that are new, and count them against their budgets.
+local function make(accounts)
+  for _, a in ipairs(accounts) do
     if a.fresh then
       redis.call('SADD', P .. 'accounts', a.key)
-      redis.call('HINCRBY', P .. 'counts', budgets[at], 1)
+      redis.call('HINCRBY', P .. 'counts', a.budget, 1)
     end
   end
 end
@@ -80,6 +80,7 @@ local function standing(key, rule, at_us, made, max)
     if not made[budget] then made[budget] = tonumber(redis.call('HGET', P .. 'counts', budget) or 0) end
     if made[budget] >= max then return nil, 'accounts' end
     made[budget] = made[budget] + 1
+    a.budget = budget
   end
   return a
 end

@@ -19,7 +19,7 @@ def _text(*names: str) -> str:
     return "\n".join(folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names)
 
 
-_WHOLE = _text("numbers", "accounts", "rows", "reserve", "ends", "law")
+_WHOLE = _text("numbers", "accounts", "rows", "reserve", "ends", "draw", "law")
 LAW = Script(
     f"local P, now, version = KEYS[1], nil, nil\n{_text('fast')}\n"
     f"local function whole()\n{_WHOLE}\nend\n{_text('main')}"

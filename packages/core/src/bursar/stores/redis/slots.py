@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from bursar.commands import Charge, Command, Reserve, Tell
+from bursar.accounts import Rule
+from bursar.commands import Charge, Command, Draw, Reserve, Tell
 from bursar.errors import PolicyError
 from bursar.stores.redis.scripts import SHARE
 from bursar.stores.redis.server import Server
@@ -48,6 +49,12 @@ def _org(scope: str) -> str | None:
     return org
 
 
+def _check_rules(org: str, rules: Iterable[Rule]) -> None:
+    for rule in rules:
+        if _org(rule.scope) != org:
+            raise _across(f"The account {rule.key} of a call for {org!r}")
+
+
 class Slots:
     """In which slot a command works: the one that the store was opened with, or that of the organisation in its tags.
 
@@ -76,16 +83,17 @@ class Slots:
         if not self.by_org:
             return self.policy
         if type(command) is Tell:
-            slot = prefix((command.facts.get("tags") or {}).get("org", NONE))
+            org = (command.facts.get("tags") or {}).get("org", NONE)
         elif type(command) is Reserve or type(command) is Charge:
             org = command.draft["tags"].get("org", NONE)
-            for rule, _ in command.lines:
-                if _org(rule.scope) != org:
-                    raise _across(f"The account {rule.key} of a call for {org!r}")
-            slot = prefix(org)
-            self.remember(f"i:{command.id}", slot)
+            _check_rules(org, [rule for rule, _ in command.lines])
+            self.remember(f"i:{command.id}", prefix(org))
+        elif type(command) is Draw and command.rules:
+            org = _org(command.rules[0].scope) or NONE
+            _check_rules(org, command.rules)
         else:
             return self.home(f"i:{command.id}")
+        slot = prefix(org)
         if slot not in self._joined:
             self.join(slot)
         return slot

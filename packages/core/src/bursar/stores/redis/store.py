@@ -13,7 +13,19 @@ from redis.exceptions import ReadOnlyError
 
 from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock
-from bursar.commands import Alert, Answer, Command, Definition, Definitions, Ended, Entry, Expire, Reservation
+from bursar.commands import (
+    Alert,
+    Answer,
+    Command,
+    Definition,
+    Definitions,
+    Draw,
+    Ended,
+    Entry,
+    Expire,
+    Rejected,
+    Reservation,
+)
 from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, decide
 from bursar.signing import changes, operator_of
@@ -106,6 +118,15 @@ class RedisStore:
             for _ in range(MAX_TURNS):
                 if told[0] == "failed":
                     return fault_of(told[1])
+                if told[0] == "known":
+                    assert type(command) is Draw
+                    rest = self._wire.undrawn(command, told)
+                    if type(rest) is Rejected:
+                        return rest
+                    assert type(rest) is Draw
+                    command = rest
+                    (told,) = self._twice(partial(self._call, slot, [self._wire.text(command)]))
+                    continue
                 if told[0] != "found":
                     return self._wire.answer(command, told)
                 now_us, found = self._wire.rows(command, told)

@@ -13,6 +13,8 @@ from bursar.commands import (
     Answer,
     Charge,
     Command,
+    Draw,
+    Drawn,
     Ended,
     Entry,
     Expire,
@@ -61,6 +63,12 @@ class Wire:
                 str(command.version), str(command.max_accounts), dumps(command.draft),
             )  # fmt: skip
             return self._with_lines(fields, command.lines)
+        if type(command) is Draw:
+            sums = [sum(one.amounts.get(rule.key, 0) for one in command.entries) for rule in command.rules]
+            overruns = {key: str(amount) for key, amount in command.overruns.items()}
+            entries = [_written(one) for one in command.entries]
+            fields = ("draw", command.id, str(command.version), str(command.max_accounts), overruns, entries)
+            return self._with_lines(fields, tuple(zip(command.rules, sums, strict=True)))
         if entry is not None:
             amounts = [str(amount) for amount in entry.amounts.values()]
             head, facts = _head(entry.kind, entry.corrects, entry), dumps(entry.facts)
@@ -113,6 +121,10 @@ class Wire:
             accounts = [_account(rule, row) for (rule, _), row in zip(command.lines, found, strict=True)]
             lines = tuple(zip(accounts, (amount for _, amount in command.lines), strict=True))
             return Refused(*lines[short], retry, free, lines, mark)
+        if kind == "drawn":
+            assert type(command) is Draw
+            accounts = [self.account(row) for row in told[2]]
+            return Drawn(len(command.entries), told[1], tuple(accounts), tuple([Alert._make(one) for one in told[3]]))
         if kind == "extended":
             return Extended(told[1])
         if kind == "stepped":
@@ -149,6 +161,15 @@ class Wire:
             found[OPERATOR_KEY] = operator
         return now_us, found
 
+    @staticmethod
+    def undrawn(command: Draw, told: Sequence[Any]) -> Draw | Rejected:
+        """What is left to draw, where the server has found some of the entries on the books; a conflict where they differ."""
+        known = {id: row_of(id, _pairs(row)) for id, row in told[1]}
+        conflict = next((one.id for one in command.entries if known.get(one.id, one) != one), None)
+        if conflict is not None:
+            return Rejected("conflict", conflict)
+        return command._replace(entries=tuple(one for one in command.entries if one.id not in known))
+
     def account(self, row: Sequence[Any]) -> Account:
         """The account in an answer, its rule in front."""
         told = row[0]
@@ -173,6 +194,14 @@ def _head(kind: str, corrects: str | None, told: Entry | Charge | Settle | Relea
         (False, 0, {}) if type(told) is Release else (told.estimated, told.cost_nanos, told.usage)
     )
     return dumps((kind, corrects, told.outcome, estimated, told.reason, cost_nanos, usage))[1:-1]
+
+
+def _written(entry: Entry) -> tuple[str, ...]:
+    """An entry as its row is to hold it. The units of its amounts are told nowhere, and nobody needs them any more."""
+    head = _head(entry.kind, entry.corrects, entry)
+    text = f"[{head},{dumps(list(entry.amounts.values()))},{entry.settled_us},{dumps(entry.facts)}]"
+    held = "".join(f"{key}\n\n0\n" for key in entry.amounts)
+    return entry.id, entry.kind, text, str(entry.reserved_us), entry.digest, dumps(entry.draft), held
 
 
 def _account(rule: Rule, row: Sequence[Any]) -> Account:
