@@ -78,7 +78,13 @@ def expected(memory: MemoryStore, command: Command) -> object:
     if all(
         -(2**63) <= figure < 2**63
         for account in memory.accounts()
-        for figure in (account.spent, account.reserved, account.overrun, account.level, *(n for _, n in account.buckets))
+        for figure in (
+            account.spent,
+            account.reserved,
+            account.overrun,
+            account.level,
+            *(n for _, n in account.buckets),
+        )
     ):
         return answer
     memory._rows, memory._open, memory._outbox = before[:3]
@@ -104,7 +110,9 @@ def test_the_law_holds_to_the_last_unit_whatever_the_amounts(data: st.DataObject
     ids = (f"c{number:02}" for number in itertools.count())
     known: list[str] = []
     for _ in range(data.draw(st.integers(4, 12))):
-        kind = data.draw(st.sampled_from(["reserve", "reserve", "settle", "settle", "charge", "release", "expire", "extend"]))
+        kind = data.draw(
+            st.sampled_from(["reserve", "reserve", "settle", "settle", "charge", "release", "expire", "extend"])
+        )
         command: Command
         if kind in ("reserve", "charge") or not known:
             lines = tuple((one, amount(data, memory, one, clock.now_us())) for one in made)

@@ -27,3 +27,4 @@ LAW = Script(
 PUBLISH = Script(_text("publish"))
 SHARE = Script(_text("share"))
 CLAIM = Script(_text("claim"))
+DRAINED = Script(_text("drained"))

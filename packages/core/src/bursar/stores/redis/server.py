@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -92,7 +93,32 @@ class Server:
         return self._client
 
     def run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
-        """Run a script; its text is sent where the server has lost it."""
+        """Run a script; its text is sent where the server has lost it. Raises StoreError, as all of these."""
+        return self._twice(partial(self._run, script, key, *arguments))
+
+    def ask(self, *command: str | bytes | int) -> Any:
+        """One command beside the scripts."""
+        return self._twice(partial(self._whole, lambda client: client.execute_command(*command)))
+
+    def many(self, commands: Iterable[Sequence[str | int]]) -> list[Any]:
+        """The answers to many commands, on whatever nodes."""
+        wanted, found = list(commands), []
+        for start in range(0, len(wanted), PIPELINE):
+            found += self._twice(partial(self._whole, partial(_pipelined, wanted[start : start + PIPELINE])))
+        return found
+
+    def _twice(self, work: Callable[[], Any]) -> Any:
+        """The work, done again on a new connection where the old one was lost: the law gives it the same answer (I6)."""
+        for last in (False, True):
+            try:
+                return work()
+            except ERRORS as error:
+                if last or not is_lost(error):
+                    raise fault_of(error) from error
+                self.reconnect()
+        raise AssertionError("unreachable")
+
+    def _run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
         try:
             return self._send("EVALSHA", script.digest, 1, key, *arguments)
         except exceptions.NoScriptError:
@@ -100,7 +126,7 @@ class Server:
 
     def _send(self, *command: str | bytes | int) -> Any:
         if self.is_cluster:
-            return self.ask(*command)
+            return self._whole(lambda client: client.execute_command(*command))
         with self.using:
             connection = self._connection
             if connection is None:
@@ -114,6 +140,16 @@ class Server:
                     connection.disconnect()
                 raise
 
+    def _whole(self, work: Callable[[Any], Any]) -> Any:
+        """Work with the driver's client; a connection that is left half-way must not come back from its pool."""
+        try:
+            return work(self.client())
+        except ERRORS:
+            raise
+        except BaseException:
+            self.drop()
+            raise
+
     def reconnect(self) -> None:
         """Leave the server that the connection for scripts leads to."""
         with self.using:
@@ -121,45 +157,16 @@ class Server:
             if connection is not None:
                 connection.disconnect()
 
-    def ask(self, *command: str | bytes | int, **options: Any) -> Any:
-        """One command beside the scripts."""
-        try:
-            return self.client().execute_command(*command, **options)
-        except ERRORS:
-            raise
-        except BaseException:
-            self.drop()  # a connection that was left half-way must not come back from the pool
-            raise
-
-    def many(self, commands: Iterable[Sequence[str | int]], *, whole: bool = False) -> Iterator[Any]:
-        """The answers to many commands, on whatever nodes; with `whole`, all of them or none, and in one slot."""
-        batch: list[Sequence[str | int]] = []
-        for command in commands:
-            batch.append(command)
-            if len(batch) == PIPELINE and not whole:
-                yield from self._batch(batch, whole=False)
-                batch = []
-        yield from self._batch(batch, whole=whole)
-
-    def _batch(self, commands: list[Sequence[str | int]], *, whole: bool) -> list[Any]:
-        if not commands:
-            return []
-        try:
-            with self.client().pipeline(transaction=whole) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                found: list[Any] = pipeline.execute()
-                return found
-        except ERRORS:
-            raise
-        except BaseException:
-            self.drop()
-            raise
-
-    def settings(self) -> list[Mapping[str, str]]:
+    def settings(self) -> list[dict[str, str]]:
         """What each node says of its persistence and eviction; empty where it does not tell."""
-        client = self.client()
-        nodes = [{"target_nodes": node} for node in client.get_primaries()] if self.is_cluster else [{}]
+        found: list[dict[str, str]] = self._twice(partial(self._whole, self._settings))
+        return found
+
+    @staticmethod
+    def _settings(client: Any) -> list[dict[str, str]]:
+        nodes = (
+            [{"target_nodes": node} for node in client.get_primaries()] if hasattr(client, "get_primaries") else [{}]
+        )
         found = []
         for node in nodes:
             told: dict[str, str] = {}
@@ -182,6 +189,14 @@ class Server:
         inherited = self._client, self._connection
         self._client = self._connection = None
         return inherited
+
+
+def _pipelined(commands: Iterable[Sequence[str | int]], client: Any) -> list[Any]:
+    with client.pipeline(transaction=False) as pipeline:
+        for command in commands:
+            pipeline.execute_command(*command)
+        found: list[Any] = pipeline.execute()
+        return found
 
 
 def _packed(words: Sequence[str | bytes | int]) -> bytes:
@@ -237,8 +252,13 @@ def is_lost(error: Exception) -> bool:
     """Whether another connection may serve: this one is gone, or leads to a server that may not write."""
     if isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError)):
         return False
-    gone = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError)
-    return isinstance(error, gone) or isinstance(error, exceptions.RedisClusterException)
+    gone = (
+        exceptions.ConnectionError,
+        exceptions.TimeoutError,
+        exceptions.ReadOnlyError,
+        exceptions.RedisClusterException,
+    )
+    return isinstance(error, gone)
 
 
 def fault_of(error: Exception | str) -> StoreError:
@@ -257,12 +277,3 @@ def fault_of(error: Exception | str) -> StoreError:
     if fault == "overflow":
         says = "a sum would pass 2^63"
     return StoreError(f"The Redis store failed: {says.rstrip('.')}. {remedy}", fault=fault)
-
-
-@contextmanager
-def faults() -> Iterator[None]:
-    """What the driver raises inside, as the StoreError that says what to do."""
-    try:
-        yield
-    except ERRORS as error:
-        raise fault_of(error) from error

@@ -145,4 +145,3 @@ class Slots:
             return prefix(NONE)  # nowhere, and so not there either
         self.remember(row, found)
         return found
-

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pydantic_core import from_json
-from redis.exceptions import ReadOnlyError
 
 from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock
@@ -31,7 +30,7 @@ from bursar.law import OPERATOR_KEY, decide
 from bursar.signing import changes, operator_of
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
-from bursar.stores.redis.server import ERRORS, Server, durability_of, fault_of, faults, is_lost
+from bursar.stores.redis.server import Server, durability_of, fault_of
 from bursar.stores.redis.slots import Slots, check_budgets
 from bursar.stores.redis.wire import Wire, alert_of, fields_of, row_of
 from bursar.stores.server_clock import ServerClock
@@ -57,19 +56,18 @@ class RedisStore:
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         self._closed = False
         self._wire = Wire()
-        self._server = Server(url)
-        self._slots = Slots(self._server)
+        self.server = Server(url)
+        self.slots = Slots(self.server)
         try:
-            with faults():
-                self.durability = durability_of(self._server.settings())
-                times = self._many(("HGET", f"{slot}policy", "clock") for slot in self._slots.all())
-                last = max((int(time) for time in times if time), default=0)
+            self.durability = durability_of(self.server.settings())
+            times = self.server.many(("HGET", f"{slot}policy", "clock") for slot in self.slots.all())
+            last = max((int(time) for time in times if time), default=0)
             self._clock = None if clock is not None else ServerClock(self._ask_time, last)
             given = StoreClock(clock, last) if clock is not None else self._clock
             assert given is not None
             self.now_us = given.now_us
         except BaseException:
-            self._server.drop()
+            self.server.drop()
             raise
         self._commits = GroupCommit(self._apply)
         _opened.add(self)
@@ -91,7 +89,7 @@ class RedisStore:
         by_slot: dict[str, list[int]] = {}
         for number, command in enumerate(commands):
             try:
-                by_slot.setdefault(self._twice(partial(self._slots.of, command)), []).append(number)
+                by_slot.setdefault(self.slots.of(command), []).append(number)
             except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
                 answers[number] = error
         for slot, numbers in by_slot.items():
@@ -103,7 +101,7 @@ class RedisStore:
 
     def _apply_some(self, slot: str, commands: Sequence[Command]) -> list[Answer | BaseException]:
         try:
-            told = self._twice(partial(self._call, slot, [self._wire.text(command) for command in commands]))
+            told = self._call(slot, [self._wire.text(command) for command in commands])
         except Exception as error:  # noqa: BLE001 - as above
             return [error for _ in commands]
         return [self._answer(slot, *one) for one in zip(commands, told, strict=True)]
@@ -125,7 +123,7 @@ class RedisStore:
                         return rest
                     assert type(rest) is Draw
                     command = rest
-                    (told,) = self._twice(partial(self._call, slot, [self._wire.text(command)]))
+                    (told,) = self._call(slot, [self._wire.text(command)])
                     continue
                 if told[0] != "found":
                     return self._wire.answer(command, told)
@@ -136,7 +134,7 @@ class RedisStore:
                 assert type(answer) is Ended
                 operator = found.get(OPERATOR_KEY)
                 text = self._wire.text(command, answer.entry, operator if type(operator) is str else None)
-                (told,) = self._twice(partial(self._call, slot, [text]))
+                (told,) = self._call(slot, [text])
         except Exception as error:  # noqa: BLE001 - the answers to the others of its batch stand
             return error
         raise AssertionError("unreachable")
@@ -150,40 +148,30 @@ class RedisStore:
         else:
             self._clock.check()
             given_us, seen_us = "", str(self._clock.seen_us)
-        run = partial(self._server.run, LAW, slot, given_us, seen_us, "1" if self._slots.by_org else "", *texts)
+        run = partial(self.server.run, LAW, slot, given_us, seen_us, "1" if self.slots.by_org else "", *texts)
         told = from_json(run())
         if told[0] == "join":  # the slot has lost what it knew
-            self._slots.join(slot)
+            self.slots.join(slot)
+            told = from_json(run())
+        if told[1][0] == "failed" and "READONLY" in told[1][1]:  # another server has become the primary
+            self.server.reconnect()
             told = from_json(run())
         now_us = _time(told)
         if self._clock is not None:
             self._clock.learn(now_us)
         answers: list[Any] = told[1:]
-        if answers[0][0] == "failed" and "READONLY" in answers[0][1]:
-            raise ReadOnlyError(answers[0][1])
         return answers
 
     def _ask_time(self) -> int:
-        return self._twice(lambda: _time(from_json(self._server.run(LAW, self._slots.policy, "", "0", ""))))
-
-    def _twice(self, work: Callable[[], _T]) -> _T:
-        """The work, done again on a new connection where the old one was lost."""
-        try:
-            return work()
-        except ERRORS as error:
-            if not is_lost(error):
-                raise fault_of(error) from error
-        self._server.reconnect()
-        with faults():
-            return work()
+        return _time(from_json(self.server.run(LAW, self.slots.policy, "", "0", "")))
 
     def sweep(self) -> int:
-        slots = self._twice(self._slots.all)
+        slots = self.slots.all()
         wanted = (f"ZRANGEBYSCORE {slot}due -inf {self.now_us()} LIMIT 0 {SWEEP_BATCH}".split() for slot in slots)
         swept = 0
-        for slot, ids in zip(slots, self._many(wanted), strict=True):
+        for slot, ids in zip(slots, self.server.many(wanted), strict=True):
             for id in ids:
-                self._slots.remember(f"i:{id.decode()}", slot)
+                self.slots.remember(f"i:{id.decode()}", slot)
                 swept += type(self.execute(Expire(id.decode()))) is Ended
         return swept
 
@@ -191,7 +179,7 @@ class RedisStore:
 
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """By one process at a time: who finds that another was faster looks again. What is the newest already is left alone."""
-        if kind == "budget" and self._slots.by_org:
+        if kind == "budget" and self.slots.by_org:
             check_budgets(definitions)
         for _ in range(MAX_TURNS):
             version, held = self.definitions()
@@ -203,32 +191,32 @@ class RedisStore:
             operator = operator_of({**held, kind: {**held.get(kind, {}), **new}}) or ""
             fields = [text for name, one in new.items() for text in (dumps((kind, name)), dumps(one))]
             arguments = (str(version), str(last), operator, *fields)
-            if self._twice(partial(self._server.run, PUBLISH, self._slots.policy, *arguments)):
+            if self.server.run(PUBLISH, self.slots.policy, *arguments):
                 return self.version()
         raise StoreError("Others publish all the time. Try again.", fault="locked")
 
     def definitions(self) -> tuple[int, Definitions]:
         version = self.version()
         held: Definitions = {}
-        for name, told in self._twice(lambda: self._server.ask("HGETALL", f"{self._slots.policy}definitions")).items():
+        for name, told in self.server.ask("HGETALL", f"{self.slots.policy}definitions").items():
             kind, name = from_json(name)
             held.setdefault(kind, {})[name] = Definition(*from_json(told))
         newest = max((one.version for named in held.values() for one in named.values()), default=0)
         return max(version, newest), held
 
     def version(self) -> int:
-        return self._twice(self._slots.version)
+        return self.slots.version()
 
     # -- the outbox
 
     def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
-        now_us, slots = self.now_us(), self._twice(self._slots.all)
-        due = self._many(f"ZRANGEBYSCORE {slot}outbox -inf {now_us} LIMIT 0 1".split() for slot in slots)
+        now_us, slots = self.now_us(), self.slots.all()
+        due = self.server.many(f"ZRANGEBYSCORE {slot}outbox -inf {now_us} LIMIT 0 1".split() for slot in slots)
         found: list[tuple[Alert, int]] = []
         for slot in (slot for slot, ids in zip(slots, due, strict=True) if ids):
             arguments = (str(now_us), str(now_us + lease_us), str(limit - len(found)))
-            for id, claims, flat in self._twice(partial(self._server.run, CLAIM, slot, *arguments)):
-                self._slots.remember(f"t:{id.decode()}", slot)
+            for id, claims, flat in self.server.run(CLAIM, slot, *arguments):
+                self.slots.remember(f"t:{id.decode()}", slot)
                 found.append((alert_of(id.decode(), fields_of(dict(zip(flat[::2], flat[1::2], strict=True)))), claims))
         return sorted(found, key=lambda one: (one[0].at_us, one[0].id))
 
@@ -240,46 +228,50 @@ class RedisStore:
 
     def _outbox(self, commands: Iterable[Sequence[str]]) -> None:
         for name, *arguments in commands:
-            slot = self._twice(partial(self._slots.home, f"t:{arguments[-1]}"))
-            self._twice(partial(self._server.ask, name, f"{slot}outbox", *arguments))
+            slot = self.slots.home(f"t:{arguments[-1]}")
+            self.server.ask(name, f"{slot}outbox", *arguments)
 
     def alerts(self) -> Iterator[tuple[Alert, bool]]:
         found = []
-        for slot in self._twice(self._slots.all):
-            waiting = {id.decode() for id in self._read("ZRANGE", f"{slot}outbox", "0", "-1")}
-            for alert in self._rows(slot, "t:", self._read("ZRANGE", f"{slot}alerts", "0", "-1"), alert_of):
+        for slot in self.slots.all():
+            waiting = {id.decode() for id in self.server.ask("ZRANGE", f"{slot}outbox", "0", "-1")}
+            for alert in self._rows(slot, "t:", self.server.ask("ZRANGE", f"{slot}alerts", "0", "-1"), alert_of):
                 found.append((alert, alert.id not in waiting))
         return iter(sorted(found, key=lambda one: (one[0].at_us, one[0].id)))
 
     # -- reading
 
     def reservations(self) -> Iterator[Reservation]:
-        slots = self._twice(self._slots.all)
-        found = [row for slot in slots for row in self._rows(slot, "i:", self._read("ZRANGE", f"{slot}due", "0", "-1"), row_of)]
+        slots = self.slots.all()
+        found = [
+            row
+            for slot in slots
+            for row in self._rows(slot, "i:", self.server.ask("ZRANGE", f"{slot}due", "0", "-1"), row_of)
+        ]
         return iter(sorted(row for row in found if type(row) is Reservation))
 
     def open_reservations(self) -> int:
-        return sum(self._many(("ZCARD", f"{slot}due") for slot in self._twice(self._slots.all)))
+        return sum(self.server.many(("ZCARD", f"{slot}due") for slot in self.slots.all()))
 
     def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
         if keys is None:
             wanted = [
                 (slot, key)
-                for slot in self._twice(self._slots.all)
-                for key in sorted(key.decode() for key in self._read("SMEMBERS", f"{slot}accounts"))
+                for slot in self.slots.all()
+                for key in sorted(key.decode() for key in self.server.ask("SMEMBERS", f"{slot}accounts"))
             ]
         else:
-            wanted = [(self._slots.of_account(key), key) for key in keys]
-        rows = self._many(("HGETALL", f"{slot}a:{key}") for slot, key in wanted)
+            wanted = [(self.slots.of_account(key), key) for key in keys]
+        rows = self.server.many(("HGETALL", f"{slot}a:{key}") for slot, key in wanted)
         return iter([self._wire.stored_account(fields_of(row)) for row in rows if row])
 
     def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
         """Those that have not been drained. All ids are read first, since they come in the order of time."""
         wanted = dict(tags or {}).items()
-        ids = sorted((id, slot) for slot in self._twice(self._slots.all) for id in self._ended(slot))
+        ids = sorted((id, slot) for slot in self.slots.all() for id in self._ended(slot))
         for start in range(0, len(ids), PAGE):
             page = ids[start : start + PAGE]
-            rows = self._many(("HGETALL", f"{slot}i:{id}") for id, slot in page)
+            rows = self.server.many(("HGETALL", f"{slot}i:{id}") for id, slot in page)
             for (id, _), row in zip(page, rows, strict=True):
                 entry = row_of(id, fields_of(row)) if row else None
                 if type(entry) is Entry and wanted <= entry.draft["tags"].items():
@@ -289,34 +281,29 @@ class RedisStore:
         """The ids in a slot's stream of records."""
         after = "-"
         while True:
-            page = self._read("XRANGE", f"{slot}records", after, "+", "COUNT", str(PAGE))
+            page = self.server.ask("XRANGE", f"{slot}records", after, "+", "COUNT", str(PAGE))
             for _, fields in page:
                 yield fields[b"id"].decode()
             if len(page) < PAGE:
                 return
             after = f"({page[-1][0].decode()}"
 
-    def _rows(self, slot: str, kind: str, ids: Sequence[bytes], made: Callable[[str, Mapping[str, str]], _T]) -> list[_T]:
+    def _rows(
+        self, slot: str, kind: str, ids: Sequence[bytes], made: Callable[[str, Mapping[str, str]], _T]
+    ) -> list[_T]:
         names = [id.decode() for id in ids]
-        rows = self._many(("HGETALL", f"{slot}{kind}{name}") for name in names)
+        rows = self.server.many(("HGETALL", f"{slot}{kind}{name}") for name in names)
         return [made(name, fields_of(row)) for name, row in zip(names, rows, strict=True) if row]
-
-    def _read(self, *command: str) -> Any:
-        return self._twice(partial(self._server.ask, *command))
-
-    def _many(self, commands: Iterable[Sequence[str]]) -> list[Any]:
-        wanted = list(commands)
-        return self._twice(lambda: list(self._server.many(wanted)))
 
     def close(self) -> None:
         self._commits.close()
         self._closed = True
-        self._server.drop()
+        self.server.drop()
 
     # A connection must not cross a fork: both sides would speak on one socket.
 
     def _in_child(self) -> None:
-        _inherited.append(self._server.leave())
+        _inherited.append(self.server.leave())
         self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
 
 
@@ -338,12 +325,12 @@ _inherited: list[Any] = []  # a parent's, kept for ever: closing one here would 
 def _before_fork() -> None:
     _forking[:] = sorted(_opened, key=id)
     for store in _forking:
-        store._server.using.acquire()
+        store.server.using.acquire()
 
 
 def _after_fork(in_child: bool) -> None:
     for store in reversed(_forking):
-        store._server.using.release()
+        store.server.using.release()
         if in_child:
             store._in_child()
     _forking.clear()

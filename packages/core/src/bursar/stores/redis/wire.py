@@ -94,7 +94,9 @@ class Wire:
         texts = self._texts.get(rule)
         if texts is None:
             if "\n" in rule.key or "\n" in rule.unit:
-                raise InvalidInput(f"The account {rule.key!r} has a line break in its key. Use JSON text.", key=rule.key)
+                raise InvalidInput(
+                    f"The account {rule.key!r} has a line break in its key. Use JSON text.", key=rule.key
+                )
             if len(self._texts) >= MAX_KNOWN:
                 self._texts.clear()
             marks = [(str(mark.at), mark.action) for mark in rule.marks]
@@ -120,7 +122,8 @@ class Wire:
             _, _, short, retry, free, mark, found = told
             accounts = [_account(rule, row) for (rule, _), row in zip(command.lines, found, strict=True)]
             lines = tuple(zip(accounts, (amount for _, amount in command.lines), strict=True))
-            return Refused(*lines[short], retry, free, lines, mark)
+            account, asked = lines[short]
+            return Refused(account, asked, retry, free, lines, mark)
         if kind == "drawn":
             assert type(command) is Draw
             accounts = [self.account(row) for row in told[2]]
@@ -190,9 +193,10 @@ _NAMES: dict[type, str] = {Settle: "settle", Release: "release", Expire: "expire
 
 def _head(kind: str, corrects: str | None, told: Entry | Charge | Settle | Release) -> str:
     """What an entry tells before its amounts, as JSON without brackets."""
-    estimated, cost_nanos, usage = (
-        (False, 0, {}) if type(told) is Release else (told.estimated, told.cost_nanos, told.usage)
-    )
+    booked: tuple[bool, int, Mapping[str, Any]] = (False, 0, {})
+    if not isinstance(told, Release):
+        booked = told.estimated, told.cost_nanos, told.usage
+    estimated, cost_nanos, usage = booked
     return dumps((kind, corrects, told.outcome, estimated, told.reason, cost_nanos, usage))[1:-1]
 
 
