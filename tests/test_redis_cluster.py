@@ -16,7 +16,20 @@ from redis_server import cluster, fresh_cluster_url, fresh_url
 from bursar import Budget, BudgetExceeded, Bursar, PolicyError, Usage
 from bursar.accounts import Mark, Rule
 from bursar.audit import audit
-from bursar.commands import Draw, Ended, Entry, Extend, Extended, Granted, Rejected, Release, Reserve, Settle, Tell, Told
+from bursar.commands import (
+    Draw,
+    Ended,
+    Entry,
+    Extend,
+    Extended,
+    Granted,
+    Rejected,
+    Release,
+    Reserve,
+    Settle,
+    Tell,
+    Told,
+)
 from bursar.signing import OperatorKey
 from bursar.stores.redis import RedisStore
 from bursar.stores.redis.scripts import SHARE
@@ -120,9 +133,8 @@ def test_what_is_not_kept_by_organisation_is_refused_and_says_what_to_do(url: st
     with pytest.raises(PolicyError, match="'model'"):
         Bursar(url, [wrong])
     assert store.publish({"off": Budget("off", "5 USD", mode="off").definition()}) == 1
-    with Bursar(url) as bursar, bursar.scope(run="r", budget="1 USD"):  # a budget of a scope
-        with pytest.raises(PolicyError, match="per="):
-            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+    with Bursar(url) as bursar, bursar.scope(run="r", budget="1 USD"), pytest.raises(PolicyError, match="per="):
+        bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)  # a budget of a scope
     with pytest.raises(PolicyError, match="per="):
         store.execute(Reserve("a", ((rule("other"), 1),), TTL_US, {"tags": {"org": "acme"}}))
     with pytest.raises(PolicyError, match="per="):

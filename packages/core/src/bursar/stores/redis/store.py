@@ -153,10 +153,10 @@ class RedisStore:
         if told[0] == "join":  # the slot has lost what it knew
             self.slots.join(slot)
             told = from_json(run())
-        if told[1][0] == "failed" and "READONLY" in told[1][1]:  # another server has become the primary
+        now_us = _time(told)
+        if told[1][0] == "failed" and "READONLY" in told[1][1]:  # another server may have become the primary
             self.server.reconnect()
             told = from_json(run())
-        now_us = _time(told)
         if self._clock is not None:
             self._clock.learn(now_us)
         answers: list[Any] = told[1:]
