@@ -24,6 +24,7 @@ from bursar.signing import OperatorKey
 from bursar.stores import open_store
 from bursar.stores.redis import RedisStore
 from bursar.stores.redis.server import fault_of
+from bursar.stores.redis.store import LAYOUT
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, reserve, rule, settle
 
@@ -301,6 +302,15 @@ def test_i2_rows_that_contradict_each_other_are_damage(store: RedisStore) -> Non
         with fails("damaged", "Something else writes"):
             store.execute(settle("a", 25))
     assert store.open_reservations() == 1
+
+
+def test_keys_of_a_newer_bursar(url: str, store: RedisStore) -> None:
+    store.execute(reserve("a", (DOLLAR, 60)))
+    with server().client() as client:
+        assert client.hget("bursar{bursar}:policy", "layout") == str(LAYOUT)
+        client.hset("bursar{bursar}:policy", "layout", LAYOUT + 1)
+    with fails("newer", "Upgrade Bursar"):
+        RedisStore(url)
 
 
 # -- clocks --------------------------------------------------------------------------------------------------------

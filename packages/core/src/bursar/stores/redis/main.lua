@@ -36,5 +36,5 @@ for at = 4, #ARGV do
   answers[at - 2] = told
 end
 -- A server that takes no writes has said so above, where there was anything to write.
-redis.pcall('HSET', P .. 'policy', 'clock', string.format('%.0f', now))
+redis.pcall('HSET', P .. 'policy', 'clock', string.format('%.0f', now), 'layout', '1')
 return table.concat(answers, ',') .. ']'

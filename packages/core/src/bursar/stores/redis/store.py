@@ -38,6 +38,7 @@ from bursar.stores.sqlite_rows import PAGE, dumps
 
 SWEEP_BATCH = 500
 MAX_BATCH = 64  # commands of one call: nobody else is served while it runs
+LAYOUT = 1  # of keys and fields; main.lua writes it down
 MAX_TURNS = 100  # of somebody whom others are always ahead of
 
 
@@ -50,7 +51,7 @@ class RedisStore:
     In a cluster without `?org=` each organisation has a slot of its own, and every budget has `org` among its `per`. The
     server's clock decides; with `clock` (for tests and simulations), that one. `durability` is what the server is set to: `full`
     (a settlement is on its disk before it is acknowledged), `everysec`, `memory` or `unknown`. Raises StoreError (unreachable,
-    locked, full, readonly, loading, denied, evicts, damaged, clock).
+    locked, full, readonly, loading, denied, evicts, damaged, newer, clock).
     """
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
@@ -60,6 +61,12 @@ class RedisStore:
         self.slots = Slots(self.server)
         try:
             self.durability = durability_of(self.server.settings())
+            layout = int(self.server.ask("HGET", f"{self.slots.policy}policy", "layout") or LAYOUT)
+            if layout > LAYOUT:
+                raise StoreError(
+                    f"The keys of this store were written by a newer Bursar (layout {layout}). Upgrade Bursar to open it.",
+                    fault="newer",
+                )
             times = self.server.many(("HGET", f"{slot}policy", "clock") for slot in self.slots.all())
             last = max((int(time) for time in times if time), default=0)
             self._clock = None if clock is not None else ServerClock(self._ask_time, last)
