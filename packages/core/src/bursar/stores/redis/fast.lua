@@ -2,6 +2,7 @@
 -- windows, in figures that a double holds. Whatever else there is, these say nil before anything is written, and the law decides.
 
 local FIGURES = '^%["(%a+)",([-%d]+),(%d+),(%d+),(%d),([-%d]+),([-%w]+),' -- of the text of a rule
+local PLAIN = '^%["(%a+)",(%d+),(%d+),0,%d,([-%d]+),([-%w]+),' -- the same, of one that has no marks
 local HALF = 2251799813685248 -- 2^51: sums of four such figures are exact
 
 -- Level, remainder of a rate as they are now, and the rest of its fields.
@@ -28,8 +29,8 @@ local function short_reserve(c)
     count = count + 1
     local rule, stored = c[12 + count], redis.call('HMGET', P .. 'a:' .. key, 'rule', 'spent', 'reserved', 'rest')
     if stored[1] ~= rule then return nil end
-    local kind, limit, period, marked, _, from, till = rule:match(FIGURES)
-    if kind == 'rolling' or marked ~= '0' or till ~= 'null' and (now < tonumber(from) or now >= tonumber(till)) then return nil end
+    local kind, limit, period, from, till = rule:match(PLAIN)
+    if not kind or kind == 'rolling' or till ~= 'null' and (now < tonumber(from) or now >= tonumber(till)) then return nil end
     local spent, reserved, rest = tonumber(stored[2]), tonumber(stored[3]), stored[4]
     limit, amount = tonumber(limit), tonumber(amount)
     if limit >= HALF or amount >= HALF or spent >= HALF or spent <= -HALF or reserved >= HALF then return nil end
@@ -66,8 +67,8 @@ local function short_settle(c)
     count = count + 1
     local stored = redis.call('HMGET', P .. 'a:' .. key, 'rule', 'spent', 'reserved', 'rest')
     if not stored[1] then return nil end
-    local kind, limit, period, marked = stored[1]:match(FIGURES)
-    if kind == 'rolling' or marked ~= '0' then return nil end
+    local kind, limit, period = stored[1]:match(PLAIN)
+    if not kind or kind == 'rolling' then return nil end
     local spent, reserved, rest = tonumber(stored[2]), tonumber(stored[3]), stored[4]
     local actual = tonumber(unit == 'slots' and 0 or c[7][unit] or amount)
     limit, amount = tonumber(limit), tonumber(amount)

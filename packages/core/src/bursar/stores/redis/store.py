@@ -92,6 +92,8 @@ class RedisStore:
 
     def _apply(self, commands: Sequence[Command], _first_time: bool) -> list[Answer | BaseException]:
         """One call for the commands of a slot. It may be made again: a command that comes twice gets the same answer (I6)."""
+        if len(commands) == 1 and not self.slots.by_org:
+            return self._apply_some(self.slots.policy, commands)
         answers: dict[int, Answer | BaseException] = {}
         by_slot: dict[str, list[int]] = {}
         for number, command in enumerate(commands):
