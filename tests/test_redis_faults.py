@@ -23,7 +23,7 @@ from bursar.commands import Ended, Granted, Refused, Rejected, Release, Reserve,
 from bursar.signing import OperatorKey
 from bursar.stores import open_store
 from bursar.stores.redis import RedisStore
-from bursar.stores.redis.server import fault_of
+from bursar.stores.redis.faults import fault_of
 from bursar.stores.redis.store import LAYOUT
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, reserve, rule, settle
@@ -172,6 +172,12 @@ def test_a_forked_child_has_connections_of_its_own(store: RedisStore) -> None:
     assert os.waitpid(child, 0)[1] == 0
     assert type(store.execute(reserve("b", (DOLLAR, 1)))) is Granted
     assert spent(store) == (25, 1)
+
+
+def test_a_closed_store_reads_nothing_either(store: RedisStore) -> None:
+    store.close()
+    with fails("closed", "Open a new Bursar"):
+        list(store.accounts())
 
 
 def test_without_its_driver_the_store_says_what_to_install() -> None:

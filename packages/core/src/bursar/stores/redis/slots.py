@@ -128,7 +128,7 @@ class Slots:
         if not self.by_org:
             return
         if len(self._homes) >= MAX_KNOWN:
-            del self._homes[next(iter(self._homes))]
+            self._homes.clear()
         self._homes[row] = slot
 
     def home(self, row: str) -> str:

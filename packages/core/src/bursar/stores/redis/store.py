@@ -29,8 +29,9 @@ from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, decide
 from bursar.signing import changes, operator_of
 from bursar.stores.group_commit import GroupCommit
+from bursar.stores.redis.faults import fault_of
 from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
-from bursar.stores.redis.server import Server, durability_of, fault_of
+from bursar.stores.redis.server import Server, durability_of
 from bursar.stores.redis.slots import Slots, check_budgets
 from bursar.stores.redis.wire import Wire, alert_of, fields_of, row_of
 from bursar.stores.server_clock import ServerClock
@@ -55,7 +56,6 @@ class RedisStore:
     """
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
-        self._closed = False
         self._wire = Wire()
         self.server = Server(url)
         self.slots = Slots(self.server)
@@ -74,7 +74,7 @@ class RedisStore:
             assert given is not None
             self.now_us = given.now_us
         except BaseException:
-            self.server.drop()
+            self.server.close()
             raise
         self._commits = GroupCommit(self._apply)
         _opened.add(self)
@@ -150,8 +150,6 @@ class RedisStore:
 
     def _call(self, slot: str, texts: list[str]) -> list[Any]:
         """One call of the law."""
-        if self._closed:
-            raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
         if self._clock is None:
             given_us, seen_us = str(self.now_us()), "0"
         else:
@@ -306,8 +304,7 @@ class RedisStore:
 
     def close(self) -> None:
         self._commits.close()
-        self._closed = True
-        self.server.drop()
+        self.server.close()
 
     # A connection must not cross a fork: both sides would speak on one socket.
 
