@@ -27,8 +27,8 @@ local function charge(c)
   local entry = entry_of(c[4], amounts, c[5])
   redis.call('ZREM', P .. 'due', id) -- first, because a server that is full still takes it, and with it what follows
   make(accounts)
-  return '["ended",' .. dec(now) .. ',' .. cjson.encode(c[3]) .. ',' .. draft
-    .. ended(accounts, texts, alerts, id, 'charge', entry, 'held', c[9], 'reserved_us', dec(now), 'digest', c[3], 'draft', draft)
+  return '["ended",' .. now_text .. ',' .. cjson.encode(c[3]) .. ',' .. draft
+    .. ended(accounts, texts, alerts, id, 'charge', entry, 'held', c[9], 'reserved_us', now_text, 'digest', c[3], 'draft', draft)
     .. ']'
 end
 

@@ -37,8 +37,8 @@ local function record_refusal(c, accounts, lines, short, mark)
   if c[9] ~= '' then facts[#facts + 1] = '"behind":' .. cjson.encode(c[9]) end
   if mark then facts[#facts + 1] = '"mark":' .. cjson.encode(marks(a)[mark][2]) end
   local head = '"refusal",null,"blocked",false,' .. cjson.encode(budgets[short]) .. ',0,{}'
-  record(c[2] .. '!' .. dec(now) .. '.' .. dec(a.refused), 'refusal', entry_of(head, {}, table.concat(facts, ',') .. '}'),
-    'held', '', 'reserved_us', dec(now), 'digest', '', 'draft', c[10])
+  record(c[2] .. '!' .. now_text .. '.' .. dec(a.refused), 'refusal', entry_of(head, {}, table.concat(facts, ',') .. '}'),
+    'held', '', 'reserved_us', now_text, 'digest', '', 'draft', c[10])
 end
 
 local function refuse(c, accounts, lines, short, mark)
@@ -48,7 +48,7 @@ local function refuse(c, accounts, lines, short, mark)
   end
   local retry, free = relief(accounts, lines, short, mark)
   if c[8] == '' then record_refusal(c, accounts, lines, short, mark) end
-  return '["refused",' .. dec(now) .. ',' .. (short - 1) .. ',' .. retry .. ',' .. tostring(free) .. ','
+  return '["refused",' .. now_text .. ',' .. (short - 1) .. ',' .. retry .. ',' .. tostring(free) .. ','
     .. (mark and mark - 1 or 'null') .. ',[' .. table.concat(texts, ',') .. ']]'
 end
 
@@ -110,9 +110,9 @@ local function reserve(c)
   end
   for _, a in ipairs(accounts) do put(a) end
   make(accounts)
-  redis.call('HSET', P .. 'i:' .. id, 'held', c[12], 'reserved_us', dec(now), 'expires_us', dec(now + ttl), 'on_expiry', c[5],
+  redis.call('HSET', P .. 'i:' .. id, 'held', c[12], 'reserved_us', now_text, 'expires_us', dec(now + ttl), 'on_expiry', c[5],
     'digest', c[3], 'draft', draft)
   redis.call('ZADD', P .. 'due', now + ttl, id)
-  return '["granted",' .. dec(now) .. ',[' .. table.concat(texts, ',') .. '],'
+  return '["granted",' .. now_text .. ',[' .. table.concat(texts, ',') .. '],'
     .. (#shadowed > 0 and cjson.encode(shadowed) or '[]') .. ']'
 end

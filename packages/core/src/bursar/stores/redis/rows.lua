@@ -27,7 +27,7 @@ local function found(id)
     if a then accounts[#accounts + 1] = ready(a) end
   end
   local operator = redis.call('HGET', P .. 'policy', 'operator') or cjson.null
-  return '["found",' .. dec(now) .. ',' .. cjson.encode({row, #correction > 0 and correction or cjson.null, operator})
+  return '["found",' .. now_text .. ',' .. cjson.encode({row, #correction > 0 and correction or cjson.null, operator})
     .. ',[' .. table.concat(accounts, ',') .. ']]'
 end
 
@@ -41,13 +41,13 @@ end
 local function entry_of(head, amounts, facts)
   local texts = {}
   for at, amount in ipairs(amounts) do texts[at] = stored(amount) end
-  return '[' .. head .. ',[' .. table.concat(texts, ',') .. '],' .. dec(now) .. ',' .. facts .. ']'
+  return '[' .. head .. ',[' .. table.concat(texts, ',') .. '],' .. now_text .. ',' .. facts .. ']'
 end
 
 local function put_out(alert)
   local key = P .. 't:' .. alert.id
   if redis.call('EXISTS', key) == 1 then return false end
-  redis.call('HSET', key, 'kind', alert.kind, 'at_us', dec(now), 'facts', alert.facts, 'claims', '0')
+  redis.call('HSET', key, 'kind', alert.kind, 'at_us', now_text, 'facts', alert.facts, 'claims', '0')
   redis.call('ZADD', P .. 'outbox', 0, alert.id)
   redis.call('ZADD', P .. 'alerts', now, alert.id)
   return true
@@ -112,7 +112,7 @@ end
 local function alerts_text(alerts)
   local texts = {}
   for at, alert in ipairs(alerts) do
-    texts[at] = '[' .. cjson.encode(alert.id) .. ',"' .. alert.kind .. '",' .. dec(now) .. ',' .. alert.facts .. ']'
+    texts[at] = '[' .. cjson.encode(alert.id) .. ',"' .. alert.kind .. '",' .. now_text .. ',' .. alert.facts .. ']'
   end
   return '[' .. table.concat(texts, ',') .. ']'
 end

@@ -21,7 +21,7 @@ def _text(*names: str) -> str:
 
 _WHOLE = _text("numbers", "accounts", "rows", "reserve", "ends", "draw", "law")
 LAW = Script(
-    f"local P, now, version = KEYS[1], nil, nil\n{_text('fast')}\n"
+    f"local P, now, now_text, version = KEYS[1], nil, nil, nil\n{_text('fast')}\n"
     f"local function whole()\n{_WHOLE}\nend\n{_text('main')}"
 )
 PUBLISH = Script(_text("publish"))
