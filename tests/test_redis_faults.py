@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -18,10 +19,12 @@ from redis_server import Running, fresh_url, own, server
 
 from bursar import Budget, Bursar, InvalidInput, StoreError, Usage
 from bursar.accounts import Mark, Rule
+from bursar.audit import audit
 from bursar.clock import SystemClock
 from bursar.commands import Ended, Granted, Refused, Rejected, Release, Reserve, Tell
 from bursar.signing import OperatorKey
 from bursar.stores import open_store
+from bursar.stores.leases import LeasedStore
 from bursar.stores.redis import RedisStore
 from bursar.stores.redis.faults import fault_of
 from bursar.stores.redis.store import LAYOUT
@@ -155,9 +158,10 @@ def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> 
             open_store(url)
         assert caught.value.fault == "unreachable"
         assert "hunter2" not in str(caught.value)
-    with pytest.raises(InvalidInput, match="percent-encoded") as wrong:
-        open_store("redis://user:hunter2/@127.0.0.1:6379/0")
-    assert "hunter2" not in str(wrong.value)
+    for url in ("redis://user:hunter2/@127.0.0.1:6379/0", "redis://:hunter2@127.0.0.1:6379/0?colour=red"):
+        with pytest.raises(InvalidInput, match="percent-encoded, and with options that redis-py knows") as wrong:
+            open_store(url)
+        assert "hunter2" not in str(wrong.value)
 
 
 def test_a_forked_child_has_connections_of_its_own(store: RedisStore) -> None:
@@ -449,6 +453,37 @@ def test_marks_are_told_once_and_act_on_every_store(url: str, store: RedisStore)
         refused = other.execute(reserve("c", (marked, 1)))
         assert type(refused) is Refused
         assert (refused.mark, refused.may_free) == (1, True)
+
+
+def test_a_publisher_reads_no_more_than_what_it_defines_and_a_reload_what_is_newer(store: RedisStore) -> None:
+    for number in range(1, 6):
+        assert store.publish({f"b{number}": {"limit": str(number)}}) == number
+    assert store.publish({"b2": {"limit": "7"}, "b3": {"limit": "3"}}) == 6
+    version, held = store.definitions(since=4)
+    assert version == 6
+    assert {name: (one.version, one.definition["limit"]) for name, one in held["budget"].items()} == {
+        "b5": (5, "5"),
+        "b2": (6, "7"),
+    }
+    assert store.definitions(since=6) == (6, {})
+
+
+def test_leases_are_taken_from_redis_too(url: str, tmp_path: Path) -> None:
+    with Bursar(f"{url}?leases={tmp_path}&durability=process", [Budget("b", "1000 USD")]) as bursar:
+        store = bursar.store
+        assert type(store) is LeasedStore
+        for _ in range(300):
+            reservation = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100)
+            reservation.settle(Usage(input_tokens=1_000, output_tokens=100))
+            store.tend()
+    with contextlib.closing(open_store(url)) as shared:
+        records = [entry for entry in shared.entries() if entry.kind == "settlement"]
+        assert len(records) == 300
+        assert any("lease" in entry.draft["tags"] for entry in shared.entries())
+        assert shared.open_reservations() == 0
+        assert audit(shared) == []
+        (account,) = shared.accounts()
+        assert account.spent == 300 * 3_500_000
 
 
 def test_a_guarded_call_from_end_to_end(url: str) -> None:

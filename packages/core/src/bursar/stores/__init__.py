@@ -30,7 +30,9 @@ def open_store(url: str, clock: Clock | None = None) -> Store:
     if parts.scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster"):
         from bursar.stores.redis import RedisStore
 
-        return RedisStore(url, clock=clock)
+        url, folder, durability = _leases(url)
+        shared = RedisStore(url, clock=clock)
+        return shared if folder is None else _leased(shared, folder, durability)
     raise InvalidInput(
         f'{url!r} names no store. Use "memory:", "sqlite:///file.db", "sqlite:///file.db?durability=process", '
         '"postgresql://user@host/database", "postgresql://user@host/database?leases=/var/lib/bursar" or "redis://host:6379/0".',

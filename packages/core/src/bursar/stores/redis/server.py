@@ -55,11 +55,13 @@ class Server:
                     self._client = redis.RedisCluster.from_url(self._url, **options)
                 else:
                     options |= {"retry": Retry(NoBackoff(), 0), "retry_on_error": []}
-                    self._client = redis.Redis.from_url(self._url, **options)
+                    client = redis.Redis.from_url(self._url, **options)
+                    client.connection_pool.make_connection()  # which connects to nothing yet, but knows its options
+                    self._client = client
             except (ValueError, TypeError):  # whose text may hold a password
                 raise InvalidInput(
                     'The URL of the Redis store is malformed. Write it like "redis://user:password@host:6379/0", with special '
-                    "signs of the password percent-encoded.",
+                    "signs of the password percent-encoded, and with options that redis-py knows.",
                     argument="store",
                 ) from None
         return self._client

@@ -188,28 +188,38 @@ class RedisStore:
         """By one process at a time: who finds that another was faster looks again. What is the newest already is left alone."""
         if kind == "budget" and self.slots.by_org:
             check_budgets(definitions)
+        fields = [_field(kind, name) for name in definitions]
         for _ in range(MAX_TURNS):
-            version, held = self.definitions()
+            version = self.version()
+            held = self._held([*fields, _field("operator", "operator")])
             found = changes(kind, definitions, held)
             if not found:
                 return version
             new = {name: Definition(version + 1 + number, one) for number, (name, one) in enumerate(found.items())}
             last = version + len(new)
             operator = operator_of({**held, kind: {**held.get(kind, {}), **new}}) or ""
-            fields = [text for name, one in new.items() for text in (dumps((kind, name)), dumps(one))]
-            arguments = (str(version), str(last), operator, *fields)
+            texts = [text for name, one in new.items() for text in (_field(kind, name), dumps(one))]
+            arguments = (str(version), str(last), operator, *texts)
             if self.server.run(PUBLISH, self.slots.policy, *arguments):
                 return self.version()
         raise StoreError("Others publish all the time. Try again.", fault="locked")
 
-    def definitions(self) -> tuple[int, Definitions]:
+    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
+        """The policy's version, and the newest definition of everything that was defined after version `since`."""
         version = self.version()
-        held: Definitions = {}
-        for name, told in self.server.ask("HGETALL", f"{self.slots.policy}definitions").items():
-            kind, name = from_json(name)
-            held.setdefault(kind, {})[name] = Definition(*from_json(told))
+        newer = self.server.ask("ZRANGEBYSCORE", f"{self.slots.policy}versions", f"({since}", "+inf")
+        held = self._held([field.decode() for field in newer])
         newest = max((one.version for named in held.values() for one in named.values()), default=0)
         return max(version, newest), held
+
+    def _held(self, fields: Sequence[str]) -> Definitions:
+        held: Definitions = {}
+        told = self.server.ask("HMGET", f"{self.slots.policy}definitions", *fields) if fields else []
+        for field, text in zip(fields, told, strict=True):
+            if text is not None:
+                kind, name = from_json(field)
+                held.setdefault(kind, {})[name] = Definition(*from_json(text))
+        return held
 
     def version(self) -> int:
         return self.slots.version()
@@ -311,6 +321,10 @@ class RedisStore:
     def _in_child(self) -> None:
         _inherited.append(self.server.leave())
         self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
+
+
+def _field(kind: str, name: str) -> str:
+    return dumps((kind, name))
 
 
 def _time(told: Sequence[Any]) -> int:
