@@ -29,7 +29,7 @@ from bursar.stores.redis import RedisStore
 from bursar.stores.redis.faults import fault_of
 from bursar.stores.redis.store import LAYOUT
 from bursar.testing import ManualClock
-from bursar.testing.store_contract.made import TTL_US, reserve, rule, settle
+from bursar.testing.store_contract.made import TTL_US, charge, reserve, rule, settle
 
 DOLLAR = rule("b", 10**12)
 
@@ -118,13 +118,9 @@ def test_an_interrupt_half_way_leaves_no_answer_to_the_next_command(
 
     monkeypatch.setattr(connection, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        store.server.run(_NOTHING, "x")
+        store.server._send("PING")
     monkeypatch.undo()
     assert type(store.execute(settle("a", 25))) is Ended
-
-
-class _NOTHING:
-    digest, text = "0" * 40, "return 'nothing'"
 
 
 def test_a_script_that_the_server_has_lost_is_sent_again(store: RedisStore) -> None:
@@ -226,8 +222,10 @@ def full(running: Running) -> contextlib.AbstractContextManager[redis.Redis]:
 
 
 def test_i7_a_full_server_holds_nothing_more_and_still_books_what_was_spent() -> None:
+    rolling = rule("rolling", 10**12, "rolling", period_us=60_000_000)
     with own() as running, opened(running.url) as store:
-        store.execute(reserve("a", (DOLLAR, 60)))
+        for id, line in (("a", DOLLAR), ("b", rolling), ("c", rolling), ("d", rolling)):
+            store.execute(reserve(id, (line, 60), ttl_us=0 if id == "d" else TTL_US))
         with full(running) as client:
             for line in (
                 (DOLLAR, 60),
@@ -235,13 +233,18 @@ def test_i7_a_full_server_holds_nothing_more_and_still_books_what_was_spent() ->
                 (rule("new", 10), 11),
             ):  # granted, and refused for want of room
                 with fails("full", "drain its records"):
-                    store.execute(reserve("b", line))
+                    store.execute(reserve("x", line))
             assert type(store.execute(settle("a", 25))) is Ended
-            assert spent(store) == (25, 0)
+            assert type(store.execute(settle("b", 25))) is Ended
+            assert type(store.execute(Release("c"))) is Ended
+            assert store.sweep() == 1
+            assert type(store.execute(settle("d", 25))) is Ended  # late
+            assert type(store.execute(charge("e", (DOLLAR, 5)))) is Ended
+            assert (spent(store), spent(store, rolling)) == ((30, 0), (50, 0))
             client.config_set("maxmemory", 0)
-        assert type(store.execute(reserve("b", (DOLLAR, 60)))) is Granted
-        assert [entry.id for entry in store.entries()] == ["a"]
-        assert len(list(store.accounts())) == 1
+        assert type(store.execute(reserve("x", (DOLLAR, 60)))) is Granted
+        assert [entry.id for entry in store.entries()] == ["a", "b", "c", "d", "d~", "e"]
+        assert len(list(store.accounts())) == 2
 
 
 def test_a_replica_is_read_only_and_says_so() -> None:
