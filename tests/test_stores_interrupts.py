@@ -29,9 +29,7 @@ def open_ids(bursar: Bursar) -> list[str]:
     """The ids of all open reservations, after what was posted has been done."""
     store = bursar.store
     asyncio.run(store.aexecute(Release("nobody")))  # by the same worker, after what it was told before
-    if hasattr(store, "_query"):
-        return [id for (id,) in store._query("SELECT id FROM reservations")]
-    return list(store._open) if store.open_reservations() else []  # type: ignore[attr-defined]
+    return [reservation.id for reservation in store.reservations()]
 
 
 def call_once(bursar: Bursar) -> None:

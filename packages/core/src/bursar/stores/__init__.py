@@ -27,9 +27,15 @@ def open_store(url: str, clock: Clock | None = None) -> Store:
         url, folder, durability = _leases(url)
         store = PostgresStore(url, clock=clock)
         return store if folder is None else _leased(store, folder, durability)
+    if parts.scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster"):
+        from bursar.stores.redis import RedisStore
+
+        url, folder, durability = _leases(url)
+        shared = RedisStore(url, clock=clock)
+        return shared if folder is None else _leased(shared, folder, durability)
     raise InvalidInput(
         f'{url!r} names no store. Use "memory:", "sqlite:///file.db", "sqlite:///file.db?durability=process", '
-        '"postgresql://user@host/database" or "postgresql://user@host/database?leases=/var/lib/bursar".',
+        '"postgresql://user@host/database", "postgresql://user@host/database?leases=/var/lib/bursar" or "redis://host:6379/0".',
         argument="store",
     )
 

@@ -46,8 +46,8 @@ from bursar.stores.postgres.server import (
     prepare,
     split,
 )
-from bursar.stores.postgres.server_clock import ServerClock
 from bursar.stores.postgres.wire import Wire, answer_of, copied, late
+from bursar.stores.server_clock import ServerClock
 
 SWEEP_BATCH = 500
 MAX_STATEMENT = 64  # commands of one statement: each holds a lock of the server's table of locks

@@ -1,0 +1,91 @@
+-- Costs that have been incurred, and are booked whatever the limits say: bursar.law's `_charge` and `_draw`.
+
+-- As `standing`, of an account on which a cost has been incurred already.
+local function incurring(line, rule, command_version, made, max)
+  if command_version < version then -- a cost is booked by whatever policy, but an older one changes no limit
+    rule = redis.call('HGET', P .. 'a:' .. line.key, 'rule') or rule
+  end
+  local till = tonumber((select(7, rule:match(FIGURES)))) -- what was incurred in a window belongs to it, however late it is told
+  local a, why = standing(line.key, rule, till and math.min(now, till - 1) or now, made, max)
+  if not a then return nil, rejected(why, cjson.decode(rule)[9]) end
+  return a
+end
+
+-- c: "charge", id, digest, head, facts, version, max_accounts, draft, held, rules ...
+local function charge(c)
+  local id, draft = c[2], c[8]
+  if redis.call('EXISTS', P .. 'i:' .. id) == 1 then return found(id) end
+  local accounts, texts, amounts, alerts, made = {}, {}, {}, {}, {}
+  for at, line in ipairs(lines_of(c[9])) do
+    local a, refusal = incurring(line, c[9 + at], tonumber(c[6]), made, tonumber(c[7]))
+    if not a then return refusal end
+    age(a)
+    local uncovered = most(0, sub(line.amount, most(0, available(a))))
+    move(a, 0, line.amount, now, uncovered, id, draft, alerts)
+    accounts[at], amounts[at], texts[at] = a, line.amount, ready(a)
+  end
+  local entry = entry_of(c[4], amounts, c[5])
+  redis.call('ZREM', P .. 'due', id) -- first, because a server that is full still takes it, and with it what follows
+  make(accounts)
+  return '["ended",' .. now_text .. ',' .. cjson.encode(c[3]) .. ',' .. draft
+    .. ended(accounts, texts, alerts, id, 'charge', entry, 'held', c[9], 'reserved_us', now_text, 'digest', c[3], 'draft', draft)
+    .. ']'
+end
+
+-- What is still held after a draw, in the row of the lease; and its draft, which tells what an expiry would cost.
+local function keep_lease(id, row, lines, left)
+  local held, cost = {}, 0
+  for at, line in ipairs(lines) do
+    held[at] = line.key .. '\n' .. line.unit .. '\n' .. stored(left[line.key]) .. '\n'
+    if line.unit == 'USD' then cost = most(cost, left[line.key]) end
+  end
+  local draft = row.draft:gsub(',"cost_nanos":%d+}$', '}'):sub(1, -2) .. ',"cost_nanos":' .. dec(cost) .. '}'
+  redis.call('HSET', P .. 'i:' .. id, 'held', table.concat(held), 'draft', draft)
+end
+
+-- c: "draw", id, version, max_accounts, overruns, entries, held, rules ... Each entry: id, kind, its JSON, reserved_us, digest,
+-- draft, held. The amounts of `held` are the sums of the entries; where some are on the books already, the answer tells which.
+local function draw(c)
+  local known, left, row, lines = {}, nil, row_of(c[2]), {}
+  for _, entry in ipairs(c[6]) do
+    local there = redis.call('HGETALL', P .. 'i:' .. entry[1])
+    if #there > 0 then known[#known + 1] = {entry[1], there} end
+  end
+  if #known > 0 then return '["known",' .. cjson.encode(known) .. ']' end
+  if row and not row.kind then
+    left, lines = {}, lines_of(row.held)
+    for _, line in ipairs(lines) do left[line.key] = line.amount end
+  end
+  local accounts, texts, alerts, made = {}, {}, {}, {}
+  for at, line in ipairs(lines_of(c[7])) do
+    if #c[6] == 0 then
+      local a = account(line.key)
+      if a then texts[#texts + 1] = ready(a) end
+    else
+      local a, refusal = incurring(line, c[7 + at], tonumber(c[3]), made, tonumber(c[4]))
+      if not a then return refusal end
+      local held = left and left[line.key]
+      local paid = held and (less(held, line.amount) and held or line.amount) or 0
+      local over = most(0, sub(sub(line.amount, paid), most(0, available(a))))
+      if c[5][line.key] then over = most(over, num(c[5][line.key])) end
+      local last = c[6][#c[6]]
+      move(a, paid, line.amount, now, over, last[1], last[6], alerts)
+      if held then left[line.key] = sub(held, paid) end
+      accounts[at], texts[at] = a, ready(a)
+    end
+  end
+  if #c[6] > 0 then
+    redis.call('ZREM', P .. 'due', '') -- as in charge
+    for _, a in ipairs(accounts) do put(a) end
+    make(accounts)
+    for _, entry in ipairs(c[6]) do
+      record(entry[1], entry[2], entry[3], 'held', entry[7], 'reserved_us', entry[4], 'digest', entry[5], 'draft', entry[6])
+    end
+    for _, alert in ipairs(alerts) do put_out(alert) end
+    if left then keep_lease(c[2], row, lines, left) end
+  end
+  local still = {}
+  for key, amount in pairs(left or {}) do still[#still + 1] = cjson.encode(key) .. ':' .. dec(amount) end
+  return '["drawn",' .. (left and '{' .. table.concat(still, ',') .. '}' or 'null') .. ',[' .. table.concat(texts, ',') .. '],'
+    .. alerts_text(alerts) .. ']'
+end

@@ -1,0 +1,41 @@
+-- The script's beginning and end: time, the policy's version, each command, and the answer.
+--
+-- KEYS: what the names of all keys of one slot begin with. ARGV: the time ('' for the server's own), the largest time that the
+-- caller has seen, "1" where the policy's version is a copy, and the commands, each a JSON array of texts. A command reads and
+-- reckons first, and may fail meanwhile; then it writes. The answer is JSON: the time, and what each command has come to.
+
+local policy = redis.call('HMGET', P .. 'policy', 'version', 'clock')
+local seen = math.max(tonumber(policy[2] or 0), tonumber(ARGV[2]))
+if ARGV[1] == '' then
+  local time = redis.call('TIME')
+  now = time[1] * 1000000 + time[2]
+  if now < seen - 60000000 then return string.format('["clock",%d]', (seen - now) / 1000000) end
+else
+  now = tonumber(ARGV[1])
+end
+now = math.max(now, seen)
+if not policy[1] and ARGV[3] == '1' then return '["join"]' end
+version = tonumber(policy[1] or 0)
+now_text = string.format('%.0f', now)
+
+local law -- made when it is needed, since making its functions takes as long as a call that goes the short way
+local function decide(c)
+  local told
+  if c[1] == 'reserve' then told = short_reserve(c)
+  elseif c[1] == 'settle' then told = short_settle(c) end
+  if not told then
+    law = law or whole()
+    told = law(c)
+  end
+  return told
+end
+
+local answers = {'[' .. now_text}
+for at = 4, #ARGV do
+  local well, told = pcall(decide, cjson.decode(ARGV[at]))
+  if not well then told = cjson.encode({'failed', type(told) == 'table' and told.err or tostring(told)}) end
+  answers[at - 2] = told
+end
+-- A server that takes no writes has said so above, where there was anything to write.
+redis.pcall('HSET', P .. 'policy', 'clock', now_text, 'layout', '1')
+return table.concat(answers, ',') .. ']'
