@@ -85,9 +85,13 @@ def unaccounted(rules: Iterable[Rule], granted: dict[str, int], drawn: dict[str,
     return found
 
 
-def settle(store: Store, id: str, actuals: dict[str, int], cost_nanos: int, reason: str) -> None:
-    """End a lease, or correct its expiry: of what it held, this much was spent."""
+def settle(store: Store, id: str, actuals: dict[str, int], cost_nanos: int, reason: str) -> bool:
+    """End a lease, or correct its expiry: of what it held, this much was spent. False where it was given back before."""
     answer = store.execute(Settle(id, actuals, cost_nanos, {}, "cancelled", True, reason))
-    if type(answer) is Rejected and answer.why != "unknown":  # it was never granted
-        log.error("the end of the lease %s was rejected: %s %s", id, answer.why, answer.detail)
-    assert type(answer) in (Ended, Rejected)
+    if type(answer) is Ended:
+        return True
+    if answer != Rejected("ended", "release") and answer != Rejected(
+        "unknown", id
+    ):  # it was given back, or never granted
+        log.error("the end of the lease %s was rejected: %s", id, answer)
+    return False
