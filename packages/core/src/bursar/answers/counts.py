@@ -17,6 +17,7 @@ Keywords = dict[str, Any]  # keyword arguments of Usage
 _EMPTY: Json = {}
 _OBJECT = (dict, Mapping)  # told from a dict at once, from the abstract class ten times slower
 MAX_NUMBER = 2**62
+_READ_MEDIA = tuple((f"cache_read_{medium}_tokens", f"input_{medium}_tokens") for medium in ("audio", "image", "video"))
 # What may be billed: an answer where all of these are zero has told nothing.
 BILLED = (
     *("input_tokens", "output_tokens", "input_audio_ms", "output_audio_ms", "input_characters"),
@@ -159,10 +160,9 @@ def tidy(words: Keywords) -> Keywords:
     out = max(out, media)
     if "reasoning_tokens" in words:
         words["reasoning_tokens"] = min(words["reasoning_tokens"], out - media)
-    for medium in ("audio", "image", "video"):
-        name = f"cache_read_{medium}_tokens"
+    for name, medium in _READ_MEDIA:
         if name in words:
-            words[name] = min(words[name], words.get("cache_read_tokens", 0), words.get(f"input_{medium}_tokens", 0))
+            words[name] = min(words[name], words.get("cache_read_tokens", 0), words.get(medium, 0))
     return words | {"input_tokens": into, "output_tokens": out}
 
 

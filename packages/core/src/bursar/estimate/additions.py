@@ -66,7 +66,11 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
     if _compacts(body):
         found.server.append("compaction")
     reasoning = body.get("reasoning")
-    if reasoning is not None and isinstance(reasoning, OBJECT) and reasoning.get("mode") not in (None, "standard", "default"):
+    if (
+        reasoning is not None
+        and isinstance(reasoning, OBJECT)
+        and reasoning.get("mode") not in (None, "standard", "default")
+    ):
         found.server.append(
             f"the reasoning mode {reasoning['mode']!r}"
         )  # `pro` was billed 20 times the request's bytes

@@ -53,7 +53,7 @@ class Answer:
         self.complete = False  # its last event is there
         self.is_reading = False  # its reader is at work, not waiting for the caller to ask for more
         self._ended = False
-        self._headers = dict(response.headers)
+        self._headers = response.headers
         self._visit = visit
         self._keep = keep
         self._is_kept = self._is_read = False

@@ -80,7 +80,7 @@ class Trip:
             return None
         if visit.is_silent:
             return SILENT
-        return settled(visit.known or response, headers=dict(response.headers))
+        return settled(visit.known or response, headers=response.headers)
 
 
 _current: ContextVar[Trip | None] = ContextVar("bursar_wrap_trip", default=None)
