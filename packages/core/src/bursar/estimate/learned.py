@@ -62,6 +62,10 @@ class Learner:
         self._models: OrderedDict[tuple[str, str, str], _Model] = OrderedDict()
         self._runs: OrderedDict[str, deque[_Call]] = OrderedDict()
 
+    def renew_lock(self) -> None:
+        """After a fork, in the child, where a thread of the parent's may have held it. What was learned stays."""
+        self._lock = threading.Lock()
+
     def estimate(
         self,
         request: Request,
