@@ -6,6 +6,7 @@ import math
 import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bursar.errors import UnboundedEstimate
 from bursar.estimate.priors import Priors, packaged
@@ -34,8 +35,7 @@ class _Model:
     unmeasured: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """A settled call of a run: how much it had said, what that was expected to be, and what it was."""
 
     key: tuple[str, str, str]
