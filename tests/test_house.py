@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "migrations": _BASE | {"schema"},
     "stores": _BASE | _LAW | {"signing", "clock", "records", "schema", "migrations"},
     "budget": {"errors", "money", "windows", "accounts"},
-    "decisions": {"commands", "signing"},
+    "decisions": {"commands", "errors", "signing", "windows"},
     "policy": _BASE | _LAW | {"budget", "decisions", "prices", "scope"},
     "call": _BASE | _LAW | {"estimate", "prices", "scope", "waiting", "policy"},
     "refusal": _BASE | _LAW | {"budget", "decisions", "policy", "records", "sentry"},

@@ -407,6 +407,26 @@ def test_kill_ends_one_run_and_leaves_the_others(desk: Any) -> None:
         here.spend()
 
 
+def test_the_switch_of_an_account_is_forgotten_when_no_call_of_its_window_can_last(
+    desk: Any, clock: ManualClock
+) -> None:
+    here = desk(Threshold("50%", "kill"), window="day")
+    here.spend(5)
+    guard = here.bursar.guard
+    (account,) = (account.rule.key for account in here.bursar.store.accounts())
+
+    def is_stopped_after(days: int) -> bool:
+        clock.advance(days * 86_400)
+        here.operator.freeze({"run": f"another, {days}"})  # so that there is something to read
+        here.bursar._load_policy()
+        return bool(guard.policy.decisions.is_stopped(account))
+
+    assert is_stopped_after(1)
+    assert not is_stopped_after(2)
+    assert account not in str(here.bursar._held)
+    here.spend()
+
+
 def test_shadow_records_what_would_have_happened(desk: Any) -> None:
     here = desk(Threshold("50%", "block"), mode="shadow")
     here.spend(5)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from bursar import Budget, BudgetExceeded, Bursar, Operator, OperatorRequired, StoreError, Usage
+from bursar import Budget, BudgetExceeded, Bursar, Operator, OperatorRequired, Stopped, StoreError, Usage
+from bursar.commands import Definitions
 from bursar.policy_file import PolicyWatch
 from bursar.settings import Settings
+from bursar.stores.memory import MemoryStore
 
 CENT = Usage(input_tokens=1_000, output_tokens=750)  # of gpt-4o
 ONE = '[[budget]]\nname = "a"\nlimit = "0.10 USD"\n'
@@ -252,3 +254,37 @@ def test_publishing_is_all_or_nothing(desk: Callable[[str], Desk]) -> None:
     with pytest.raises(OperatorRequired):
         Operator(here.bursar.store).publish_budgets([Budget("new", "5 USD"), Budget("a", "500 USD")])
     assert set(here.bursar.store.definitions()[1]["budget"]) == {"a"}
+
+
+def test_a_reload_reads_only_what_is_newer(desk: Callable[[str], Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = desk(ONE)
+    store, read = here.bursar.store, []
+    definitions = store.definitions
+
+    def noted(since: int = 0) -> tuple[int, Definitions]:
+        version, held = definitions(since)
+        read.extend(held.get("freeze", ()))
+        return version, held
+
+    for run in ("r-1", "r-2"):
+        Operator(store).freeze({"run": run})
+        with monkeypatch.context() as here_only:
+            here_only.setattr(store, "definitions", noted)
+            here.bursar._load_policy()
+    assert read == ["run=r-1", "run=r-2"]
+    with here.bursar.scope(run="r-1"), pytest.raises(Stopped):
+        here.spend()
+
+
+def test_a_store_that_was_put_back_is_read_anew(tmp_path: Path) -> None:
+    memory = MemoryStore()
+    with Bursar(memory, [Budget("a", "1 USD")]) as bursar:
+        for number in range(3):
+            Operator(memory).freeze({"run": f"r-{number}"})
+            bursar._load_policy()
+        bursar.store = MemoryStore()
+        bursar.store.publish({"a": Budget("a", "2 USD").definition()})
+        bursar._load_policy()
+        assert [budget.limit for budget in bursar.guard.policy.budgets] == ["2 USD"]
+        assert bursar.guard.policy.version == 1
+        assert not bursar.guard.policy.decisions.any_stopped

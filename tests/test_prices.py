@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -327,3 +329,23 @@ def test_a_row_of_zeros_is_free_by_name() -> None:
     named = (":free", "moderation", "gemma-3")
     assert zero
     assert [row for row in zero if row[0] not in families and not any(word in row[1] for word in named)] == []
+
+
+@pytest.mark.parametrize("tokens", [(0, 0), (0, 7), (1_000, 420), (300_000, 5)])
+@pytest.mark.parametrize("tier", [None, "flex"])
+def test_the_price_of_tokens_alone_is_that_of_their_usage(tokens: tuple[int, int], tier: str | None) -> None:
+    """For every model of the book: where it has no price for them, both say so."""
+    book = PriceBook.packaged()
+
+    def told(price: Callable[[], int]) -> object:
+        try:
+            return price()
+        except UnknownPrice as error:
+            return str(error)
+
+    for provider in book.table.providers:
+        for model in book.table.models(provider):
+            price = book.find(provider, model, 1_790_000_000_000_000)
+            usage = Usage(input_tokens=tokens[0], output_tokens=tokens[1], service_tier=tier)
+            found = told(partial(price.tokens_nanos, *tokens, tier))
+            assert found == told(partial(price.cost_nanos, usage)), (provider, model)

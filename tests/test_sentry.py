@@ -6,12 +6,14 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import pytest
 
 from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, Operator, Stopped, Usage
 from bursar.detect import Detectors
+from bursar.reservation import Reservation
 from bursar.testing import ManualClock
 
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
@@ -237,16 +239,25 @@ def test_a_budget_that_burns_too_fast_is_told_of(make: Any, clock: ManualClock) 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_fork_s_child_does_not_wait_for_its_parents_threads(make: Any) -> None:
+@pytest.mark.parametrize("owner", ["notices.sentry._tower", "notices.sentry", "learner", "room"])
+@pytest.mark.parametrize("ends_its_parents_call", [False, True])
+def test_a_fork_s_child_does_not_wait_for_its_parents_threads(
+    make: Any, owner: str, ends_its_parents_call: bool
+) -> None:
     """A thread of the parent may be amid a look at the time; the child has no such thread, and the lock stays held."""
     bursar = make(detectors=Detectors())
+
+    def reserve() -> Reservation:
+        return bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1)
+
     with bursar.scope(run="r"):
-        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).release()
-        with bursar.guard.notices.sentry._tower._lock:
+        reservation = reserve()
+        with attrgetter(owner)(bursar.guard)._lock:
             child = os.fork()
             if not child:
                 signal.alarm(5)
-                bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).release()
+                ended = reservation if ends_its_parents_call else reserve()
+                ended.settle(Usage(input_tokens=1, output_tokens=1))
                 os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
 

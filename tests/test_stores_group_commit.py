@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from bursar.commands import Answer, Command, Extended, Release
+from bursar.errors import StoreError
 from bursar.stores import group_commit
 from bursar.stores.group_commit import GroupCommit
 
@@ -155,3 +157,28 @@ def test_commands_that_come_at_any_step_of_whoever_leads_are_applied(commits: Gr
     commits.close()
     assert len(posted) > 20
     assert sorted(id for ids, _ in log.batches for id in ids) == sorted(["first", *posted])
+
+
+@pytest.mark.parametrize("with_worker", [False, True])
+@pytest.mark.parametrize("is_awaited", [False, True])
+def test_i9_who_comes_while_the_store_is_closed_is_answered(
+    commits: GroupCommit, log: Log, monkeypatch: pytest.MonkeyPatch, with_worker: bool, is_awaited: bool
+) -> None:
+    """It is found open, and the store is closed before the command is queued."""
+    if with_worker:
+        commits.post(Release("earlier"))
+        assert log.begun.acquire(timeout=20)
+    check = commits._check_open
+
+    def found_open() -> None:
+        check()
+        commits.close()
+
+    monkeypatch.setattr(commits, "_check_open", found_open)
+    if is_awaited:
+        asyncio.run(asyncio.wait_for(commits.arun(Release("late")), 20))
+    else:
+        commits.post(Release("late"))
+    assert log.batches[-1][0] == ["late"]
+    with pytest.raises(StoreError):
+        commits.post(Release("later"))

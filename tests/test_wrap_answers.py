@@ -25,6 +25,8 @@ from pydantic import BaseModel, ValidationError
 from bursar import Budget, Bursar, Override, PriceBook, UsageRecord
 from bursar.commands import Settle
 from bursar.testing.provider import Answer, Provider, Rates, recorded
+from bursar.wrap.answer import Answer as PassingAnswer
+from bursar.wrap.doors import visit
 
 MESSAGES: Any = [{"role": "user", "content": "hello " * 50}]
 COST_NANOS = 7_500_000
@@ -339,4 +341,25 @@ def test_a_response_that_streams_in_the_background_waits_to_be_retrieved(bursar:
             assert event.type == "response.created"
         assert bursar.store.open_reservations() == 1
         client.responses.retrieve("resp_7")
+    assert only(bursar).cost_nanos == COST_NANOS
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100, 10_000])
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"])
+def test_the_events_of_a_stream_are_read_however_their_bytes_come(bursar: Bursar, size: int, end: str) -> None:
+    """The usage is read and kept from the caller, who did not ask for it; all else reaches him."""
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o"}
+    choices = [{"index": 0, "delta": {"content": "hello\n\n"}, "finish_reason": None}]
+    usage = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
+    told = [*[{**chunk, "choices": choices}] * 3, {**chunk, "choices": [], "usage": usage}]
+    events = [f"data: {json.dumps(one)}{end}".encode() for one in told] + [f"data: [DONE]{end}".encode()]
+    sent = b"".join(events)
+    body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True}
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    reservation = bursar.reserve("openai", "gpt-4o", body=body)
+    passing = PassingAnswer(reservation, visit("chat/completions", "openai", body, None, 0), response)
+    shown = b"".join(passing.feed(sent[start : start + size]) for start in range(0, len(sent), size))
+    assert shown + passing.finish() == sent.replace(events[3], b"")
+    assert passing.complete
+    passing.end_now()
     assert only(bursar).cost_nanos == COST_NANOS

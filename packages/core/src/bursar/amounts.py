@@ -51,12 +51,8 @@ class Amounts:
             context_window=call.price.context_window,
             max_output_tokens=call.price.max_output_tokens,
         )
-        usage = Usage(
-            input_tokens=estimate.input_tokens,
-            output_tokens=estimate.output_tokens,
-            service_tier=call.service_tier,
-        )
-        return amounts_of(estimate, call.price.cost_nanos(usage), requests=1)
+        cost_nanos = call.price.tokens_nanos(estimate.input_tokens, estimate.output_tokens, call.service_tier)
+        return amounts_of(estimate, cost_nanos, requests=1)
 
     def _bound(self, call: Call) -> dict[str, int]:
         """The upper bound, per attempt and round of the provider's own tools, because context tiers count per request."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from bursar.commands import Definition, Definitions
+from bursar.errors import InvalidInput
 from bursar.signing import operator_of, verifies
+from bursar.windows import window
 
 log = logging.getLogger("bursar")
 FOREVER_US = 2**62
+# How long after an account's window its switch may still have to stop a call: as long as one that is extended can last.
+_LINGERING_US = 2 * 86_400_000_000
 
 
 class Freeze(NamedTuple):
@@ -38,26 +43,18 @@ class Decisions:
     def __init__(self, held: Definitions | None = None) -> None:
         held = held or {}
         self._public = operator_of(held)
-        self.freezes = tuple(
-            Freeze(
-                name,
-                one.get("tags"),
-                one.get("account"),
-                one.get("cause", "frozen"),
-                one.get("why", ""),
-                one.get("by", ""),
-            )
-            for name, one in _plain(held.get("freeze", {}))
-            if one.get("frozen")
-        )
         # However many runs were killed, a call is looked up in them, not compared with each.
-        self._by_account = {one.account: one for one in self.freezes if one.account is not None}
-        self._by_tags: dict[tuple[str, ...], dict[tuple[str, ...], Freeze]] = {}
-        for freeze in self.freezes:
-            if freeze.account is None:
-                pairs = sorted((freeze.tags or {}).items())
-                values = self._by_tags.setdefault(tuple(name for name, _ in pairs), {})
-                values[tuple(value for _, value in pairs)] = freeze
+        self._thrown = {name: one for name, one in _plain(held.get("freeze", {})) if one.get("frozen")}
+        self._by_account: dict[str, str] = {}
+        self._by_tags: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+        for name, one in self._thrown.items():
+            account = one.get("account")
+            if account is not None:
+                self._by_account[account] = name
+                continue
+            pairs = sorted((one.get("tags") or {}).items())
+            values = self._by_tags.setdefault(tuple(tag for tag, _ in pairs), {})
+            values[tuple(value for _, value in pairs)] = name
         self._approvals = dict(_plain(held.get("approval", {})))
         granted = [*_plain(held.get("raise", {})), *self._approvals.items()]
         kinds = ["raise"] * len(held.get("raise", {})) + ["approval"] * len(self._approvals)
@@ -92,17 +89,54 @@ class Decisions:
         """Whether this question has been asked, and not been answered."""
         return id in self._approvals and self._approvals[id].get("state") == "open"
 
+    @property
+    def any_stopped(self) -> bool:
+        """Whether any switch is thrown."""
+        return bool(self._thrown)
+
+    def is_stopped(self, account: str) -> bool:
+        """Whether this account's switch is thrown."""
+        return account in self._by_account
+
     def stop(self, levels: Iterable[Mapping[str, str]], accounts: Iterable[str]) -> Freeze | None:
         """The switch that stops a call with these tags, level by level, on these accounts; None when there is none."""
         for account in accounts:
             if account in self._by_account:
-                return self._by_account[account]
+                return self._freeze(self._by_account[account])
         for tags in levels:
             for names, switches in self._by_tags.items():
-                freeze = switches.get(tuple(tags.get(name, "") for name in names))
-                if freeze is not None:
-                    return freeze
+                name = switches.get(tuple(tags.get(tag, "") for tag in names))
+                if name is not None:
+                    return self._freeze(name)
         return None
+
+    def _freeze(self, name: str) -> Freeze:
+        one = self._thrown[name]
+        cause, why, by = one.get("cause", "frozen"), one.get("why", ""), one.get("by", "")
+        return Freeze(name, one.get("tags"), one.get("account"), cause, why, by)
+
+
+def renewed(held: Definitions, newer: Definitions, now_us: int) -> Definitions:
+    """What is held, with what is newer in its place; without the switches that can stop nothing any more."""
+    kinds = {kind: {**held.get(kind, {}), **newer.get(kind, {})} for kind in [*held, *newer]}
+    if "freeze" in kinds:
+        kinds["freeze"] = {name: one for name, one in kinds["freeze"].items() if _may_stop(one.definition, now_us)}
+    return kinds
+
+
+def _may_stop(switch: Mapping[str, Any], now_us: int) -> bool:
+    account = switch.get("account")
+    return bool(switch.get("frozen")) and (account is None or now_us < _end_us(account) + _LINGERING_US)
+
+
+def _end_us(account: Any) -> int:
+    """When the account's window ends. Its key says so, which is bound to the switch's name: nobody can have it end sooner."""
+    try:
+        _, _, name, _, start_us = json.loads(account)
+        kind, _, zone = name.rpartition(" ")
+        return (window(kind, zone).bounds(start_us)[1] if start_us else None) or FOREVER_US
+    except (InvalidInput, ValueError, TypeError, AttributeError, OverflowError):
+        return FOREVER_US  # a rate has no window; and whatever else it is, the switch stays
 
 
 def _plain(held: Mapping[str, Definition]) -> list[tuple[str, dict[str, Any]]]:

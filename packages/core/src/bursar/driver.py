@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ class Driver:
         self.store = store
         self.keeper = Keeper(store, self._look, self._kill)
         self._reload = reload
+        _drivers.add(self)
 
     def run(self, steps: Generator[Step, Any, T]) -> T:
         """Carry out steps in this thread."""
@@ -122,9 +125,7 @@ class Driver:
 
         While the store is out of reach the call goes out unguarded where every budget of it says so (I12).
         """
-        if self.keeper.start():
-            self.guard.room = WaitingRoom()  # who waited in the parent does not wait here
-            self.guard.notices.sentry = self.guard.notices.sentry.anew()
+        self.keeper.start()
         now_us = self.store.now_us()
         try:
             yield from self.guard.reserve(call, now_us)
@@ -136,3 +137,22 @@ class Driver:
         if live:
             self.keeper.watch(call)
         return call
+
+    def _begin_anew(self) -> None:
+        """After a fork, in the child: no thread of the parent is here, and the locks that they held are held for ever."""
+        self.keeper.forget_all()
+        self.guard.room = WaitingRoom()  # who waited in the parent does not wait here
+        self.guard.notices.sentry = self.guard.notices.sentry.anew()
+        self.guard.learner.renew_lock()
+
+
+_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for driver in list(_drivers):
+        driver._begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

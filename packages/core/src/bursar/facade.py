@@ -14,8 +14,8 @@ from bursar.accounts import Account
 from bursar.budget import Budget
 from bursar.call import CHARGE_UNITS, CallOptions, Reload, Step, ToolOptions
 from bursar.clock import Clock
-from bursar.commands import Alert
-from bursar.decisions import Decisions
+from bursar.commands import Alert, Definitions
+from bursar.decisions import Decisions, renewed
 from bursar.detect import Detectors
 from bursar.driver import Driver
 from bursar.errors import InvalidInput, StoreError
@@ -101,6 +101,7 @@ class Bursar:
         self.store: Store = open_store(store, clock) if isinstance(store, str) else store
         self._make = CallMaker(self.guard, self.store, tags, ids)
         self._driver = Driver(self.guard, self.store, self._load_policy)
+        self._held: tuple[int, Definitions] = (0, {})  # a version of the policy, and all that stands in it
         if hasattr(self.store, "on_crossed"):  # a store with leases: what crosses a mark there is sent later
             self.store.on_crossed(self._crossed)
         self._deliverer = self._deliver(alerts)
@@ -296,7 +297,7 @@ class Bursar:
         # again where another thread has taken other settings meanwhile: else what was made of the old ones might stay
         while settings is not self._settings:
             settings = self._settings
-            version, held = self.store.definitions()
+            version, held = self._newest_definitions()
             newest = held.get("budget", {})
             names = newest if settings.names is None else settings.names
             budgets = [Budget(**content(newest[name].definition)) for name in names]
@@ -305,6 +306,16 @@ class Bursar:
                 budgets, version=version, rates=given.rates, decisions=Decisions(held), default=given.default
             )
         return self.store.now_us()
+
+    def _newest_definitions(self) -> tuple[int, Definitions]:
+        """Only what has come since the last look is read: every kill adds a definition, however many there are already."""
+        since, held = self._held
+        version, newer = self.store.definitions(since)
+        if version < since:  # the store is another one, such as a backup that was put in its place
+            held = {}
+            version, newer = self.store.definitions()
+        self._held = found = version, renewed(held, newer, self.store.now_us())
+        return found
 
     def _take(self, settings: Settings) -> None:
         """Put other settings in force. Raises StoreError or OperatorRequired, and then nothing has changed."""

@@ -110,7 +110,7 @@ class Guard:
 
     def stop_of(self, call: Call, now_us: int) -> Stopped | None:
         """The error of the switch that stops this call, if one is thrown."""
-        if not self.policy.decisions.freezes:
+        if not self.policy.decisions.any_stopped:
             return None
         freeze = self.policy.stop(call.scope, call.own_tags(), self.matched(call, now_us))
         return None if freeze is None else stopped(freeze)

@@ -35,20 +35,20 @@ class Keeper:
         self._pid = 0
         self._look_too: Callable[[], None] | None = None
 
-    def start(self) -> bool:
-        """Begin in the background; True in a fork's child, which begins anew: its parent's calls are its parent's to tend."""
+    def start(self) -> None:
+        """Begin in the background, in a fork's child too."""
         pid = os.getpid()
-        forked = self._pid not in (0, pid)
-        if forked:
-            self._live.clear()
-            self._kept.clear()
         if self._pid != pid:
             self._pid = pid
             self._stop = threading.Event()
             threading.Thread(
                 target=_keep, args=(weakref.ref(self), self._stop), daemon=True, name="bursar-keeper"
             ).start()
-        return forked
+
+    def forget_all(self) -> None:
+        """In a fork's child: its parent's calls are its parent's to tend."""
+        self._live.clear()
+        self._kept.clear()
 
     def look_too(self, look: Callable[[], None]) -> None:
         """From now on do this as often as calls in flight are looked at, whether or not there are any."""

@@ -15,6 +15,8 @@ from bursar.scope import Scope, active, check_tags, process_run
 from bursar.stores.base import Store
 from bursar.usage import Usage
 
+_NO_SCOPE = Scope({})  # outside of any
+
 
 class CallMaker:
     """Makes the calls of one Bursar. `tags`: on every call that has no such tags of its own; `ids`: new ones, for tests."""
@@ -98,7 +100,7 @@ class CallMaker:
     def _scope(self, tags: Mapping[str, str] | None, defaults: Mapping[str, str] | None) -> Scope:
         scope = active()
         if scope is None:
-            scope = Scope({})
+            scope = _NO_SCOPE
         elif "run" in scope.tags and not (tags or defaults or self._tags):
             return scope
         # the innermost explicit scope's run, else the caller's (a framework's), else one per process

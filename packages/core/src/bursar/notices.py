@@ -147,7 +147,7 @@ class Notices:
 
     def kill(self, rule: Rule, budget: str, policy: Policy) -> Generator[Step, Any, None]:
         """Throw the switch of an account, so that every process stops what is in flight on it."""
-        if any(one.account == rule.key for one in policy.decisions.freezes):
+        if policy.decisions.is_stopped(rule.key):
             return
         why = f"the budget {budget!r} reached its kill threshold"
         yield from self._switch({"account": rule.key}, "killed", why, budget)

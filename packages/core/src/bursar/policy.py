@@ -197,7 +197,7 @@ class Policy:
 
     def stop(self, scope: Scope, own: Mapping[str, str], matched: Iterable[Matched]) -> Freeze | None:
         """The switch that stops a call in this scope with these tags of its own, if one is thrown."""
-        if not self.decisions.freezes:
+        if not self.decisions.any_stopped:
             return None
         levels = [{**tags, **own} for tags in scope.path]
         return self.decisions.stop(levels, (one.rule.key for one in matched))

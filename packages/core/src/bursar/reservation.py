@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from bursar.call import Call, Step, Steps
+from bursar.commands import Entry
 from bursar.driver import Driver
 from bursar.errors import BursarError, InvalidInput, Stopped, StoreError, UnknownPrice, UnreadableAnswer
 from bursar.guard import log
@@ -16,7 +17,7 @@ from bursar.outcome import surely_not_billed
 from bursar.records import UsageRecord
 from bursar.usage import Usage
 
-Ending = Generator[Step, Any, UsageRecord | None]
+Ending = Generator[Step, Any, Entry | None]  # what the books say of it, which few ask to see as a record
 
 
 class Reservation:
@@ -76,39 +77,43 @@ class Reservation:
         An answer whose usage or price cannot be read is booked at the reserved amount, as estimated. Returns the usage record.
         Raises IdempotencyConflict, ReservationEnded or StoreError; after a StoreError Bursar goes on trying by itself.
         """
-        return self._driver.run(self._settling(answer, outcome, reason, headers))
+        return _record(self._driver.run(self._settle(answer, outcome=outcome, reason=reason, headers=headers)))
 
     async def asettle(
         self, answer: Any, *, outcome: str = "completed", reason: str = "", headers: Mapping[str, str] | None = None
     ) -> UsageRecord | None:
         """As `settle`, for async callers."""
-        return await self._driver.arun(self._settling(answer, outcome, reason, headers))
+        return _record(await self._driver.arun(self._settle(answer, outcome=outcome, reason=reason, headers=headers)))
 
     def release(self, reason: str = "") -> UsageRecord | None:
         """Give everything back: the call was not sent, or clearly refused before generation."""
-        return self._driver.run(self._releasing(reason))
+        return _record(self._driver.run(self._release(reason)))
 
     async def arelease(self, reason: str = "") -> UsageRecord | None:
         """As `release`, for async callers."""
-        return await self._driver.arun(self._releasing(reason))
+        return _record(await self._driver.arun(self._release(reason)))
 
     def settle_unknown(self, reason: str, *, known: Usage | None = None) -> UsageRecord | None:
         """Book the reserved amount, as estimated: the call may have been billed (a time-out, a cut stream, a lost answer)."""
-        return self._driver.run(self._unknown(reason, known))
+        return _record(self._driver.run(self._settle_unknown(reason, known=known)))
 
     async def asettle_unknown(self, reason: str, *, known: Usage | None = None) -> UsageRecord | None:
         """As `settle_unknown`, for async callers."""
-        return await self._driver.arun(self._unknown(reason, known))
+        return _record(await self._driver.arun(self._settle_unknown(reason, known=known)))
 
     def settle_error(self, error: BaseException, *, known: Usage | None = None) -> UsageRecord | None:
         """End by an error of the call: released when it was surely not billed (4xx, never connected), else booked as estimated."""
-        return self._driver.run(self._failing(error, known))
+        return _record(self._driver.run(self._settle_error(error, known=known)))
 
     async def asettle_error(self, error: BaseException, *, known: Usage | None = None) -> UsageRecord | None:
         """As `settle_error`, for async callers."""
-        return await self._driver.arun(self._failing(error, known))
+        return _record(await self._driver.arun(self._settle_error(error, known=known)))
 
-    def _settling(self, answer: Any, outcome: str, reason: str, headers: Mapping[str, str] | None) -> Ending:
+    # The steps of each of these, by its name: those who end calls for others carry them out, see bursar.ending.
+
+    def _settle(
+        self, answer: Any, *, outcome: str = "completed", reason: str = "", headers: Mapping[str, str] | None = None
+    ) -> Ending:
         call, driver = self._call, self._driver
         if call.request is None:
             cost = tool_cost(answer)
@@ -121,31 +126,31 @@ class Reservation:
             return (yield from self._ending(steps))
         except UnreadableAnswer as error:
             if error.fields.get("reason") == "not_billable":
-                return (yield from self._releasing(str(error)[:200], "failed"))
+                return (yield from self._release(str(error)[:200], "failed"))
             log.warning("%s It is booked at the reserved amount, as estimated.", error)
-            return (yield from self._unknown(str(error), error.fields.get("partial")))
+            return (yield from self._settle_unknown(str(error), known=error.fields.get("partial")))
         except UnknownPrice as error:
             log.warning("%s It is booked at the reserved amount, as estimated.", error)
-            return (yield from self._unknown(str(error), None))
+            return (yield from self._settle_unknown(str(error)))
 
-    def _releasing(self, reason: str, outcome: str = "cancelled") -> Ending:
+    def _release(self, reason: str = "", outcome: str = "cancelled") -> Ending:
         return (
             yield from self._ending(
                 self._driver.guard.release(self._call, reason, self._driver.store.now_us(), outcome=outcome)
             )
         )
 
-    def _unknown(self, reason: str, known: Usage | None) -> Ending:
+    def _settle_unknown(self, reason: str, *, known: Usage | None = None) -> Ending:
         now_us = self._driver.store.now_us()
         return (
             yield from self._ending(self._driver.guard.settle_unknown(self._call, reason[:200], now_us, known=known))
         )
 
-    def _failing(self, error: BaseException, known: Usage | None) -> Ending:
+    def _settle_error(self, error: BaseException, *, known: Usage | None = None) -> Ending:
         reason = type(error).__name__
         if surely_not_billed(error):
-            return (yield from self._releasing(reason, "failed"))
-        return (yield from self._unknown(reason, known))
+            return (yield from self._release(reason, "failed"))
+        return (yield from self._settle_unknown(reason, known=known))
 
     def _ending(self, steps: Steps) -> Ending:
         """Run an end's steps; what the store cannot take now is kept, and tried again in the background."""
@@ -164,7 +169,7 @@ class Reservation:
                     step = steps.send(answer)
         except StopIteration as stop:
             self._driver.keeper.forget(self._call)
-            return None if stop.value is None else UsageRecord.of(stop.value)
+            return stop.value  # type: ignore[no-any-return]
 
 
 class Block:
@@ -208,10 +213,10 @@ class Block:
         if not self._reservation.is_open or self._driver.keeper.keeps(self._call):
             return None
         if self._call.request is None:
-            return self._reservation._settling(None, "completed" if error is None else "failed", "", None)
+            return self._reservation._settle(None, outcome="completed" if error is None else "failed")
         if error is None:
-            return self._reservation._unknown("left without settling", None)
-        return self._reservation._failing(error, None)
+            return self._reservation._settle_unknown("left without settling")
+        return self._reservation._settle_error(error)
 
     @contextlib.contextmanager
     def _reported(self, error: BaseException | None) -> Generator[None]:
@@ -222,6 +227,10 @@ class Block:
                 raise
             # The call's own error is the one to see; the settlement is kept and tried again by the guard.
             log.error("while ending %s: %s", self._call.id, failure)
+
+
+def _record(entry: Entry | None) -> UsageRecord | None:
+    return None if entry is None else UsageRecord.of(entry)
 
 
 def tool_cost(cost: str | None) -> int | None:

@@ -63,7 +63,7 @@ class Scope:
     `limits` are (tags at the level, limit text) of scopes that were opened with a budget of their own.
     """
 
-    __slots__ = ("_key", "limits", "path", "tags")
+    __slots__ = ("_key", "_like", "limits", "path", "tags")
 
     def __init__(self, tags: dict[str, str], parent: Scope | None = None, limit: str | None = None) -> None:
         self.tags: dict[str, str] = tags if parent is None else {**parent.tags, **tags}
@@ -74,17 +74,22 @@ class Scope:
         if limit is not None:
             self.limits = (*self.limits, (self.tags, limit))
         self._key = ""
+        self._like: Scope | None = None
 
     def with_tags(self, tags: dict[str, str], defaults: Mapping[str, str]) -> Scope:
         """The same scope with more tags at its innermost level: `tags` win over its own, `defaults` do not."""
         leaf = {**defaults, **self.tags, **tags}
         if leaf == self.tags:
             return self
-        scope = Scope.__new__(Scope)
-        scope.tags = leaf
-        scope.path = (*self.path[:-1], leaf)
-        scope.limits = self.limits
-        scope._key = ""
+        scope = self._like  # as the last call had it: one handler's calls mostly have the same
+        if scope is None or scope.tags != leaf:
+            scope = Scope.__new__(Scope)
+            scope.tags = leaf
+            scope.path = (*self.path[:-1], leaf)
+            scope.limits = self.limits
+            scope._key = ""
+            scope._like = None
+            self._like = scope
         return scope
 
     def as_text(self) -> str:
@@ -106,7 +111,7 @@ class Scope:
                 f"{str(text)[:60]!r} is no scope of another process. Hand on what `scope_environ()` or `scope_headers()` gave.",
                 argument="carried",
             ) from None
-        scope.tags, scope._key = scope.path[-1], ""
+        scope.tags, scope._key, scope._like = scope.path[-1], "", None
         return scope
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -60,9 +61,9 @@ class Usage:
     other_models: tuple[Usage, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
+        for value in _counts(self):
             if type(value) is not int or not 0 <= value <= MAX_COUNT:
+                name = next(name for name in _COUNTS if getattr(self, name) is value)
                 raise InvalidInput(
                     f"Usage.{name} must be a whole number from 0 to 2^48, got {value!r}. "
                     "Pass the provider's count as it is.",
@@ -125,3 +126,4 @@ class Usage:
 
 _EMPTY = tuple((f.name, _NOTHING if f.name == "server_tools" else f.default) for f in fields(Usage))
 _COUNTS = tuple(f.name for f in fields(Usage) if type(f.default) is int)
+_counts = attrgetter(*_COUNTS)  # all at once, for every Usage that is made

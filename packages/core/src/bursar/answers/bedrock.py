@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bursar.answers.counts import Json, Keywords, count, items, part, reported, tidy, tier, tools, total, usage_of, word
+from bursar.answers.counts import (
+    OBJECT,
+    Json,
+    Keywords,
+    count,
+    items,
+    part,
+    reported,
+    tidy,
+    tier,
+    tools,
+    total,
+    usage_of,
+    word,
+)
 from bursar.answers.tally import Tally
 
 _HEADER = "x-amzn-bedrock-"
@@ -27,9 +41,10 @@ class Bedrock(Tally):
     def claims(data: Json) -> bool:
         if not _MARKS.isdisjoint(data):
             return True
-        usage = part(data, "metadata").get("usage") if isinstance(data.get("metadata"), Mapping) else None
+        metadata = data.get("metadata")
+        usage = metadata.get("usage") if metadata is not None and isinstance(metadata, OBJECT) else None
         usage = usage or data.get("usage")
-        return isinstance(usage, Mapping) and not _COUNTS.isdisjoint(usage)
+        return usage is not None and isinstance(usage, OBJECT) and not _COUNTS.isdisjoint(usage)
 
     def feed(self, data: Json) -> None:
         inner = part(data, "metadata") if isinstance(data.get("metadata"), Mapping) else {}

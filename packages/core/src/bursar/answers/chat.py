@@ -37,6 +37,7 @@ _TOOLS = frozenset(
         "num_search_queries",
     }
 )  # where `usage_tools` looks
+_NO_TOOLS: Counter[str] = Counter()
 _GROQ_TOOLS = {
     "search": "web_search",
     "visit": "web_fetch",
@@ -78,7 +79,7 @@ class Chat(Tally):
         for choice in items(data, "choices"):
             for name in ("message", "delta"):
                 message = choice.get(name)
-                if isinstance(message, dict):
+                if isinstance(message, dict) and "executed_tools" in message:
                     self.used.update(_GROQ_TOOLS.get(kind, kind) for kind in _kinds(items(message, "executed_tools")))
 
     def counts(self) -> Keywords | None:
@@ -169,9 +170,9 @@ def stated(usage: Json) -> int | None:
 
 def usage_tools(usage: Json) -> Counter[str]:
     """Server-side tools as usage objects count them, under Bursar's names."""
-    used: Counter[str] = Counter()
     if _TOOLS.isdisjoint(usage):
-        return used
+        return _NO_TOOLS
+    used: Counter[str] = Counter()
     for name in ("server_tool_use", "server_tool_use_details"):  # Anthropic, OpenRouter
         for key, value in part(usage, name).items():
             tool, _, what = (word(key) or "").rpartition("_")
@@ -215,7 +216,7 @@ def _usage_of(data: Json) -> Json | None:
 
 def images_made(data: Json) -> int:
     """Images that were made: `data: [{url | b64_json}]`."""
-    return sum(1 for item in items(data, "data") if item.get("url") or item.get("b64_json"))
+    return sum(1 for item in items(data, "data") if item.get("url") or item.get("b64_json")) if "data" in data else 0
 
 
 def _heard(data: Json) -> bool:

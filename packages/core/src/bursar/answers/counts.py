@@ -15,8 +15,9 @@ from bursar.usage import MAX_COUNT, Usage
 Json = Mapping[str, Any]
 Keywords = dict[str, Any]  # keyword arguments of Usage
 _EMPTY: Json = {}
-_OBJECT = (dict, Mapping)  # told from a dict at once, from the abstract class ten times slower
+OBJECT = (dict, Mapping)  # told from a dict at once, from the abstract class ten times slower
 MAX_NUMBER = 2**62
+_READ_MEDIA = tuple((f"cache_read_{medium}_tokens", f"input_{medium}_tokens") for medium in ("audio", "image", "video"))
 # What may be billed: an answer where all of these are zero has told nothing.
 BILLED = (
     *("input_tokens", "output_tokens", "input_audio_ms", "output_audio_ms", "input_characters"),
@@ -89,7 +90,7 @@ def part(data: Json, *names: str) -> Json:
         value = data.get(name)
         if value is None or value == "":
             continue
-        if not isinstance(value, _OBJECT):
+        if not isinstance(value, OBJECT):
             raise unreadable(f"`{name}` is not an object")
         return value
     return _EMPTY
@@ -98,7 +99,7 @@ def part(data: Json, *names: str) -> Json:
 def items(data: Json, name: str) -> list[Json]:
     """The objects of a list; empty when it is not there. Other things in the list are passed over."""
     value = data.get(name)
-    return [item for item in value if isinstance(item, _OBJECT)] if isinstance(value, list | tuple) else []
+    return [item for item in value if isinstance(item, OBJECT)] if isinstance(value, (list, tuple)) else []
 
 
 def total(data: Json, *names: str) -> int:
@@ -130,7 +131,7 @@ def reported(usage: Json) -> bool:
         if not stack:
             return False
         value = stack.pop()
-        if isinstance(value, _OBJECT):
+        if isinstance(value, OBJECT):
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
             stack.extend(value)
@@ -159,10 +160,9 @@ def tidy(words: Keywords) -> Keywords:
     out = max(out, media)
     if "reasoning_tokens" in words:
         words["reasoning_tokens"] = min(words["reasoning_tokens"], out - media)
-    for medium in ("audio", "image", "video"):
-        name = f"cache_read_{medium}_tokens"
+    for name, medium in _READ_MEDIA:
         if name in words:
-            words[name] = min(words[name], words.get("cache_read_tokens", 0), words.get(f"input_{medium}_tokens", 0))
+            words[name] = min(words[name], words.get("cache_read_tokens", 0), words.get(medium, 0))
     return words | {"input_tokens": into, "output_tokens": out}
 
 

@@ -14,14 +14,16 @@ from bursar.answers.counts import unreadable
 from bursar.errors import UnreadableAnswer
 
 _decode = json.JSONDecoder(parse_float=Decimal).decode
+# As tuples: types joined by | are joined anew at each look, and every event of every stream is looked at.
+_BYTES, _DATA = (bytes, bytearray, memoryview), (str, dict, list, int, float)
 MAX_TEXT = 64 * 2**20  # characters: an answer with images is tens of megabytes at most
 
 
 def plain(value: Any) -> Any:
     """A dict, a list or a text out of whatever holds an answer. Raises UnreadableAnswer for what holds none."""
-    if isinstance(value, bytes | bytearray | memoryview):
+    if isinstance(value, _BYTES):
         value = bytes(value).decode("utf-8", "replace")
-    if value is None or isinstance(value, str | dict | list | int | float):
+    if value is None or isinstance(value, _DATA):
         return value
     try:
         return _object(value)

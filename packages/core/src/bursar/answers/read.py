@@ -61,7 +61,10 @@ def read_usage(provider: str, body: Any, *, headers: Mapping[str, Any] | None = 
 
 
 def _read(provider: str, body: Any, headers: Mapping[str, Any], status: int) -> Usage:
-    code = getattr(body, "status_code", None)
+    is_answer = isinstance(body, (dict, list)) or hasattr(
+        type(body), "model_dump"
+    )  # pydantic looks long for what is not there
+    code = None if is_answer else getattr(body, "status_code", None)
     if isinstance(code, int) and hasattr(body, "content") and hasattr(body, "headers"):
         body, headers, status = body.content, body.headers, code  # an HTTP response
     data = plain(body)

@@ -41,12 +41,14 @@ class Buckets:
 
     def _turn(self, now_us: int) -> None:
         newest = now_us // self._width_us
+        if newest <= self._newest:
+            return
         count = len(self._values)
         for passed in range(self._newest + 1, min(newest, self._newest + count) + 1):
             self._values[passed % count] = 0
         if newest > self._newest + count:
             self._values = array("q", bytes(8 * count))
-        self._newest = max(self._newest, newest)
+        self._newest = newest
 
 
 class Velocity:
@@ -99,11 +101,12 @@ class Velocity:
         if period_us < 24 * 60 * MINUTE_US or limit_nanos <= 0:
             return None
         for name, long, short, rate_x10 in _BURNS:
-            if all(  # the short window first: its sum is the cheaper, and mostly the only one that is made
-                self._spent.sum(now_us, minutes) * period_us * 10 > rate_x10 * limit_nanos * minutes * MINUTE_US
-                for minutes in (short, long)
-            ):
-                spent = self._spent.sum(now_us, long)
+            fastest = rate_x10 * limit_nanos * MINUTE_US
+            # the short window first: its sum is the cheaper, and mostly the only one that is made
+            if self._spent.sum(now_us, short) * period_us * 10 <= fastest * short:
+                continue
+            spent = self._spent.sum(now_us, long)
+            if spent * period_us * 10 > fastest * long:
                 left = limit_nanos * long // spent
                 why = (
                     f"${spent / 1e9:.2f} went in {long} minutes, and it still goes on ({name} burn): the whole budget of "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bursar.estimate.measure import words
+from bursar.estimate.measure import OBJECT, words
 
 # Anthropic, "Handling stop reasons", pause_turn: the server's loop stops after 10 rounds.
 _ANTHROPIC_ROUNDS = 10
@@ -66,7 +66,11 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
     if _compacts(body):
         found.server.append("compaction")
     reasoning = body.get("reasoning")
-    if isinstance(reasoning, Mapping) and reasoning.get("mode") not in (None, "standard", "default"):
+    if (
+        reasoning is not None
+        and isinstance(reasoning, OBJECT)
+        and reasoning.get("mode") not in (None, "standard", "default")
+    ):
         found.server.append(
             f"the reasoning mode {reasoning['mode']!r}"
         )  # `pro` was billed 20 times the request's bytes
@@ -76,7 +80,8 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
     for name in _STORED:
         if body.get(name):
             found.stored = f"`{name}`"
-    if isinstance(body.get("prompt"), Mapping):
+    prompt = body.get("prompt")
+    if prompt is not None and isinstance(prompt, OBJECT):
         found.stored = "a stored prompt"
     if "compact" in endpoint or "agent" in endpoint:
         found.stored = found.stored or f"the endpoint {endpoint!r}"
@@ -90,7 +95,9 @@ def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, 
 def _tools(body: Mapping[str, Any]) -> Iterator[Any]:
     for key in _TOOL_LISTS:
         value = body.get(key)
-        if isinstance(value, Mapping):  # Gemini also takes one tool that stands alone
+        if value is None:
+            continue
+        if isinstance(value, OBJECT):  # Gemini also takes one tool that stands alone
             value = [value] if key == "tools" else value.get("tools")
         if isinstance(value, (list, tuple)) and key != "mcp_servers":
             yield from value
@@ -128,7 +135,9 @@ def _tool(tool: Any, anthropic: bool) -> tuple[str, bool]:
 
 def _compacts(body: Mapping[str, Any]) -> bool:
     management = body.get("context_management")
-    edits = management.get("edits") if isinstance(management, Mapping) else management
+    if management is None:
+        return False
+    edits = management.get("edits") if isinstance(management, OBJECT) else management
     return isinstance(edits, (list, tuple)) and any(
         "compact" in str(edit.get("type")) for edit in edits if isinstance(edit, Mapping)
     )

@@ -6,6 +6,7 @@ import math
 import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bursar.errors import UnboundedEstimate
 from bursar.estimate.priors import Priors, packaged
@@ -34,8 +35,7 @@ class _Model:
     unmeasured: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """A settled call of a run: how much it had said, what that was expected to be, and what it was."""
 
     key: tuple[str, str, str]
@@ -61,6 +61,10 @@ class Learner:
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[str, str, str], _Model] = OrderedDict()
         self._runs: OrderedDict[str, deque[_Call]] = OrderedDict()
+
+    def renew_lock(self) -> None:
+        """After a fork, in the child, where a thread of the parent's may have held it. What was learned stays."""
+        self._lock = threading.Lock()
 
     def estimate(
         self,

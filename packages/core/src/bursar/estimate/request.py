@@ -11,7 +11,7 @@ from typing import Any
 from bursar.errors import InvalidInput
 from bursar.estimate.additions import Additions, read_additions
 from bursar.estimate.families import family_of, line_of
-from bursar.estimate.measure import CONVERSATION, Meter
+from bursar.estimate.measure import CONVERSATION, OBJECT, Meter
 from bursar.estimate.plain import json_bytes
 
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_gen_len", "max_tokens_to_sample")
@@ -65,6 +65,7 @@ class Request:
         "family",
         "features",
         "input_tokens",
+        "kind",
         "line",
         "marks",
         "max_output_tokens",
@@ -97,8 +98,8 @@ class Request:
         self.model = model
         self.endpoint = endpoint or ""
         self.family = family_of(provider, model)
-        session = not isinstance(body, Mapping) and body is not None
-        fields: Mapping[str, Any] = body if isinstance(body, Mapping) else {}
+        fields: Mapping[str, Any] = body if isinstance(body, OBJECT) else {}
+        session = body is not None and fields is not body
         meter = Meter()
         meter.body(fields)
         if session:
@@ -107,9 +108,7 @@ class Request:
             meter.conversation([messages] if isinstance(messages, str) else messages)
         meter.close()
         name = model.lower()
-        self.embeds = any(part in name for part in _NO_OUTPUT_MODELS) or any(
-            part in self.endpoint for part in _NO_OUTPUT_ENDPOINTS
-        )
+        self.embeds = _embeds(self.endpoint, name)
         self.line = line_of(self.family, provider, model, self.embeds)
         self.additions: Additions = read_additions(provider.lower(), name, self.endpoint, fields)
         self.stored = meter.stored or self.additions.stored
@@ -131,6 +130,7 @@ class Request:
         self.size = meter.size
         self.measured = messages is not None or session or bool(meter.messages or meter.text_bytes or self.media)
         self.features = _features(meter, fields, self.additions)
+        self.kind = self._kind()
 
     def for_model(self, model: str) -> Request:
         """The same request to another model of the same provider."""
@@ -138,10 +138,10 @@ class Request:
         other.model = model
         other.family = family_of(self.provider, model)
         other.line = line_of(other.family, self.provider, model, self.embeds)
+        other.kind = other._kind()
         return other
 
-    @property
-    def kind(self) -> str:
+    def _kind(self) -> str:
         """How it is bounded: declared, routed, server_tools, generated, session, stored, unmeasured, media, text."""
         if self.input_tokens is not None:
             return "declared"
@@ -175,6 +175,12 @@ class Request:
         if kind == "server_tools" and self.additions.rounds is None:
             return f"the provider runs {', '.join(self.additions.server[:3])} on its side, with no limit on the rounds"
         return None
+
+
+@lru_cache(maxsize=4096)
+def _embeds(endpoint: str, name: str) -> bool:
+    """Whether its answer has no text."""
+    return any(part in name for part in _NO_OUTPUT_MODELS) or any(part in endpoint for part in _NO_OUTPUT_ENDPOINTS)
 
 
 @lru_cache(maxsize=4096)
@@ -222,7 +228,7 @@ def _output_limit(body: Mapping[str, Any]) -> int | None:
     found = [body.get(name) for name in _OUTPUT_LIMITS]
     for section, names in _NESTED_LIMITS:
         part = body.get(section)
-        if isinstance(part, Mapping):
+        if part is not None and isinstance(part, OBJECT):
             found += [part.get(name) for name in names]
     limits = [value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 0]
     return max(limits) if limits else None
@@ -231,7 +237,7 @@ def _output_limit(body: Mapping[str, Any]) -> int | None:
 def _answers(body: Mapping[str, Any]) -> int:
     config = body.get("generationConfig") or body.get("generation_config")
     found = [body.get("n"), body.get("best_of"), body.get("num_generations")]
-    if isinstance(config, Mapping):
+    if config is not None and isinstance(config, OBJECT):
         found += [config.get("candidateCount"), config.get("candidate_count")]
     prompts = body.get("prompt")
     texts = len(prompts) if isinstance(prompts, (list, tuple)) and prompts and not isinstance(prompts[0], int) else 1

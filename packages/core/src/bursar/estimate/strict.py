@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bursar.errors import UnboundedEstimate
 from bursar.estimate.media import bound_tokens
@@ -20,8 +20,7 @@ TOOL_OVERHEAD = 64
 HIDDEN_PROMPT_OVERHEAD = 2_560
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What one call may use before it is sent: totals over all its answers and, in strict mode, over the client's own
     retries.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bursar.errors import UnknownPrice
 from bursar.prices.rates import Level, Rates
-from bursar.usage import Usage
+from bursar.usage import MAX_COUNT, Usage
 
 _UNLIMITED_TOKENS = 2**31 - 1
 
@@ -75,6 +75,16 @@ class ModelPrice:
             return usage.stated_cost_nanos
         total, scale = self.cost_fraction(usage)
         return (2 * total + scale) // (2 * scale)  # half up: the total is never negative
+
+    def tokens_nanos(self, input_tokens: int, output_tokens: int, service_tier: str | None = None) -> int:
+        """`cost_nanos` of a usage that counts nothing but these, without making it."""
+        rates = self._tier(service_tier, None)
+        level = rates.plain or rates.level(input_tokens)
+        total = input_tokens * level.coefficients[0] + output_tokens * level.coefficients[1]
+        if total <= 0 or level.beside or rates.gaps or input_tokens + output_tokens > MAX_COUNT:
+            usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, service_tier=service_tier)
+            return self.cost_nanos(usage)
+        return (2 * total + level.scale) // (2 * level.scale)
 
     def cost_fraction(self, usage: Usage) -> tuple[int, int]:
         """The exact cost of what is counted, as (numerator, denominator) in nano-dollars, whatever bill the provider states."""

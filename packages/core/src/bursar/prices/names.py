@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 # How frameworks, gateways and SDKs spell a provider -> the name in the price book. Underscores and blanks are read as hyphens.
 _PROVIDERS = {
@@ -76,6 +77,7 @@ _ROUTES = re.compile(r":(?:online|nitro|floor|exacto)$")  # how OpenRouter picks
 _RULES = ((_ROUTES, "openrouter"), (_DEPLOYMENT, "azure"), (_BEDROCK_VERSION, "bedrock"), (_SNAPSHOT, None))
 
 
+@lru_cache(maxsize=4_096)
 def provider_name(provider: str) -> str:
     """The price book's name for any spelling of a provider: `google_genai` -> `google`, `vertex_ai` -> `vertex`."""
     plain = re.sub(r"[\s_]+", "-", provider.strip().lower())

@@ -44,8 +44,8 @@ class Store(Protocol):
         """
         ...
 
-    def definitions(self) -> tuple[int, Definitions]:
-        """The policy's version, and the newest definition of everything."""
+    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
+        """The policy's version, and the newest definition of everything that was defined after version `since`."""
         ...
 
     def version(self) -> int:

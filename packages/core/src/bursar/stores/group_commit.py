@@ -99,8 +99,7 @@ class GroupCommit:
         except BaseException:
             item = _Item(command)
             item.answer, item.tried = answer, True
-            self._queue.append(item)
-            self._wake_worker()
+            self._put(item)
             raise
         return _given(answer)
 
@@ -112,25 +111,34 @@ class GroupCommit:
         item = _Item(command)
         item.loop = asyncio.get_running_loop()
         item.future = item.loop.create_future()
-        self._queue.append(item)
-        self._wake_worker()
+        self._put(item)
         return await item.future
 
     def post(self, command: Command) -> None:
         """Apply one command soon, on the worker thread; nobody waits for its answer."""
         self._check_open()
-        self._queue.append(_Item(command))
-        self._wake_worker()
+        self._put(_Item(command))
 
     def close(self) -> None:
         """Refuse new commands, and apply the queued ones."""
         self._closed = True
-        while self._queue:
-            with self._turn:
-                self._lead()
+        self._empty()
         self._wake.put(None)
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
+
+    def _put(self, item: _Item) -> None:
+        """Queue what nobody leads for: the worker does, or whoever comes when closing has looked for the last time."""
+        self._queue.append(item)
+        if self._closed:
+            self._empty()
+        else:
+            self._wake_worker()
+
+    def _empty(self) -> None:
+        while self._queue:
+            with self._turn:
+                self._lead()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -151,9 +159,7 @@ class GroupCommit:
         while not self._closed:
             self._wake.get()
             self._awake = False
-            while self._queue:
-                with self._turn:
-                    self._lead()
+            self._empty()
 
     def _is_first(self, item: _Item) -> bool:
         """Nobody goes before those who wait already: they would be left to a batch of their own."""

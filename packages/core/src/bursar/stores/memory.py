@@ -109,9 +109,13 @@ class MemoryStore:
         assert type(version) is int
         return version
 
-    def definitions(self) -> tuple[int, Definitions]:
+    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
         with self._lock:
-            return self.version(), {kind: dict(held) for kind, held in self._definitions.items()}
+            newer = {
+                kind: {name: one for name, one in held.items() if one.version > since}
+                for kind, held in self._definitions.items()
+            }
+            return self.version(), {kind: held for kind, held in newer.items() if held}
 
     def _put_out(self, id: str) -> None:
         self._outbox[id] = (0, 0, False)

@@ -230,12 +230,12 @@ class SqliteStore:
 
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """In one transaction; a definition that is the newest already is left alone."""
-        version, held = self.definitions()
-        if not changes(kind, definitions, held):
-            return version
+        asked = (kind, json.dumps(list(definitions)))
+        if not changes(kind, definitions, _definitions(self._query(rows.STANDING_DEFINITIONS, asked))):
+            return self.version()
         with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            held = _definitions(connection.execute(rows.NEWEST_DEFINITIONS).fetchall())
+            held = _definitions(connection.execute(rows.STANDING_DEFINITIONS, asked).fetchall())
             now_us = self.now_us()
             new = [(kind, name, rows.dumps(one), now_us) for name, one in changes(kind, definitions, held).items()]
             connection.executemany(rows.PUBLISH, new)
@@ -243,9 +243,10 @@ class SqliteStore:
             connection.execute("COMMIT")
         return int(version)
 
-    def definitions(self) -> tuple[int, Definitions]:
-        found = _definitions(self._query(rows.NEWEST_DEFINITIONS))
-        return max((one.version for held in found.values() for one in held.values()), default=0), found
+    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
+        version = self.version()  # first: what is published between the two belongs to what is found
+        found = _definitions(self._query(rows.NEWER_DEFINITIONS, (since,)))
+        return max((one.version for held in found.values() for one in held.values()), default=version), found
 
     def version(self) -> int:
         return int(self._query(rows.VERSION)[0][0] or 0)

@@ -22,9 +22,14 @@ _ACCOUNT = (
 )
 ALL_ACCOUNTS = f"SELECT {_ACCOUNT} FROM accounts ORDER BY key"
 SOME_ACCOUNTS = f"SELECT {_ACCOUNT} FROM accounts WHERE key IN (SELECT value FROM json_each(?))"
-NEWEST_DEFINITIONS = (
-    "SELECT version, kind, name, definition FROM definitions "
-    "WHERE version IN (SELECT max(version) FROM definitions GROUP BY kind, name)"
+_DEFINITIONS = "SELECT version, kind, name, definition FROM definitions"
+NEWER_DEFINITIONS = (
+    f"{_DEFINITIONS} WHERE version IN (SELECT max(version) FROM definitions WHERE version>? GROUP BY kind, name)"
+)
+# What a publisher has to know: how the same things stand, and who the operator is.
+STANDING_DEFINITIONS = (
+    f"{_DEFINITIONS} WHERE version IN (SELECT max(version) FROM definitions WHERE name='operator' AND kind='operator' "
+    "OR kind=? AND name IN (SELECT value FROM json_each(?)) GROUP BY kind, name)"
 )
 PUBLISH = "INSERT INTO definitions(kind, name, definition, published_us) VALUES (?, ?, ?, ?)"
 VERSION = "SELECT max(version) FROM definitions"

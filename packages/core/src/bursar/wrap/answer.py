@@ -52,8 +52,8 @@ class Answer:
         self.reservation = reservation
         self.complete = False  # its last event is there
         self.is_reading = False  # its reader is at work, not waiting for the caller to ask for more
-        self._ended = False
-        self._headers = dict(response.headers)
+        self.has_ended = False  # how it ends has been asked
+        self._headers = response.headers
         self._visit = visit
         self._keep = keep
         self._is_kept = self._is_read = False
@@ -105,6 +105,8 @@ class Answer:
 
     def _events(self, data: bytes) -> bytes:
         """Server-sent events. Source: WHATWG HTML, 9.2.6."""
+        if not self._held and 0 < data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one, as most reads bring
+            return data if self._event(data) or not self._hides_usage else b""
         passed = self._hold(data)
         start = 0
         shown: list[bytes] = [passed]
@@ -162,9 +164,9 @@ class Answer:
 
     def ending(self) -> Ending | None:
         """How the reservation ends, asked once; None when it has ended already, or waits for another to read the answer."""
-        if self._ended:
+        if self.has_ended:
             return None
-        self._ended = True
+        self.has_ended = True
         try:
             usage = self._reader.usage()
             partial = self._reader.partial() if usage is None else None

@@ -80,7 +80,7 @@ class Trip:
             return None
         if visit.is_silent:
             return SILENT
-        return settled(visit.known or response, headers=dict(response.headers))
+        return settled(visit.known or response, headers=response.headers)
 
 
 _current: ContextVar[Trip | None] = ContextVar("bursar_wrap_trip", default=None)
@@ -153,10 +153,13 @@ class _Twin:
         client: Any = self
         return self._bursar_gate.provider or provider_of(self._bursar_plain, str(client.base_url))
 
+    def _bursar_path(self, options: Any) -> str:
+        client: Any = self
+        return path_of(options.url, str(client.base_url) if "://" in options.url else "")
+
     def _bursar_free(self, options: Any) -> tuple[Trip | None, bool]:
         """The trip of a response that is retrieved, and whether the request is free."""
-        client: Any = self
-        method, path = options.method.lower(), path_of(options.url, str(client.base_url))
+        method, path = options.method.lower(), self._bursar_path(options)
         if not is_free(method, path):
             return None, False
         id = answer_id(path)
@@ -176,7 +179,7 @@ class _Twin:
                 provider=self._bursar_provider(),
                 model="",
             )
-        path = path_of(options.url, str(client.base_url))
+        path = self._bursar_path(options)
         retries = options.get_max_retries(client.max_retries)
         made = visit(path, self._bursar_provider(), _body(options), options.files, retries)
         return made, self._bursar_gate.bursar.call(made.provider, made.model, **made.said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -98,6 +99,7 @@ class Visit:
             options.extra_json = None  # it is in the body
 
 
+@lru_cache(maxsize=1_024)
 def path_of(url: str, base_url: str = "") -> str:
     """The path of a request without the base URL's own part, version, deployment and query: `chat/completions`."""
     if "://" in url:

@@ -108,6 +108,8 @@ _LOCKING = ("bursar.driver", "bursar.keeper", "bursar.stores", "bursar.waiting")
 
 def end(answer: Answer) -> None:
     """End the call, from wherever its answer was closed or forgotten."""
+    if answer.has_ended:
+        return
     if not _inside_bursar():
         answer.end_now()
         return

@@ -108,8 +108,8 @@ class LeasedStore:
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         return self.shared.publish(definitions, kind)
 
-    def definitions(self) -> tuple[int, Definitions]:
-        return self.shared.definitions()
+    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
+        return self.shared.definitions(since)
 
     def version(self) -> int:
         return self.shared.version()

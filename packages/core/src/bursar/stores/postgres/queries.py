@@ -12,6 +12,10 @@ NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 DURABILITY = "SELECT current_setting('fsync'), current_setting('synchronous_commit')"
 DUE_RESERVATIONS = "SELECT id FROM reservations WHERE expires_us <= %s ORDER BY expires_us, id LIMIT %s"
 PUBLISH = "INSERT INTO definitions(version, kind, name, definition, published_us) VALUES (%s, %s, %s, %s, %s)"
+NEWER_DEFINITIONS = rows.NEWER_DEFINITIONS.replace("?", "%s")
+STANDING_DEFINITIONS = rows.STANDING_DEFINITIONS.replace("=?", "=%s").replace(
+    "IN (SELECT value FROM json_each(?))", "= ANY (%s)"
+)
 CLAIM = (
     "UPDATE alerts SET due_us = %s, claims = claims + 1 WHERE id IN (SELECT id FROM alerts WHERE delivered_us = 0 "
     "AND due_us <= %s ORDER BY due_us, id LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING id, kind, at_us, facts, claims - 1"

@@ -210,22 +210,24 @@ class PostgresStore:
 
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """In one transaction, by one process at a time; a definition that is the newest already is left alone."""
-        version, held = self.definitions()
-        if not changes(kind, definitions, held):
-            return version
+        asked = (kind, list(definitions))
+        if not changes(kind, definitions, _definitions(self._query(queries.STANDING_DEFINITIONS, asked))):
+            return self.version()
         now_us = self.now_us()
         with _faults(), self._read() as connection, connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
-            held = _definitions(connection.execute(rows.NEWEST_DEFINITIONS).fetchall())
-            version = _newest(held)
+            held = _definitions(connection.execute(queries.STANDING_DEFINITIONS, asked).fetchall())
+            ((newest,),) = connection.execute(rows.VERSION).fetchall()
+            version = newest or 0
             for name, definition in changes(kind, definitions, held).items():
                 version += 1
                 connection.execute(queries.PUBLISH, (version, kind, name, rows.dumps(definition), now_us))
         return version
 
-    def definitions(self) -> tuple[int, Definitions]:
-        found = _definitions(self._query(rows.NEWEST_DEFINITIONS))
-        return _newest(found), found
+    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
+        version = self.version()  # first: what is published between the two belongs to what is found
+        found = _definitions(self._query(queries.NEWER_DEFINITIONS, (since,)))
+        return max((one.version for held in found.values() for one in held.values()), default=version), found
 
     def version(self) -> int:
         return int(self._query(rows.VERSION)[0][0] or 0)
@@ -348,10 +350,6 @@ def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
     for version, kind, name, text in found:
         held.setdefault(kind, {})[name] = Definition(version, from_json(text))
     return held
-
-
-def _newest(held: Definitions) -> int:
-    return max((one.version for named in held.values() for one in named.values()), default=0)
 
 
 _opened: weakref.WeakSet[PostgresStore] = weakref.WeakSet()

@@ -300,6 +300,9 @@ class Times(Base):
         version, held = store.definitions()
         assert version == 3
         assert {name: held.definition["limit"] for name, held in held["budget"].items()} == {"b": "50", "c": "1"}
+        assert store.definitions(since=1) == (3, held)
+        assert store.definitions(since=2) == (3, {"budget": {"c": held["budget"]["c"]}})
+        assert store.definitions(since=3) == (3, {})
         assert run(reserve("b", (rule("b", 100), 1), version=1)) == Rejected("stale", "3")
         assert type(run(reserve("b", (rule("b", 50), 1), version=3))) is Refused
         booked = run(charge("c", (rule("b", 100), 0), version=1))  # never refused, but an older policy changes no limit
