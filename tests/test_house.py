@@ -32,6 +32,7 @@ _BASE = {"errors", "money", "usage"}
 _LAW = {"windows", "accounts", "commands", "law"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "money": {"errors"},
     "usage": {
         "errors",
@@ -55,7 +56,7 @@ ARROWS: dict[str, set[str]] = {
     "records": _BASE | _LAW,
     "schema": _BASE,
     "migrations": _BASE | {"schema"},
-    "stores": _BASE | _LAW | {"signing", "clock", "records", "schema", "migrations"},
+    "stores": _BASE | _LAW | {"files", "signing", "clock", "records", "schema", "migrations"},
     "budget": {"errors", "money", "windows", "accounts"},
     "decisions": {"commands", "errors", "signing", "windows"},
     "policy": _BASE | _LAW | {"budget", "decisions", "prices", "scope"},
@@ -79,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
     "making": _BASE | _LAW | {"call", "estimate", "guard", "reservation", "scope", "stores"},
     "policy_file": _BASE
     | _LAW
-    | {"budget", "detect", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},
+    | {"budget", "detect", "files", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},
     "foresight": _BASE
     | _LAW
     | {

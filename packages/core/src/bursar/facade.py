@@ -18,7 +18,7 @@ from bursar.commands import Alert, Definitions
 from bursar.decisions import Decisions, renewed
 from bursar.detect import Detectors
 from bursar.driver import Driver
-from bursar.errors import InvalidInput, StoreError
+from bursar.errors import InvalidInput, StoreError, shown
 from bursar.guard import Guard
 from bursar.making import CallMaker
 from bursar.notices import nobody
@@ -84,7 +84,7 @@ class Bursar:
             raise InvalidInput(f'{on_expiry!r} is no on_expiry. Use "charge" or "release".', argument="on_expiry")
         if type(max_accounts) is not int or max_accounts < 1:
             raise InvalidInput(
-                f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
+                f"max_accounts cannot be {shown(max_accounts)}. Use a whole number from 1.", argument="max_accounts"
             )
         tags = check_tags(tags or {})
         self._settings = settings = Settings.of(

@@ -159,4 +159,4 @@ def _needs(kind: str, name: str, definition: Mapping[str, Any], before: Definiti
 
 def _payload(kind: str, name: str, definition: Mapping[str, Any]) -> bytes:
     plain = {key: value for key, value in definition.items() if key != "signature"}
-    return json.dumps([kind, name, plain], sort_keys=True, ensure_ascii=False).encode()
+    return json.dumps([kind, name, plain], sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")

@@ -40,7 +40,7 @@ def number(value: Any) -> Fraction:
         raise unreadable(f"a {type(value).__name__} stands where a number is due")
     try:
         # Through its text, so that a float stands for the decimal that was sent.
-        exact = value if isinstance(value, int | Decimal) else Decimal(str(value)[:64])
+        exact = value if isinstance(value, int | Decimal) else Decimal(text if len(text := str(value)) <= 64 else "")
     except InvalidOperation:
         raise unreadable(f"{str(value)[:40]!r} is not a number") from None
     if isinstance(exact, Decimal) and (not exact.is_finite() or (exact and abs(exact.adjusted()) > 30)):

@@ -8,7 +8,7 @@ import click
 
 from bursar.audit import audit
 from bursar.cli.options import check_store, form_option, show, store_option
-from bursar.stores import open_store
+from bursar.stores import open_store, public_url
 
 
 @click.command()
@@ -25,7 +25,7 @@ def command(ctx: click.Context, store: str, form: str) -> None:
         opened.close()
     rows: list[dict[str, Any]] = [one._asdict() for one in found]
     if rows or form != "table":
-        show(rows, ["what", "key", "held", "recomputed"], form, f"What does not add up in {store}")
+        show(rows, ["what", "key", "held", "recomputed"], form, f"What does not add up in {public_url(store)}")
     else:
         click.echo("Every balance is what its records say.")
     if rows:

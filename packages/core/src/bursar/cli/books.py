@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
+from bursar.cli.options import printable
 from bursar.money import dollar_text
 from bursar.records import UsageRecord
 
@@ -22,12 +23,12 @@ def money(nanos: int) -> str:
 
 def plain(text: str | None) -> Text:
     """Text for a terminal: no markup, and no control characters from tags or models."""
-    return Text("".join(char if char.isprintable() else "?" for char in text or ""))
+    return Text(printable((text or "").replace("\n", "?")))
 
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; columns of numbers stand to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=plain(title), title_justify="left", title_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
     return made

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
 TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
-# A spreadsheet takes a cell that starts with one of these for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes a cell that starts with one of these for a formula, wide signs too; and where it is set to, a semicolon
+# or a tab begins another cell.
+_FORMULA = re.compile(r"(^|[;\t\r\n])(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 
 
 def store_option(function: F) -> F:
@@ -83,6 +85,16 @@ def _tags(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
     return {**ctx.meta.get(_GIVEN, {}), **tags}
 
 
+def printable(text: str) -> str:
+    """Text that a terminal only shows: escape sequences in names would move its cursor, or write what was never said."""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+
+def echo(text: str) -> None:
+    """Print a line that may quote what stands in the store or in a file."""
+    click.echo(printable(text))
+
+
 def show(rows: Iterable[Mapping[str, Any]], columns: list[str], form: str, title: str) -> None:
     """Print rows as a table for people, or as JSON lines or CSV for programs."""
     if form == "json":
@@ -105,8 +117,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, (dict, list, tuple)):
         value = json.dumps(value, default=str)
     text = "" if value is None else str(value)
-    is_number = isinstance(value, (int, float)) or text.lstrip("-").replace(".", "", 1).isdigit()
-    return f"'{text}" if text.startswith(_FORMULA) and not is_number else text
+    is_number = isinstance(value, (int, float)) or text.removeprefix("-").replace(".", "", 1).isdigit()
+    return text if is_number else _FORMULA.sub(r"\1'", text)
 
 
 def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: str) -> None:

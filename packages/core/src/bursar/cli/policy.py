@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from bursar.cli.options import check_store, show, tag_options, tags_argument
+from bursar.cli.options import check_store, echo, show, tag_options, tags_argument
+from bursar.stores import public_url
 
 if TYPE_CHECKING:
     from bursar.policy_file import PolicyFile
@@ -53,9 +54,11 @@ def check(file: Path, store: str | None, form: str) -> None:
     if form == "json":
         click.echo(json.dumps({"file": str(file), "budgets": budgets, "prices": prices, "warnings": warnings}))
         return
-    click.echo(f"{file}: a valid policy with {budgets} budget(s) and {prices} price(s), store {policy.store}.")
+    click.echo(
+        f"{file}: a valid policy with {budgets} budget(s) and {prices} price(s), store {public_url(policy.store)}."
+    )
     for warning in warnings:
-        click.echo(f"warning: {warning}")
+        echo(f"warning: {warning}")
 
 
 @command.command()
@@ -146,11 +149,11 @@ def apply(file: Path, store: str | None, form: str, key: Path | None, by: str | 
         names = {entry.name for entry in policy.budget}
         left = [name for name in operator.store.definitions()[1].get("budget", {}) if name not in names]
     if form == "json":
-        click.echo(json.dumps({"store": url, "published": published, "only_in_store": left}))
+        click.echo(json.dumps({"store": public_url(url), "published": published, "only_in_store": left}))
         return
-    click.echo(f"In force in {url}: {', '.join(published) or 'nothing new'}.")
+    echo(f"In force in {public_url(url)}: {', '.join(published) or 'nothing new'}.")
     if left:
-        click.echo(f"The store has further budgets, which stay as they are: {', '.join(left)}.")
+        echo(f"The store has further budgets, which stay as they are: {', '.join(left)}.")
 
 
 @command.command()
