@@ -15,11 +15,12 @@ from bursar.commands import Entry
 from bursar.money import dollar_text, dollars
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST_US = 253_402_300_799_999_999  # the end of the year 9999
 
 
 def instant(at_us: int) -> datetime:
-    """Microseconds since the epoch as a time in UTC."""
-    return _EPOCH + timedelta(microseconds=at_us)
+    """Microseconds since the epoch as a time in UTC; what no calendar holds as the last moment that one does."""
+    return _EPOCH + timedelta(microseconds=min(max(at_us, 0), _LAST_US))
 
 
 def amount(count: int, unit: str) -> Decimal:

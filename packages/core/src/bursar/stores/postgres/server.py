@@ -58,15 +58,16 @@ def split(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query))
+        schema = options.pop("schema", "bursar")
+        full = urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options)))
     except ValueError:
         raise _malformed() from None
-    schema = options.pop("schema", "bursar")
     if not _SCHEMA.fullmatch(schema):
         raise InvalidInput(
             f"{shown(schema)} is no schema. Use small letters, digits and underscores, such as bursar.",
             argument="store",
         )
-    return urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options))), schema
+    return full, schema
 
 
 def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) -> psycopg.Connection[Any]:
