@@ -21,8 +21,8 @@ from bursar.alerts import Alert, Message, config, sinks
 from bursar.answers import StreamReader
 from bursar.answers import plain as answer_texts
 from bursar.cli import books, operate, options, price, replay
-from bursar.money import MAX_NANOS, nanos
 from bursar.detect import settings as detector_settings
+from bursar.money import MAX_NANOS, nanos
 from bursar.policy_file import entries, file, read_policy
 from bursar.prices import Override, PriceBook
 from bursar.prices.hosts import provider_of_url
@@ -199,7 +199,21 @@ def words(data: bytes) -> None:
     assert verifies(text, "raise", text, {"signature": text}) is False
 
 
-_FACTS = ("at", "limit", "spent", "unit", "account", "scope", "owner", "was", "budget", "until_us", "tags", "why", "<!here>")
+_FACTS = (
+    "at",
+    "limit",
+    "spent",
+    "unit",
+    "account",
+    "scope",
+    "owner",
+    "was",
+    "budget",
+    "until_us",
+    "tags",
+    "why",
+    "<!here>",
+)
 
 
 def alert(data: bytes) -> None:

@@ -72,6 +72,8 @@ ARROWS: dict[str, set[str]] = {
     | {"call", "amounts", "ladder", "notices", "queueing", "refusal", "sentry"}
     | {"estimate", "prices", "scope", "waiting", "records", "policy"},
     "audit": _BASE | _LAW | {"signing", "stores"},
+    "seal": _BASE | _LAW | {"stores"},
+    "trust": _BASE | _LAW | {"signing", "stores"},
     "operator": _BASE | _LAW | {"budget", "records", "refusal", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},

@@ -154,7 +154,9 @@ class Operator:
                 kind="release",
                 name=id,
             )
-        answer = self.store.execute(Release(id, "cancelled", why, {"by": self._by}, self._key.prove(id)))
+        proof = self._key.prove(id)
+        # the record keeps the proof, so that an audit can tell it from one that was written past the store
+        answer = self.store.execute(Release(id, "cancelled", why, {"by": self._by, "proof": proof}, proof))
         if type(answer) is not Ended:
             raise rejection(id, answer)  # type: ignore[arg-type]
         return UsageRecord.of(answer.entry)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from bursar.alerts.alert import budget_of, owner_of, topic_of
 from bursar.commands import Alert
@@ -141,7 +141,7 @@ def _unit(facts: Mapping[str, Any]) -> str:
         return ""
 
 
-def _is_amount(value: Any) -> bool:
+def _is_amount(value: Any) -> TypeGuard[int]:
     """Whether it is an integer that an account can hold: whoever may write to the store puts what they like into an alert."""
     return isinstance(value, int) and abs(value) < 2**63
 

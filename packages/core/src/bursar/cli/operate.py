@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bursar.cli.options import check_store, echo, form_option, show, store_option, tag_options, tags_argument
+from bursar.cli.options import check_store, echo, form_option, key_text, show, store_option, tag_options, tags_argument
 from bursar.operator import Operator, Question
 from bursar.records import instant
 from bursar.stores import public_url
@@ -45,8 +45,7 @@ def _deciding(function: F) -> F:
 @contextmanager
 def _operator(store: str, key: Path | None = None, by: str | None = None) -> Iterator[Operator]:
     check_store(store)
-    text = key.read_text(encoding="utf-8") if key is not None else os.environ.get("BURSAR_OPERATOR_KEY")
-    with Operator(store, text or None, by=by) as operator:
+    with Operator(store, key_text(key), by=by) as operator:
         yield operator
 
 
@@ -216,8 +215,10 @@ def init(store: str, key: Path | None, by: str | None, why: str, out: Path) -> N
         file = os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as made:
             try:
-                made.write(held.appoint().text + "\n")
+                appointed = held.appoint()
+                made.write(appointed.text + "\n")
             except BaseException:
                 out.unlink()
                 raise
     click.echo(f"The key is in {out}. Keep it where no agent can read it: it approves, raises, resumes and releases.")
+    click.echo(f"Have your programs trust no other operator: BURSAR_OPERATOR={appointed.public}")

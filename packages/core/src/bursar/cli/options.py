@@ -14,11 +14,14 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
+from bursar.files import open_to_all, read_text
+
 if TYPE_CHECKING:
     from bursar.facade import Bursar
 
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
+MAX_KEY_BYTES = 1_000
 TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
 # A spreadsheet takes a cell that starts with one of these for a formula, wide signs too; and where it is set to, a semicolon
 # or a tab begins another cell.
@@ -49,6 +52,18 @@ def check_store(url: str) -> None:
         file = Path(unquote(urlsplit(url).path[1:]))
         if not file.exists():
             raise click.UsageError(f"There is no store {file}. Name it with --store or BURSAR_STORE.")
+
+
+def key_text(file: Path | None) -> str | None:
+    """The operator's key in a file, else the environment's BURSAR_OPERATOR_KEY; a warning where others may read the file."""
+    if file is None:
+        return os.environ.get("BURSAR_OPERATOR_KEY") or None
+    if open_to_all(file):
+        click.echo(f"warning: every user of this machine may read or change {file}. Run: chmod 600 {file}", err=True)
+    try:
+        return read_text(file, MAX_KEY_BYTES)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"The key in {file} cannot be read: {error}.") from error
 
 
 def form_option(function: F) -> F:

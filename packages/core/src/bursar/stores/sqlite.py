@@ -275,6 +275,9 @@ class SqliteStore:
         found = _definitions(self._query(rows.NEWER_DEFINITIONS, (since,)))
         return max((one.version for held in found.values() for one in held.values()), default=version), found
 
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        return ((version, kind, name, json.loads(text)) for version, kind, name, text in self._query(rows.HISTORY))
+
     def version(self) -> int:
         return int(self._query(rows.VERSION)[0][0] or 0)
 
