@@ -28,10 +28,11 @@ INSTALLED = [name for name, folder in SOURCES.items() if find_spec(folder.name) 
 
 # What a module of the core may import of the core. Those not named stand on top: they may import everything, and
 # nothing that is named may import them.
-_BASE = {"errors", "money", "usage"}
+_BASE = {"errors", "money", "texts", "usage"}
 _LAW = {"windows", "accounts", "commands", "law"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "texts": set(),
     "files": set(),
     "money": {"errors"},
     "usage": {
@@ -40,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
         "answers",
     },  # Usage.from_response is the door to the readers; it loads them when called
     "answers": _BASE,
-    "detect": {"errors", "estimate"},
+    "detect": {"errors", "estimate", "texts"},
     "estimate": _BASE,
     "prices": _BASE,
     "clock": {"errors"},

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from bursar.accounts import Account, age
 from bursar.commands import Entry
 from bursar.money import dollar_text, dollars
+from bursar.texts import printable
 
+MAX_HEADERS = 50
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_US = 253_402_300_799_999_999  # the end of the year 9999
 
@@ -182,7 +185,8 @@ def facts_of(
     if latency_us is not None:
         facts["latency_ms"] = latency_us // 1_000
     if headers:
+        told = ((name, value) for name, value in headers.items() if "ratelimit" in name or name == "retry-after")
         facts["headers"] = {
-            name: value for name, value in headers.items() if "ratelimit" in name or name == "retry-after"
+            printable(str(name), 100): printable(str(value), 200) for name, value in islice(told, MAX_HEADERS)
         }
     return facts

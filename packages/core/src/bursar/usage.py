@@ -74,10 +74,11 @@ class Usage:
                     value=value,
                 )
         for tool, count in self.server_tools.items():
-            if type(count) is not int or not 0 <= count <= MAX_COUNT:
+            named = isinstance(tool, str) and len(tool) <= MAX_FACT and tool.isprintable()
+            if type(count) is not int or not 0 <= count <= MAX_COUNT or not named:
                 raise InvalidInput(
-                    f"Usage.server_tools[{tool!r}] must be a whole number, got {shown(count)}. Pass the count of calls.",
-                    argument=tool,
+                    f"Usage.server_tools[{shown(tool)}] must be a whole number, got {shown(count)}. Pass the count of calls.",
+                    argument="server_tools",
                     value=count,
                 )
         bill = self.stated_cost_nanos
@@ -90,9 +91,9 @@ class Usage:
             )
         for name in _FACTS:
             fact = getattr(self, name)
-            if fact is not None and not (isinstance(fact, str) and len(fact) <= MAX_FACT):
+            if fact is not None and not (isinstance(fact, str) and len(fact) <= MAX_FACT and fact.isprintable()):
                 raise InvalidInput(
-                    f"Usage.{name} must be a text of {MAX_FACT} characters at most, got {shown(fact)}. "
+                    f"Usage.{name} must be a text of {MAX_FACT} printable characters at most, got {shown(fact)}. "
                     "Leave it out where it is not known.",
                     argument=name,
                     value=fact,

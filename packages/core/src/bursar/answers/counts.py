@@ -10,6 +10,7 @@ from typing import Any
 
 from bursar.errors import InvalidInput, UnreadableAnswer
 from bursar.money import MAX_NANOS, NANOS_PER_USD, round_half_up
+from bursar.texts import printable
 from bursar.usage import MAX_COUNT, Usage
 
 Json = Mapping[str, Any]
@@ -115,7 +116,7 @@ def total(data: Json, *names: str) -> int:
 def word(value: Any) -> str | None:
     """A fact such as a model or a tier: a short text, else None (SDKs send enums, numbers and empty strings)."""
     value = getattr(value, "value", value)
-    return value[:200] if isinstance(value, str) and value else None
+    return printable(value, 200) if isinstance(value, str) and value else None
 
 
 def tier(value: Any) -> dict[str, str]:

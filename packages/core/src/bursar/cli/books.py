@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
-from bursar.cli.options import printable
 from bursar.money import dollar_text
 from bursar.records import UsageRecord
+from bursar.texts import printable
 
 ROWS = 8
 NUMBERS = {"calls", "cost", "of it estimated", "billed calls", "billed", "ledger"}
@@ -23,7 +23,7 @@ def money(nanos: int) -> str:
 
 def plain(text: str | None) -> Text:
     """Text for a terminal: no markup, and no control characters from tags or models."""
-    return Text(printable((text or "").replace("\n", "?")))
+    return Text(printable(text or "", len(text or "")))
 
 
 def table(title: str, *columns: str) -> Table:

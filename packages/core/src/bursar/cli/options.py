@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import click
 
 from bursar.files import open_to_all, read_text
+from bursar.texts import printable as one_line
 
 if TYPE_CHECKING:
     from bursar.facade import Bursar
@@ -102,7 +103,7 @@ def _tags(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
 
 def printable(text: str) -> str:
     """Text that a terminal only shows: escape sequences in names would move its cursor, or write what was never said."""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+    return "\n".join(one_line(line, len(line)) for line in text.split("\n"))
 
 
 def echo(text: str) -> None:
