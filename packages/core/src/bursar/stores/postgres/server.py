@@ -57,6 +57,8 @@ def split(url: str) -> tuple[str, str]:
     """The URL as libpq takes it, and the schema that it names (`?schema=`, by default "bursar")."""
     try:
         parts = urlsplit(url)
+        if parts.netloc.count("@") > 1:  # libpq would take what follows the first for the host, and say so
+            raise ValueError
         options = dict(parse_qsl(parts.query))
         schema = options.pop("schema", "bursar")
         full = urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options)))
