@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-resource = pytest.importorskip("resource", reason="limits of memory and time are those of POSIX")
-
 from bursar import Budget, Bursar, InvalidInput, PolicyError, StoreError
 from bursar.cli import main
 from bursar.files import open_to_all, read_text
@@ -105,6 +103,8 @@ def test_a_policy_made_to_hurt_is_refused_soon_and_in_few_words(tmp_path: Path, 
 
 def holds_in_a_child(check: Callable[[], bool], *, memory_bytes: int, cpu_s: int) -> bool:
     """Whether it is so in a process that may take so much more memory, and so much time."""
+    import resource  # it is not there on every system
+
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
