@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from bursar.alerts import Alert, Deliverer, Message
 from bursar.alerts.routes import Alerts
 from bursar.answers import StreamReader
 from bursar.cli import main
+from bursar.cli import price as price_command
 from bursar.cli.options import _cell
 from bursar.commands import Tell
 from bursar.detect import Detectors
@@ -394,3 +396,16 @@ def test_an_own_price_is_never_negative() -> None:
             PriceBook.packaged().with_overrides([Override(model="m", input_mtok=text)])
         with pytest.raises(InvalidInput):
             PriceBook.packaged().with_overrides(tools={"t": text})
+
+
+def test_a_file_of_answers_that_unpacks_to_more_than_memory_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(price_command, "MAX_LINE", 1_000)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b"[" * 10_000 + b"\n" + b'{"id": "last", "provider": "openai", "response": {}}\n')
+    assert max(map(len, price_command._lines(str(tmp_path / "a.jsonl.gz")))) <= 1_000
+    told = CliRunner().invoke(main, ["price", str(tmp_path / "a.jsonl.gz")])
+    found = [json.loads(line) for line in told.output.splitlines()]
+    assert {one["status"] for one in found[:-1]} == {"unreadable"}
+    assert found[-1]["id"] == "last"

@@ -242,6 +242,55 @@ def test_a_package_imports_only_what_it_asks_for(name: str) -> None:
     assert undeclared("import langchain_core", "bursar", {"click"}) == ["langchain_core"]
 
 
+def dangers(source: str) -> list[str]:
+    """What runs text as code, makes objects of data, or trusts whoever answers."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found += [name for name in imports(ast.unparse(node), "") if name.partition(".")[0] in _UNSAFE_MODULES]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {f"{one.arg}={ast.unparse(one.value)}" for one in node.keywords}
+            found += [called] if called in _UNSAFE_CALLS else sorted(keywords & _UNSAFE_KEYWORDS)
+    return found
+
+
+_UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle"}
+_UNSAFE_CALLS = {
+    *("eval", "exec", "__import__", "os.system", "os.popen", "tempfile.mktemp", "yaml.load", "yaml.unsafe_load"),
+    *("yaml.full_load", "yaml.load_all", "ssl._create_unverified_context"),
+}
+_UNSAFE_KEYWORDS = {"shell=True", "verify=False", "check_hostname=False", "verify_mode=ssl.CERT_NONE"}
+
+
+def test_nothing_runs_text_or_trusts_whoever_answers() -> None:
+    wrong = {
+        path.relative_to(ROOT).as_posix(): found
+        for folder in SOURCES.values()
+        for path in modules(folder)
+        if (found := dangers(path.read_text()))
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "eval(text)",
+        "def late():\n    exec(text)",
+        "import pickle",
+        "from pickle import loads",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "subprocess.run(words, shell=True)",
+        "httpx.Client(verify=False)",
+        "os.system(words)",
+    ],
+)
+def test_a_planted_danger_is_found(planted: str) -> None:
+    assert dangers(planted)
+    assert dangers("re.compile(x)\nloader.exec_module(x)\nsubprocess.run(words)\nyaml.safe_load(x)") == []
+
+
 def test_import_bursar_is_light() -> None:
     """`import bursar` takes under 100 ms; with its everyday names it loads neither asyncio, pydantic nor SQLAlchemy."""
     code = """

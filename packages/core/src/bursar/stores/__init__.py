@@ -44,10 +44,13 @@ def public_url(url: str) -> str:
     """The URL as a screen and a log may show it: without the password that may stand in it."""
     if url.startswith("sqlite:"):  # a file's name may hold both signs
         return url
-    return _QUERY_PASSWORD.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
+    before, at, host = url.rpartition("@")
+    scheme, found, user = before.partition("://")
+    name, colon, _ = user.partition(":")
+    shown_url = f"{scheme}{found}{name}{colon and ':***'}{at}{host}"
+    return _QUERY_PASSWORD.sub(r"\1***", shown_url)
 
 
-_PASSWORD = re.compile(r"(://[^:]*):.*@", re.DOTALL)
 _QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
 
 
