@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -182,8 +183,40 @@ def nightly(session: nox.Session) -> None:
         for versions in ("lowest", "newest"):
             if versions == "newest" or Path(_lowest_pins(name)).exists():
                 session.notify(f"adapter(name='{name}', versions='{versions}')")
+    session.notify("fuzz", posargs=["14400"])
+    session.notify("vulnerabilities")
     _install(session)
     _pytest(session, "-m", "nightly or not nightly", "--hypothesis-profile=nightly", "--timeout=3600")
+
+
+@nox.session(requires=["wheels"])
+def fuzz(session: nox.Session) -> None:
+    """Atheris on everything that reads text from outside, for so many seconds: `nox -s fuzz -- 3600 [TARGET...]`; 60 without."""
+    _install(session)
+    _uv(session, "pip", "install", "--quiet", "--no-config", "atheris>=3")
+    session.run("python", "-P", "tools/fuzz.py", *session.posargs)
+
+
+@nox.session
+def vulnerabilities(session: nox.Session) -> None:
+    """The known vulnerabilities of every pinned version, where a service that knows them can be reached; else it says so."""
+    _uv(session, "pip", "install", "--quiet", "--no-config", "pip-audit>=2.9")
+    told = Path(session.create_tmp()) / "told.json"
+    looked_up, unknown, found = 0, 0, []
+    for pins in sorted(path.as_posix() for path in [Path(PINS), *Path("packages").glob("*/pins.txt")]):
+        told.unlink(missing_ok=True)
+        command = ("pip-audit", "--requirement", pins, "--no-deps", "--disable-pip", "--progress-spinner", "off")
+        session.run(*command, "--format", "json", "--output", told.as_posix(), silent=True, success_codes=[0, 1])
+        for one in json.loads(told.read_text())["dependencies"] if told.exists() else ():
+            looked_up += "skip_reason" not in one
+            unknown += "skip_reason" in one
+            found += [f"{one['name']} {one['version']}: {each['id']}" for each in one.get("vulns", ())]
+    if found:
+        session.error("\n".join(sorted(set(found))))
+    if not looked_up:
+        session.skip("No service that knows vulnerabilities could be reached: nothing was looked up.")
+    if unknown:
+        session.warn(f"{unknown} of {looked_up + unknown} versions could not be looked up: this says nothing of them.")
 
 
 @nox.session(requires=["wheels"])

@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bursar.accounts import Account
-from bursar.commands import Entry
-from bursar.signing import operator_of, verifies
+from bursar.commands import Definition, Definitions, Entry
+from bursar.errors import BursarError
+from bursar.signing import changes, operator_of, verifies
 from bursar.stores.base import Store
 
 MAX_LOOKS = 5
 
 
 class Discrepancy(NamedTuple):
-    """What the store holds, and what its records say. `what`: spent, reserved, window, account, correction or signature."""
+    """What the store holds, and what its records say.
+
+    `what`: spent, reserved, window, account, record, correction, definition, signature or operator.
+    """
 
     what: str
     key: str
@@ -26,18 +30,20 @@ class Discrepancy(NamedTuple):
         return f"{self.what} of {self.key}: the store holds {self.held}, its records say {self.recomputed}"
 
 
-def audit(store: Store) -> list[Discrepancy]:
-    """Everything that does not add up (I2, I3, I4, I10); empty where all does. Changes nothing.
+def audit(store: Store, *, operator: str | None = None) -> list[Discrepancy]:
+    """Everything that does not add up (I2, I3, I4, I10), and what nobody was allowed to decide; empty where all is in order.
+    Changes nothing.
 
     Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. A level of a rate cannot be
-    rebuilt from records, so of rates only `reserved` is checked. Raises StoreError.
+    rebuilt from records, so of rates only `reserved` is checked. `operator`: the public key that the store has to know.
+    Raises StoreError.
     """
     found: list[Discrepancy] = []
     for _ in range(MAX_LOOKS):
         before = {account.rule.key: account for account in store.accounts()}
         books = _Books(store)
         moved = {account.rule.key for account in store.accounts() if before.get(account.rule.key) != account}
-        found = [*books.check(before, moved), *_forged(store)]
+        found = [*books.check(before, moved), *_forged(store, books.reversals, operator)]
         if not moved:
             break
     return found
@@ -51,6 +57,8 @@ class _Books:
         self.reserved: dict[str, int] = defaultdict(int)
         self.now_us = store.now_us()
         self.orphans: list[Entry] = []
+        self.reversals: list[Entry] = []
+        self.unlikely: list[Entry] = []
         expired: set[str] = set()
         corrections: list[Entry] = []
         for entry in store.entries():
@@ -58,6 +66,10 @@ class _Books:
                 expired.add(entry.id)
             if entry.corrects is not None:
                 corrections.append(entry)
+            elif entry.cost_nanos < 0 or any(amount < 0 for amount in entry.amounts.values()):
+                self.unlikely.append(entry)  # only a correction takes anything back
+            if entry.kind == "reversal":
+                self.reversals.append(entry)
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
         self.orphans = [entry for entry in corrections if entry.corrects not in expired]
@@ -80,6 +92,8 @@ class _Books:
         for key in {*self.spent, *self.reserved} - set(accounts) - moved:
             if any(amount for _, amount in self.spent[key]) or self.reserved[key]:
                 yield Discrepancy("account", key, "nothing", "amounts on it")
+        for entry in self.unlikely:
+            yield Discrepancy("record", entry.id, f"a {entry.kind} below 0", "nothing can cost less than nothing")
         for entry in self.orphans:
             yield Discrepancy("correction", entry.id, f"a correction of {entry.corrects}", "no such expiry")
 
@@ -99,12 +113,32 @@ class _Books:
             yield Discrepancy("spent", key, account.spent, total)
 
 
-def _forged(store: Store) -> Iterator[Discrepancy]:
-    """Decisions that only an operator may make, without a signature that holds. They count for nothing, but somebody wrote them."""
-    _, held = store.definitions()
-    public = operator_of(held)
-    for kind in ("raise", "approval"):
-        for name, one in held.get(kind, {}).items():
-            needs = kind == "raise" or one.definition.get("state") == "approved"
-            if needs and (public is None or not verifies(public, kind, name, one.definition)):
-                yield Discrepancy("signature", f"{kind} {name}", "a decision", "no operator signed it")
+def _forged(store: Store, reversals: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
+    """What only an operator may decide, and none has signed: every decision anew, as the store had to take it at its time."""
+    held: Definitions = {}
+    operators: list[tuple[int, str]] = []  # since when, and the public key
+    last = 0
+    for version, kind, name, definition in store.history():
+        if version != last + 1:
+            yield Discrepancy("definition", f"version {last + 1}", "nothing", f"it came before version {version}")
+        last = version
+        try:
+            changes(kind, {name: definition}, held)
+        except BursarError:
+            yield Discrepancy("signature", f"{kind} {name}", "a decision", "no operator signed it")
+        except Exception:  # noqa: BLE001 - rubbish that somebody wrote past the store may break anything
+            yield Discrepancy("definition", f"{kind} {name}", "rubbish", "no Bursar has published it")
+            continue
+        held.setdefault(kind, {})[name] = Definition(version, definition)
+        if kind == "operator" and (public := operator_of(held)):
+            at_us = definition.get("at_us")
+            operators.append((at_us if isinstance(at_us, int) else 0, public))
+    if pin is not None and operator_of(held) != pin:
+        yield Discrepancy("operator", "operator", operator_of(held) or "nobody", pin)
+    for entry in reversals:
+        signed = {"signature": entry.facts.get("proof", "")}
+        since = operators[0][0] if operators else entry.settled_us + 1
+        if entry.settled_us >= since and not any(
+            verifies(public, "release", str(entry.corrects), signed) for _, public in operators
+        ):
+            yield Discrepancy("signature", f"reversal {entry.id}", "a release", "no operator signed it")

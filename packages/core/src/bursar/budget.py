@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from bursar.accounts import ACTIONS
-from bursar.errors import InvalidInput, PolicyError
+from bursar.errors import InvalidInput, PolicyError, shown
 from bursar.money import MAX_NANOS, NANOS_PER_USD, nanos
 from bursar.windows import SECOND_US, window
 
@@ -89,7 +89,7 @@ class Threshold:
 
 
 def _wrong(threshold: Threshold, key: str, value: object, remedy: str) -> PolicyError:
-    return PolicyError(f"A threshold at {threshold.at!r} has {key} = {value!r}. {remedy}.", key=key)
+    return PolicyError(f"A threshold at {shown(threshold.at)} has {key} = {shown(value)}. {remedy}.", key=key)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,9 @@ class Budget:
 
 
 def _bad(budget: Budget, key: str, value: object, remedy: str) -> PolicyError:
-    return PolicyError(f"The budget {budget.name!r} has {key} = {value!r}. {remedy}.", budget=budget.name, key=key)
+    return PolicyError(
+        f"The budget {shown(budget.name)} has {key} = {shown(value)}. {remedy}.", budget=budget.name, key=key
+    )
 
 
 def _ladder(budget: Budget, limit: Limit) -> tuple[Threshold, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from bursar.commands import Command
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
 from bursar.estimate import Estimate, Request
 from bursar.prices import ModelPrice, PriceBook
 from bursar.scope import Scope
@@ -144,7 +144,9 @@ class Call:
         given_id: bool = False,
     ) -> None:
         if not isinstance(ttl_s, (int, float)) or not 1 <= ttl_s <= MAX_TTL_S:
-            raise InvalidInput(f"ttl_s must be from 1 to {MAX_TTL_S:.0f} seconds, got {ttl_s!r}.", argument="ttl_s")
+            raise InvalidInput(
+                f"ttl_s must be from 1 to {MAX_TTL_S:.0f} seconds, got {shown(ttl_s)}.", argument="ttl_s"
+            )
         self.id = check_id(id) if given_id else id
         self.given_id = given_id
         self.scope = scope
@@ -209,6 +211,6 @@ def check_id(id: object) -> str:
     ):
         return id
     raise InvalidInput(
-        f"{id!r} cannot be an id. Use 1 to 200 printable characters without ~ and !, not starting with [, #, @ or ^.",
+        f"{shown(id)} cannot be an id. Use 1 to 200 printable characters without ~ and !, not starting with [, #, @ or ^.",
         argument="id",
     )

@@ -5,11 +5,27 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
+MAX_MESSAGE = 4_000
+
+
+def shown(value: object) -> str:
+    """A value that was refused, for an error's text: its beginning, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - Python writes out no integer of thousands of digits, and an object may raise anything
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
 
 class BursarError(Exception):
-    """The root of all errors of Bursar. `fields` holds the facts of the case as plain data."""
+    """The root of all errors of Bursar. `fields` holds the facts of the case as plain data.
+
+    A message that quotes megabytes is cut in its middle: its last sentence is the remedy.
+    """
 
     def __init__(self, message: str, **fields: Any) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
         super().__init__(message)
         self.fields = fields
 

@@ -18,7 +18,7 @@ from bursar.commands import Alert, Definitions
 from bursar.decisions import Decisions, renewed
 from bursar.detect import Detectors
 from bursar.driver import Driver
-from bursar.errors import InvalidInput, StoreError
+from bursar.errors import InvalidInput, StoreError, shown
 from bursar.guard import Guard
 from bursar.making import CallMaker
 from bursar.notices import nobody
@@ -37,9 +37,10 @@ from bursar.scope import (
     to_baggage,
 )
 from bursar.settings import Settings
-from bursar.signing import content
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.trust import ENVIRONMENT as OPERATOR
+from bursar.trust import Trust
 
 if TYPE_CHECKING:
     from bursar.alerts import Alerts, Deliverer
@@ -58,7 +59,8 @@ class Bursar:
     `max_accounts`: how many accounts one budget may have. `detectors`: what is done about runs that loop, retry or spend too
     fast: "report" tells of them by alerts, a Detectors acts as it says, "off" does not look. `require`: tags that every call
     has to carry. `default_limit`: what a run may spend ("1 USD") whose calls no budget limits. `alerts`: who is told of
-    crossed thresholds and findings, beside the log. `tags`: on every call that has no such
+    crossed thresholds and findings, beside the log. `operator`: the public key of the one operator that this process trusts
+    (the environment's BURSAR_OPERATOR overrides it); a store with another one is refused. `tags`: on every call that has no such
     tags of its own. `clock` and `ids` are for tests and simulations.
     Raises PolicyError, InvalidInput or StoreError.
     """
@@ -76,6 +78,7 @@ class Bursar:
         require: Sequence[str] = (),
         default_limit: str | None = None,
         alerts: Alerts | None = None,
+        operator: str | None = None,
         tags: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         ids: Callable[[], str] | None = None,
@@ -84,9 +87,10 @@ class Bursar:
             raise InvalidInput(f'{on_expiry!r} is no on_expiry. Use "charge" or "release".', argument="on_expiry")
         if type(max_accounts) is not int or max_accounts < 1:
             raise InvalidInput(
-                f"max_accounts cannot be {max_accounts!r}. Use a whole number from 1.", argument="max_accounts"
+                f"max_accounts cannot be {shown(max_accounts)}. Use a whole number from 1.", argument="max_accounts"
             )
         tags = check_tags(tags or {})
+        self._trust = Trust(os.environ.get(OPERATOR) or operator)
         self._settings = settings = Settings.of(
             budgets,
             prices=prices,
@@ -106,6 +110,7 @@ class Bursar:
             self.store.on_crossed(self._crossed)
         self._deliverer = self._deliver(alerts)
         try:
+            self._trust.appoint(self.store)
             self.store.publish(settings.definitions())
             self._load_policy()
         except BaseException:
@@ -298,9 +303,8 @@ class Bursar:
         while settings is not self._settings:
             settings = self._settings
             version, held = self._newest_definitions()
-            newest = held.get("budget", {})
-            names = newest if settings.names is None else settings.names
-            budgets = [Budget(**content(newest[name].definition)) for name in names]
+            self._trust.check(held)
+            budgets = [Budget(**one) for one in self._trust.budgets(held, settings.names)]
             given = settings.policy
             self.guard.policy = Policy(
                 budgets, version=version, rates=given.rates, decisions=Decisions(held), default=given.default

@@ -32,6 +32,7 @@ from bursar.queueing import Queueing, queue_of
 from bursar.records import facts_of
 from bursar.refusal import exceeded, rejection, stopped
 from bursar.sentry import Sentry
+from bursar.texts import printable
 from bursar.usage import Usage
 from bursar.waiting import Ticket, WaitingRoom
 
@@ -228,6 +229,7 @@ class Guard:
         tokens = usage.input_tokens + usage.output_tokens
         actuals = {"USD": price.cost_nanos, "tokens": tokens, "requests": usage.requests}
         facts = facts_of(model_answered=usage.model, latency_us=now_us - at_us, headers=headers)
+        reason = printable(reason)
         command = Settle(call.id, actuals, price.cost_nanos, usage.as_dict(), outcome, False, reason, facts)
         entry = yield from self._end(call, command)
         if call.request is not None:
@@ -254,7 +256,7 @@ class Guard:
                 actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
-        return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, reason, facts))
+        return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, printable(reason), facts))
 
     def _worst(self, call: Call, known: Usage | None) -> Usage | None:
         """The usage of a call whose end nobody saw: a learned estimate of the output may lie below the maximum it had."""
@@ -271,7 +273,7 @@ class Guard:
         if outcome == "failed":
             self.notices.sentry.failed(call, now_us)
         failures = {"failures": 1} if outcome == "failed" else {}
-        return self._end(call, Release(call.id, outcome, reason, actuals=failures))
+        return self._end(call, Release(call.id, outcome, printable(reason), actuals=failures))
 
     def _end(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
         if call.state == "unguarded":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from bursar.call import CHANGEABLE, MODEL_UNITS, TOOL_UNITS, Call
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
 from bursar.estimate import Request
 from bursar.guard import Guard
 from bursar.reservation import tool_cost
@@ -48,7 +48,7 @@ class CallMaker:
         messages = said.get("messages")
         if messages is not None and not isinstance(messages, (str, Sequence)):
             raise InvalidInput(
-                f"messages cannot be {str(messages)[:40]!r}. Give the text, or the list of messages, as it will be sent.",
+                f"messages cannot be {shown(messages)}. Give the text, or the list of messages, as it will be sent.",
                 argument="messages",
             )
         call = self._call(MODEL_UNITS, tags, default_tags, id, ttl_s)
@@ -113,5 +113,5 @@ def _texts(**given: object) -> dict[str, str]:
     """Names that a call cannot do without, checked as the tags that they become. Raises InvalidInput."""
     for argument, value in given.items():
         if not isinstance(value, str):
-            raise InvalidInput(f"{argument} cannot be {str(value)[:40]!r}. Give its name as text.", argument=argument)
+            raise InvalidInput(f"{argument} cannot be {shown(value)}. Give its name as text.", argument=argument)
     return check_tags(given)

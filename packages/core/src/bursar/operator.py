@@ -13,13 +13,16 @@ from typing import Any
 from bursar.accounts import Account
 from bursar.budget import Budget, parse_limit
 from bursar.commands import Definition, Ended, Release, Tell
-from bursar.errors import InvalidInput, OperatorRequired
+from bursar.errors import InvalidInput, OperatorRequired, shown
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
 from bursar.scope import check_tags
 from bursar.signing import OperatorKey, content, short_id, switch_name
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.texts import printable
+
+MAX_FOR_S = 100 * 366 * 86_400.0
 
 log = logging.getLogger("bursar")
 
@@ -51,7 +54,7 @@ class Operator:
     def __init__(self, store: str | Store, key: OperatorKey | str | None = None, *, by: str | None = None) -> None:
         self.store: Store = open_store(store) if isinstance(store, str) else store
         self._key = OperatorKey(key) if isinstance(key, str) else key
-        self._by = by or getpass.getuser()
+        self._by = printable(by or getpass.getuser(), 200)
 
     def appoint(self) -> OperatorKey:
         """Make a new key and have the store know its public half. Where it knows one already, that one has to sign."""
@@ -154,7 +157,9 @@ class Operator:
                 kind="release",
                 name=id,
             )
-        answer = self.store.execute(Release(id, "cancelled", why, {"by": self._by}, self._key.prove(id)))
+        proof = self._key.prove(id)
+        # the record keeps the proof, so that an audit can tell it from one that was written past the store
+        answer = self.store.execute(Release(id, "cancelled", printable(why), {"by": self._by, "proof": proof}, proof))
         if type(answer) is not Ended:
             raise rejection(id, answer)  # type: ignore[arg-type]
         return UsageRecord.of(answer.entry)
@@ -192,6 +197,8 @@ class Operator:
     ) -> dict[str, Any]:
         """The definition with who says so and when, and the signature; `before` is what it takes the place of."""
         said = {**content(definition), "by": self._by, "at_us": self.store.now_us()}
+        if "why" in said:
+            said["why"] = printable(said["why"])
         if not signed:
             return said
         self._require_key(kind, name)
@@ -220,6 +227,10 @@ class Operator:
         return held
 
     def _until_us(self, for_s: float | None) -> int | None:
+        if for_s is not None and not 0 < for_s <= MAX_FOR_S:
+            raise InvalidInput(
+                f"for_s cannot be {shown(for_s)}. Give seconds, up to a hundred years.", argument="for_s"
+            )
         return None if for_s is None else self.store.now_us() + int(for_s * 1e6)
 
     def _answered(self, verb: str, id: str, held: Definition) -> None:

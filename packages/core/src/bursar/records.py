@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from bursar.accounts import Account, age
 from bursar.commands import Entry
 from bursar.money import dollar_text, dollars
+from bursar.texts import printable
 
+MAX_HEADERS = 50
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST_US = 253_402_300_799_999_999  # the end of the year 9999
 
 
 def instant(at_us: int) -> datetime:
-    """Microseconds since the epoch as a time in UTC."""
-    return _EPOCH + timedelta(microseconds=at_us)
+    """Microseconds since the epoch as a time in UTC; what no calendar holds as the last moment that one does."""
+    return _EPOCH + timedelta(microseconds=min(max(at_us, 0), _LAST_US))
 
 
 def amount(count: int, unit: str) -> Decimal:
@@ -181,7 +185,8 @@ def facts_of(
     if latency_us is not None:
         facts["latency_ms"] = latency_us // 1_000
     if headers:
+        told = ((name, value) for name, value in headers.items() if "ratelimit" in name or name == "retry-after")
         facts["headers"] = {
-            name: value for name, value in headers.items() if "ratelimit" in name or name == "retry-after"
+            printable(str(name), 100): printable(str(value), 200) for name, value in islice(told, MAX_HEADERS)
         }
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -123,7 +124,7 @@ def stopped(freeze: Freeze) -> Stopped:
     by = f" by {freeze.by}" if freeze.by else ""
     return Stopped(
         f"{where} was stopped ({freeze.cause}){by}{f': {freeze.why}' if freeze.why else ''}. Nothing further was sent. "
-        f"Have an operator run `bursar resume {freeze.name!r}` when the cause is gone.",
+        f"Have an operator run `bursar resume {shlex.quote(freeze.name)}` when the cause is gone.",
         cause=freeze.cause,
         why=freeze.why,
         budget=budget,
@@ -223,7 +224,8 @@ def rejection(id: str, answer: Rejected) -> BursarError:
         )
     if answer.why == "operator":
         return OperatorRequired(
-            f"Releasing the expired {id!r} needs the operator's signature. Run `bursar release {id}` with the operator's key.",
+            f"Releasing the expired {id!r} needs the operator's signature. "
+            f"Run `bursar release {shlex.quote(id)}` with the operator's key.",
             kind="release",
             name=id,
         )

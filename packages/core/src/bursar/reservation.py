@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bursar.call import Call, Step, Steps
 from bursar.commands import Entry
 from bursar.driver import Driver
-from bursar.errors import BursarError, InvalidInput, Stopped, StoreError, UnknownPrice, UnreadableAnswer
+from bursar.errors import BursarError, InvalidInput, Stopped, StoreError, UnknownPrice, UnreadableAnswer, shown
 from bursar.guard import log
 from bursar.money import nanos
 from bursar.outcome import surely_not_billed
@@ -239,8 +239,8 @@ def tool_cost(cost: str | None) -> int | None:
         return None
     text = cost.strip() if isinstance(cost, str) else ""
     if not text.endswith("USD"):
-        raise InvalidInput(f'{cost!r} is no cost. Write it like "0.002 USD".', argument="cost", value=cost)
+        raise InvalidInput(f'{shown(cost)} is no cost. Write it like "0.002 USD".', argument="cost", value=cost)
     found = nanos(text.removesuffix("USD").strip())
     if found < 0:
-        raise InvalidInput(f"{cost!r} is negative. Costs are 0 or more.", argument="cost", value=cost)
+        raise InvalidInput(f"{shown(cost)} is negative. Costs are 0 or more.", argument="cost", value=cost)
     return found

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from urllib.parse import quote, unquote
 
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
 
 TAGS = (
     "org",
@@ -37,15 +37,18 @@ def check_tags(tags: Mapping[str, object]) -> dict[str, str]:
     """The tags as text, without those that are None. Raises InvalidInput for names and values that no store should hold."""
     checked: dict[str, str] = {}
     if not isinstance(tags, (dict, Mapping)):
-        raise InvalidInput(f'Tags cannot be {str(tags)[:40]!r}. Give them as {{"team": "research"}}.', argument="tags")
+        raise InvalidInput(f'Tags cannot be {shown(tags)}. Give them as {{"team": "research"}}.', argument="tags")
     for name, value in tags.items():
         if value is None:
             continue
         if not isinstance(name, str) or (name not in _KNOWN and not _NAME.fullmatch(name)):
             raise InvalidInput(
-                f"{name!r} cannot name a tag. Use letters, digits and _.:/- (64 at most).", argument=str(name)
+                f"{shown(name)} cannot name a tag. Use letters, digits and _.:/- (64 at most).", argument=shown(name)
             )
-        text = str(value)
+        try:
+            text = str(value)
+        except ValueError:  # an integer of thousands of digits
+            text = ""
         if not text or len(text) > MAX_VALUE_LENGTH or not text.isprintable():
             raise InvalidInput(
                 f"The tag {name} cannot be {text[:40]!r}. Use 1 to {MAX_VALUE_LENGTH} printable characters.",

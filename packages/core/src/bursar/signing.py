@@ -64,6 +64,19 @@ class OperatorKey:
         return str(self.sign("release", id, {})["signature"])
 
 
+def check_public(text: str) -> str:
+    """The public half of a key, as `bursar operator init` prints it. Raises InvalidInput."""
+    try:
+        if isinstance(text, str) and len(base64.b64decode(text.strip().encode(), b"-_", validate=True)) == 32:
+            return text.strip()
+    except (ValueError, binascii.Error):
+        pass  # the error below says what is due
+    raise InvalidInput(
+        "This is no operator's public key. Give what `bursar operator init` printed, never the key itself.",
+        argument="operator",
+    )
+
+
 def verifies(public: str, kind: str, name: str, definition: Mapping[str, Any]) -> bool:
     """Whether the definition carries a signature by the key whose public half this is."""
     return _signed(public, str(definition.get("signature", "")), _payload(kind, name, definition))
@@ -159,4 +172,4 @@ def _needs(kind: str, name: str, definition: Mapping[str, Any], before: Definiti
 
 def _payload(kind: str, name: str, definition: Mapping[str, Any]) -> bytes:
     plain = {key: value for key, value in definition.items() if key != "signature"}
-    return json.dumps([kind, name, plain], sort_keys=True, ensure_ascii=False).encode()
+    return json.dumps([kind, name, plain], sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")

@@ -8,10 +8,13 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
+from bursar.money import MAX_NANOS
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 MAX_COUNT = 2**48
+MAX_FACT = 512
+_FACTS = ("model", "service_tier", "region")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +68,35 @@ class Usage:
             if type(value) is not int or not 0 <= value <= MAX_COUNT:
                 name = next(name for name in _COUNTS if getattr(self, name) is value)
                 raise InvalidInput(
-                    f"Usage.{name} must be a whole number from 0 to 2^48, got {value!r}. "
+                    f"Usage.{name} must be a whole number from 0 to 2^48, got {shown(value)}. "
                     "Pass the provider's count as it is.",
                     argument=name,
                     value=value,
                 )
         for tool, count in self.server_tools.items():
-            if type(count) is not int or not 0 <= count <= MAX_COUNT:
+            named = isinstance(tool, str) and len(tool) <= MAX_FACT and tool.isprintable()
+            if type(count) is not int or not 0 <= count <= MAX_COUNT or not named:
                 raise InvalidInput(
-                    f"Usage.server_tools[{tool!r}] must be a whole number, got {count!r}. Pass the count of calls.",
-                    argument=tool,
+                    f"Usage.server_tools[{shown(tool)}] must be a whole number, got {shown(count)}. Pass the count of calls.",
+                    argument="server_tools",
                     value=count,
+                )
+        bill = self.stated_cost_nanos
+        if bill is not None and (type(bill) is not int or not 0 <= bill <= MAX_NANOS):
+            raise InvalidInput(
+                f"Usage.stated_cost_nanos must be a whole number from 0 to 2^62, got {shown(bill)}. "
+                "Leave it out where the provider states no bill.",
+                argument="stated_cost_nanos",
+                value=bill,
+            )
+        for name in _FACTS:
+            fact = getattr(self, name)
+            if fact is not None and not (isinstance(fact, str) and len(fact) <= MAX_FACT and fact.isprintable()):
+                raise InvalidInput(
+                    f"Usage.{name} must be a text of {MAX_FACT} printable characters at most, got {shown(fact)}. "
+                    "Leave it out where it is not known.",
+                    argument=name,
+                    value=fact,
                 )
         if self.other_models:
             others = tuple(other if isinstance(other, Usage) else Usage(**other) for other in self.other_models)

@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
 
 SECOND_US = 1_000_000
 ROLLING_BUCKETS = 60
@@ -57,11 +57,13 @@ class Window:
         if rolling is not None:
             self.rolling_us = int(rolling[1]) * _SECONDS[rolling[2]] * SECOND_US
         elif name != "total" and name not in _BY_CLOCK and name not in _BY_DATE:
-            raise InvalidInput(f"{name!r} is not a window. Use one of {', '.join(NAMES)}.", window=name)
+            raise InvalidInput(f"{shown(name)} is not a window. Use one of {', '.join(NAMES)}.", window=name)
         try:
             self.zone = ZoneInfo(tz)
         except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise InvalidInput(f'{tz!r} is not a time zone. Use an IANA name such as "Europe/Paris".', tz=tz) from None
+            raise InvalidInput(
+                f'{shown(tz)} is not a time zone. Use an IANA name such as "Europe/Paris".', tz=tz
+            ) from None
         self._held: tuple[int, int | None] = (0, None) if self.endless else (0, 0)
 
     @property

@@ -14,7 +14,7 @@ from bursar.alerts.sinks import OWNER, Apprise, Log, Sink, Webhook
 from bursar.errors import PolicyError
 
 Kind = Literal["threshold", "approval", "frozen", "detector", "policy", "resolved"]
-_PASSWORD = re.compile(r"://[^/?#${}]*:[^/?#${}]+@")
+_PASSWORD = re.compile(r"://[^/?#${}:]*:[^/?#${}@]+@")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 

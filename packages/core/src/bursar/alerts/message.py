@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from bursar.alerts.alert import budget_of, owner_of, topic_of
 from bursar.commands import Alert
+from bursar.errors import shown
 from bursar.money import dollar_text
 from bursar.records import instant
 
@@ -20,8 +21,8 @@ MAX_LINES = 10
 MAX_TEXT = 300
 MAX_FACT = 2_000
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# Names come from agents: no chat may take one for a call to everybody.
-_MENTION = re.compile(r"@(?=everyone|here|channel|all\b)|<(?=[!@#])", re.IGNORECASE)
+# Names come from agents: no chat may take one for a call to everybody, for a link that says where it does not lead, or for HTML.
+_MENTION = re.compile(r"@(?=everyone|here|channel|all\b)|<(?=[!@#/a-z])|\](?=\()", re.IGNORECASE)
 _HEADLINES = {
     "threshold": "a threshold is crossed",
     "approval": "an approval is asked for",
@@ -48,7 +49,7 @@ class Message:
         """The alert's own id, where it is alone and a header can carry it; else one made of all ids."""
         if len(self.alerts) == 1 and _SAFE_ID.fullmatch(self.alerts[0].id):
             return self.alerts[0].id
-        return hashlib.sha256("\n".join(alert.id for alert in self.alerts).encode()).hexdigest()[:32]
+        return hashlib.sha256("\n".join(alert.id for alert in self.alerts).encode("utf-8", "replace")).hexdigest()[:32]
 
     @property
     def kind(self) -> str:
@@ -66,7 +67,7 @@ class Message:
     def group(self) -> str:
         """The same for what is about one kind and budget, its end included: pagers open and close incidents by it."""
         said = f"{topic_of(self.alerts[0])}\n{self.budget}"
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+        return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()[:16]
 
     @property
     def title(self) -> str:
@@ -119,7 +120,7 @@ def _line(alert: Alert) -> str:
     facts = _closed(alert)
     said = []
     at, limit = facts.get("at"), facts.get("limit")
-    if isinstance(at, int) and isinstance(limit, int) and limit > 0:
+    if _is_amount(at) and _is_amount(limit) and limit > 0:
         said.append(f"{at * 100 // limit} %")
     if facts.get("enforce") is False:
         said.append("in shadow mode")
@@ -135,28 +136,37 @@ def _line(alert: Alert) -> str:
 def _unit(facts: Mapping[str, Any]) -> str:
     """What the amounts count: it stands in the facts, or in the account's key."""
     try:
-        return str(facts.get("unit") or json.loads(facts["account"])[1])
-    except (KeyError, IndexError, TypeError, ValueError):
+        return _plain(facts.get("unit") or json.loads(facts["account"])[1])
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         return ""
 
 
+def _is_amount(value: Any) -> TypeGuard[int]:
+    """Whether it is an integer that an account can hold: whoever may write to the store puts what they like into an alert."""
+    return isinstance(value, int) and abs(value) < 2**63
+
+
 def _shown(name: str, value: Any, unit: str) -> str:
-    if isinstance(value, int) and name in _AMOUNTS:
+    if _is_amount(value) and name in _AMOUNTS:
         return f"{dollar_text(value)} USD" if unit == "USD" else f"{value} {unit}".rstrip()
-    if isinstance(value, int) and name.endswith("_us"):
+    if _is_amount(value) and name.endswith("_us"):
         return f"{instant(value):%Y-%m-%d %H:%M:%S}"
     if name == "scope" and isinstance(value, str):
-        with suppress(ValueError):  # shown as it is
+        with suppress(ValueError, RecursionError):  # shown as it is
             value = json.loads(value)
     if isinstance(value, Mapping):
-        return _plain(" ".join(f"{key}={one}" for key, one in value.items()))
+        return _plain(" ".join(f"{key}={_text(one)}" for key, one in value.items()))
     return _plain(value)
 
 
 def _plain(value: object) -> str:
     """Text in one line that means nothing to a chat or a terminal."""
-    text = "".join(sign if sign.isprintable() else " " for sign in str(value)[:MAX_TEXT])
+    text = "".join(sign if sign.isprintable() else " " for sign in _text(value)[:MAX_TEXT])
     return _MENTION.sub(lambda found: f"{found[0]}\u200b", text)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def _closed(alert: Alert) -> dict[str, Any]:
@@ -171,4 +181,15 @@ def _closed(alert: Alert) -> dict[str, Any]:
 
 
 def _bounded(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value[:MAX_FACT] if isinstance(value, str) else value for name, value in list(facts.items())[:50]}
+    return {
+        str(name)[:MAX_FACT]: value[:MAX_FACT] if isinstance(value, str) else _sendable(value)
+        for name, value in list(facts.items())[:50]
+    }
+
+
+def _sendable(value: Any) -> Any:
+    """The value, where it is JSON of a size that a receiver takes; else that it is not."""
+    with suppress(ValueError, RecursionError):
+        if len(json.dumps(value, allow_nan=False)) <= MAX_FACT:
+            return value
+    return "cannot be told"

@@ -10,6 +10,7 @@ from typing import Any
 
 from bursar.errors import InvalidInput, UnreadableAnswer
 from bursar.money import MAX_NANOS, NANOS_PER_USD, round_half_up
+from bursar.texts import printable
 from bursar.usage import MAX_COUNT, Usage
 
 Json = Mapping[str, Any]
@@ -40,7 +41,7 @@ def number(value: Any) -> Fraction:
         raise unreadable(f"a {type(value).__name__} stands where a number is due")
     try:
         # Through its text, so that a float stands for the decimal that was sent.
-        exact = value if isinstance(value, int | Decimal) else Decimal(str(value)[:64])
+        exact = value if isinstance(value, int | Decimal) else Decimal(text if len(text := str(value)) <= 64 else "")
     except InvalidOperation:
         raise unreadable(f"{str(value)[:40]!r} is not a number") from None
     if isinstance(exact, Decimal) and (not exact.is_finite() or (exact and abs(exact.adjusted()) > 30)):
@@ -115,7 +116,7 @@ def total(data: Json, *names: str) -> int:
 def word(value: Any) -> str | None:
     """A fact such as a model or a tier: a short text, else None (SDKs send enums, numbers and empty strings)."""
     value = getattr(value, "value", value)
-    return value[:200] if isinstance(value, str) and value else None
+    return printable(value, 200) if isinstance(value, str) and value else None
 
 
 def tier(value: Any) -> dict[str, str]:

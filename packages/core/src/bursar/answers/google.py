@@ -175,19 +175,25 @@ def _tier(usage: Json) -> dict[str, str]:
 
 def _camel(data: Json) -> Json:
     """The SDK's snake_case names as the wire's camelCase; interactions have snake_case on the wire and keep it."""
-    if "total_input_tokens" in data or not any("_" in name for name in data if isinstance(name, str)):
-        return _inner(data)
+    return _inner(_renamed(data) if _is_snake(data) else data)
+
+
+def _is_snake(data: Json) -> bool:
+    return "total_input_tokens" not in data and any("_" in name for name in data if isinstance(name, str))
+
+
+def _renamed(data: Json) -> Json:
     result: dict[str, Any] = {}
     for name, value in data.items():
         if not isinstance(name, str):
             raise unreadable("a key is not a text")
         head, *rest = name.split("_")
         result[head + "".join(word.capitalize() for word in rest) if head else name] = value
-    return _inner(result)
+    return result
 
 
 def _inner(data: Json) -> Json:
     usage = data.get("usageMetadata")
-    if isinstance(usage, dict) and any("_" in name for name in usage if isinstance(name, str)):
-        return {**data, "usageMetadata": _camel(usage)}
+    if isinstance(usage, dict) and _is_snake(usage):
+        return {**data, "usageMetadata": _renamed(usage)}
     return data

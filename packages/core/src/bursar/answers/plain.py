@@ -6,8 +6,9 @@ import base64
 import binascii
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from bursar.answers.counts import unreadable
@@ -16,6 +17,9 @@ from bursar.errors import UnreadableAnswer
 _decode = json.JSONDecoder(parse_float=Decimal).decode
 # As tuples: types joined by | are joined anew at each look, and every event of every stream is looked at.
 _BYTES, _DATA = (bytes, bytearray, memoryview), (str, dict, list, int, float)
+_NO_JSON = (ValueError, RecursionError, InvalidOperation)  # the last: an exponent of twenty digits
+# Of a stream, by its specification. Not `splitlines`: it also splits at signs that the model may write (U+2028, U+0085).
+_LINE = re.compile(r"\r\n|\n|\r")
 MAX_TEXT = 64 * 2**20  # characters: an answer with images is tens of megabytes at most
 
 
@@ -66,7 +70,7 @@ def parse(text: str) -> Any:
         raise unreadable("it is longer than 64 million characters")
     try:
         return _decode(text)
-    except (ValueError, RecursionError):
+    except _NO_JSON:
         raise unreadable("it is not JSON") from None
 
 
@@ -79,15 +83,15 @@ def events_of(text: str) -> Any:
         return list(_sse(text))
     try:
         return _decode(text)
-    except (ValueError, RecursionError):
+    except _NO_JSON:
         pass  # several lines of JSON are tried below, and fail as JSON does
-    return [parse(line) for line in text.splitlines() if line.strip()]
+    return [parse(line) for line in _LINE.split(text) if line.strip()]
 
 
 def _sse(text: str) -> Iterator[dict[str, Any]]:
     """Server-sent events; an event's data lines are joined. Source: WHATWG HTML, 9.2.6."""
     name, lines, seen = None, [], False
-    for line in [*text.splitlines(), ""]:
+    for line in [*_LINE.split(text), ""]:
         field, _, rest = line.partition(":")
         rest = rest.removeprefix(" ")
         if field == "event":

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from bursar.money import dollar_text
 from bursar.records import UsageRecord
+from bursar.texts import printable
 
 ROWS = 8
 NUMBERS = {"calls", "cost", "of it estimated", "billed calls", "billed", "ledger"}
@@ -22,12 +23,12 @@ def money(nanos: int) -> str:
 
 def plain(text: str | None) -> Text:
     """Text for a terminal: no markup, and no control characters from tags or models."""
-    return Text("".join(char if char.isprintable() else "?" for char in text or ""))
+    return Text(printable(text or "", len(text or "")))
 
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; columns of numbers stand to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=plain(title), title_justify="left", title_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
     return made

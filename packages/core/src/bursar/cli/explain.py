@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-
-import click
 
 from bursar.accounts import Account, age, in_force, reached, under
 from bursar.budget import Budget
 from bursar.call import MODEL_UNITS, TOOL_UNITS
+from bursar.cli.options import echo
 from bursar.decisions import Decisions
 from bursar.errors import UnknownPrice
 from bursar.policy import NONE, Matched, Policy, limits
@@ -55,7 +55,8 @@ def explain(file: PolicyFile, tags: Mapping[str, str], store: Store | None, now_
     switch = policy.stop(scope, {tag: value for tag, value in own.items() if value}, matched)
     if switch is not None:
         notes.insert(
-            0, f"It is stopped now by the switch {switch.name!r} ({switch.cause}). bursar resume '{switch.name}'"
+            0,
+            f"It is stopped now by the switch {switch.name!r} ({switch.cause}). bursar resume {shlex.quote(switch.name)}",
         )
     return Explained(accounts, unmatched, notes)
 
@@ -179,7 +180,7 @@ def show_explained(found: Explained, tags: Mapping[str, str], books: str) -> Non
             others.add_row(plain(other["budget"]), plain(other["why"]))
         console.print(others)
     for note in found.notes:
-        click.echo(note)
+        echo(note)
 
 
 def _action(step: Mapping[str, Any]) -> str:

@@ -13,9 +13,10 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from bursar.cli.options import form_option, open_books, show, tags_argument
+from bursar.cli.options import echo, form_option, open_books, show, tags_argument
 from bursar.money import dollar_text
 from bursar.records import instant
+from bursar.stores import public_url
 
 if TYPE_CHECKING:
     from bursar.budget import Limit
@@ -68,11 +69,14 @@ def command(
         )
     if form == "table":
         show(
-            (row for one in found for row in _open(one)), CAUSES, form, f"Open causes of runaway spend: {policy or url}"
+            (row for one in found for row in _open(one)),
+            CAUSES,
+            form,
+            f"Open causes of runaway spend: {policy or public_url(url)}",
         )
         show((row for one in found for row in _loops(one)), LOOPS, form, "A loop, at worst")
         for note in _notes(found, whole=given.whole):
-            click.echo(note)
+            echo(note)
     elif form == "csv":
         show(({"who": _who(one), **_worst(worst)} for one in found for worst in one.loops), _COLUMNS, form, "")
     else:

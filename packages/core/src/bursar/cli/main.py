@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 import click
 
+from bursar.cli.options import printable
 from bursar.errors import BursarError
 
 # name -> module and the click command in it
@@ -44,7 +45,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BursarError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 
 import click
 
-from bursar.cli.options import check_store, form_option, show, store_option, tag_options, tags_argument
+from bursar.cli.options import check_store, echo, form_option, key_text, show, store_option, tag_options, tags_argument
 from bursar.operator import Operator, Question
 from bursar.records import instant
+from bursar.stores import public_url
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -23,7 +25,7 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in t
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", str(value))
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd])", str(value), re.ASCII)
         if found is None:
             self.fail(f"{value!r} is no duration. Write it like 30m, 1h or 2d.", param, ctx)
         return float(found[1]) * _SECONDS[found[2]]
@@ -43,8 +45,7 @@ def _deciding(function: F) -> F:
 @contextmanager
 def _operator(store: str, key: Path | None = None, by: str | None = None) -> Iterator[Operator]:
     check_store(store)
-    text = key.read_text(encoding="utf-8") if key is not None else os.environ.get("BURSAR_OPERATOR_KEY")
-    with Operator(store, text or None, by=by) as operator:
+    with Operator(store, key_text(key), by=by) as operator:
         yield operator
 
 
@@ -60,7 +61,7 @@ def freeze(tags: dict[str, str], store: str, key: Path | None, by: str | None, w
         raise click.UsageError("Say what to stop, such as --agent planner; or --everything.")
     with _operator(store, key, by) as operator:
         name = operator.freeze(tags, why=why)
-    click.echo(f"Stopped: {name}. Go on with: bursar resume '{name}'")
+    echo(f"Stopped: {name}. Go on with: bursar resume {shlex.quote(name)}")
 
 
 @click.command()
@@ -72,14 +73,14 @@ def resume(name: str | None, store: str, key: Path | None, by: str | None, why: 
     with _operator(store, key, by) as operator:
         if name is not None:
             operator.resume(name, why=why)
-            click.echo(f"Resumed: {name}")
+            echo(f"Resumed: {name}")
             return
         found = operator.frozen()
     rows = [
         {"name": name, "cause": one.get("cause"), "by": one.get("by"), "why": one.get("why")}
         for name, one in found.items()
     ]
-    show(rows, ["name", "cause", "by", "why"], "table", f"Stopped in {store}")
+    show(rows, ["name", "cause", "by", "why"], "table", f"Stopped in {public_url(store)}")
 
 
 @click.command()
@@ -91,7 +92,7 @@ def approvals(store: str, form: str, everything: bool) -> None:
     with _operator(store) as operator:
         found = [one for one in operator.questions() if everything or one.state == "open"]
     columns = ["id", "state", "budget", "spent", "limit", "owner", "for", "by"]
-    show(map(_asked, found), columns, form, f"Questions in {store}")
+    show(map(_asked, found), columns, form, f"Questions in {public_url(store)}")
 
 
 def _asked(question: Question) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def alerts(store: str, form: str) -> None:
             {"time (UTC)": f"{instant(one.at_us):%m-%d %H:%M:%S}", "kind": one.kind, "told": told, **_gist(one.facts)}
             for one, told in operator.store.alerts()
         ]
-    show(found, ["time (UTC)", "kind", "what", "who", "told"], form, f"Alerts in {store}")
+    show(found, ["time (UTC)", "kind", "what", "who", "told"], form, f"Alerts in {public_url(store)}")
 
 
 def _gist(facts: dict[str, Any]) -> dict[str, Any]:
@@ -214,8 +215,10 @@ def init(store: str, key: Path | None, by: str | None, why: str, out: Path) -> N
         file = os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as made:
             try:
-                made.write(held.appoint().text + "\n")
+                appointed = held.appoint()
+                made.write(appointed.text + "\n")
             except BaseException:
                 out.unlink()
                 raise
     click.echo(f"The key is in {out}. Keep it where no agent can read it: it approves, raises, resumes and releases.")
+    click.echo(f"Have your programs trust no other operator: BURSAR_OPERATOR={appointed.public}")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,14 +14,19 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
+from bursar.files import open_to_all, read_text
+from bursar.texts import printable as one_line
+
 if TYPE_CHECKING:
     from bursar.facade import Bursar
 
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
+MAX_KEY_BYTES = 1_000
 TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
-# A spreadsheet takes a cell that starts with one of these for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes a cell that starts with one of these for a formula, wide signs too; and where it is set to, a semicolon
+# or a tab begins another cell.
+_FORMULA = re.compile(r"(^|[;\t\r\n])(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 
 
 def store_option(function: F) -> F:
@@ -47,6 +53,18 @@ def check_store(url: str) -> None:
         file = Path(unquote(urlsplit(url).path[1:]))
         if not file.exists():
             raise click.UsageError(f"There is no store {file}. Name it with --store or BURSAR_STORE.")
+
+
+def key_text(file: Path | None) -> str | None:
+    """The operator's key in a file, else the environment's BURSAR_OPERATOR_KEY; a warning where others may read the file."""
+    if file is None:
+        return os.environ.get("BURSAR_OPERATOR_KEY") or None
+    if open_to_all(file):
+        click.echo(f"warning: every user of this machine may read or change {file}. Run: chmod 600 {file}", err=True)
+    try:
+        return read_text(file, MAX_KEY_BYTES)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"The key in {file} cannot be read: {error}.") from error
 
 
 def form_option(function: F) -> F:
@@ -83,6 +101,16 @@ def _tags(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
     return {**ctx.meta.get(_GIVEN, {}), **tags}
 
 
+def printable(text: str) -> str:
+    """Text that a terminal only shows: escape sequences in names would move its cursor, or write what was never said."""
+    return "\n".join(one_line(line, len(line)) for line in text.split("\n"))
+
+
+def echo(text: str) -> None:
+    """Print a line that may quote what stands in the store or in a file."""
+    click.echo(printable(text))
+
+
 def show(rows: Iterable[Mapping[str, Any]], columns: list[str], form: str, title: str) -> None:
     """Print rows as a table for people, or as JSON lines or CSV for programs."""
     if form == "json":
@@ -105,8 +133,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, (dict, list, tuple)):
         value = json.dumps(value, default=str)
     text = "" if value is None else str(value)
-    is_number = isinstance(value, (int, float)) or text.lstrip("-").replace(".", "", 1).isdigit()
-    return f"'{text}" if text.startswith(_FORMULA) and not is_number else text
+    is_number = isinstance(value, (int, float)) or text.removeprefix("-").replace(".", "", 1).isdigit()
+    return text if is_number else _FORMULA.sub(r"\1'", text)
 
 
 def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: str) -> None:

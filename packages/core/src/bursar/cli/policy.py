@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from bursar.cli.options import check_store, show, tag_options, tags_argument
+from bursar.cli.options import check_store, echo, key_text, show, tag_options, tags_argument
+from bursar.stores import public_url
 
 if TYPE_CHECKING:
     from bursar.policy_file import PolicyFile
@@ -43,19 +44,24 @@ def check(file: Path, store: str | None, form: str) -> None:
 
     What is valid and still cannot do what one might expect is a warning; the status is 0 then.
     """
+    from bursar.files import open_to_all
     from bursar.policy_file import read_policy
     from bursar.policy_file.advice import advice
 
     policy = read_policy(file)
     with _books(policy, store) as held:
         warnings = advice(policy, has_operator=held is not None and "operator" in held.definitions()[1])
+    if "change" in open_to_all(file):
+        warnings.append(f"Every user of this machine may change {file}. Take that from them: chmod o-w.")
     budgets, prices = len(policy.budget), len(policy.price)
     if form == "json":
         click.echo(json.dumps({"file": str(file), "budgets": budgets, "prices": prices, "warnings": warnings}))
         return
-    click.echo(f"{file}: a valid policy with {budgets} budget(s) and {prices} price(s), store {policy.store}.")
+    click.echo(
+        f"{file}: a valid policy with {budgets} budget(s) and {prices} price(s), store {public_url(policy.store)}."
+    )
     for warning in warnings:
-        click.echo(f"warning: {warning}")
+        echo(f"warning: {warning}")
 
 
 @command.command()
@@ -140,17 +146,16 @@ def apply(file: Path, store: str | None, form: str, key: Path | None, by: str | 
     policy = read_policy(file)
     budgets = Settings.of(**policy.options()).policy.budgets
     url = store or os.environ.get("BURSAR_STORE") or policy.store
-    text = key.read_text(encoding="utf-8") if key is not None else os.environ.get("BURSAR_OPERATOR_KEY")
-    with Operator(url, text or None, by=by) as operator:
+    with Operator(url, key_text(key), by=by) as operator:
         published = operator.publish_budgets(budgets)
         names = {entry.name for entry in policy.budget}
         left = [name for name in operator.store.definitions()[1].get("budget", {}) if name not in names]
     if form == "json":
-        click.echo(json.dumps({"store": url, "published": published, "only_in_store": left}))
+        click.echo(json.dumps({"store": public_url(url), "published": published, "only_in_store": left}))
         return
-    click.echo(f"In force in {url}: {', '.join(published) or 'nothing new'}.")
+    echo(f"In force in {public_url(url)}: {', '.join(published) or 'nothing new'}.")
     if left:
-        click.echo(f"The store has further budgets, which stay as they are: {', '.join(left)}.")
+        echo(f"The store has further budgets, which stay as they are: {', '.join(left)}.")
 
 
 @command.command()

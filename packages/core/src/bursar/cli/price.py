@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import click
@@ -17,6 +18,7 @@ from bursar.errors import UnknownPrice, UnreadableAnswer
 from bursar.money import dollar_text
 from bursar.prices import PriceBook
 
+MAX_LINE = 64 * 2**20  # bytes: an answer with images is tens of megabytes at most
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PARTNERS = ("huggingface",)  # gateways whose path names who serves the model: /together/v1/chat/completions
 
@@ -167,7 +169,12 @@ def _microseconds(moment: datetime) -> int:
 
 def _lines(file: str) -> Iterator[bytes]:
     if file == "-":
-        yield from sys.stdin.buffer
+        yield from _bounded(sys.stdin.buffer)
         return
     with cast(BinaryIO, gzip.open(file) if file.endswith(".gz") else open(file, "rb")) as stream:
-        yield from (line for line in stream if line.strip())
+        yield from (line for line in _bounded(stream) if line.strip())
+
+
+def _bounded(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines; one that is too long comes in pieces, none of which is JSON: a small file may unpack to more than memory."""
+    return iter(partial(stream.readline, MAX_LINE), b"")

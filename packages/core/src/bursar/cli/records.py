@@ -9,6 +9,7 @@ import click
 
 from bursar.cli.options import form_option, open_books, show, store_option, tags_argument
 from bursar.records import UsageRecord
+from bursar.stores import public_url
 
 SHORT = ["time (UTC)", "outcome", "agent", "run", "call", "in", "out", "cost"]
 TAGS = "org team project user customer workflow agent run tool connection provider model".split()  # noqa: SIM905 - a row of words
@@ -41,7 +42,7 @@ def command(tags: dict[str, str], store: str, form: str, limit: int | None) -> N
     with open_books(store) as bursar:
         found = islice(bursar.records(**tags), limit)
         if form == "table":
-            show(map(_short, found), SHORT, form, f"Usage records in {store}")
+            show(map(_short, found), SHORT, form, f"Usage records in {public_url(store)}")
         elif form == "csv":
             show(({**record.tags, **record.as_dict()} for record in found), LONG, form, "")
         else:

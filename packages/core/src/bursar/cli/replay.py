@@ -14,6 +14,7 @@ import click
 from bursar.cli.options import form_option, open_books, show, store_option
 from bursar.money import dollar_text
 from bursar.records import instant
+from bursar.stores import public_url
 
 if TYPE_CHECKING:
     from bursar.foresight.outcomes import Effect, Outcome
@@ -35,7 +36,7 @@ class _Instant(click.ParamType):  # type: ignore[type-arg]  # generic only in th
         now = datetime.now(UTC)
         try:
             at = now - timedelta(seconds=int(ago[1]) * _SECONDS[ago[2]]) if ago else datetime.fromisoformat(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             self.fail(f"{value!r} is no time. Write it like 2026-11-22, 2026-11-22T12:00Z, or 7d for a week ago.")
         return ((at if at.tzinfo else at.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1)
 
@@ -91,11 +92,16 @@ def command(
         )
     if calls:
         show(
-            map(_call, (one for one in outcomes if one.is_other)), CALLS, form, f"Calls of {store} that fared otherwise"
+            map(_call, (one for one in outcomes if one.is_other)),
+            CALLS,
+            form,
+            f"Calls of {public_url(store)} that fared otherwise",
         )
         return
     rows = [_effect(name, one, form) for name, one in effects(outcomes).items()]
-    show([*rows, _sum(outcomes, form)], COLUMNS, form, f"{policy or 'The budgets'} on the records of {store}")
+    show(
+        [*rows, _sum(outcomes, form)], COLUMNS, form, f"{policy or 'The budgets'} on the records of {public_url(store)}"
+    )
     if form == "table":
         click.echo(_summary(outcomes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import click
 
 from bursar.run.order import Order
+from bursar.stores import public_url
 
 STOPPED = 3  # the exit status when calls were refused and the program itself ended with 0
 
@@ -108,7 +110,7 @@ def _show(order: Order) -> bool:
     console.print(
         f"bursar: guarded {', '.join(guarded)}; {len(records) - len(blocked)} calls, {money(total)}"
         f"{f', of it {money(estimated)} estimated' if estimated else ''}, {len(blocked)} refused. "
-        f"The books: bursar records --store '{order.store}'",
+        f"The books: bursar records --store {shlex.quote(public_url(order.store))}",
         markup=False,
     )
     return bool(blocked)

@@ -8,6 +8,7 @@ import click
 
 from bursar.cli.options import form_option, open_books, show, store_option, tags_argument
 from bursar.records import BudgetStatus
+from bursar.stores import public_url
 
 SHORT = ["budget", "limit", "spent", "reserved", "available", "refused", "until"]
 LONG = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "overrun", "refused", "from", "until"]
@@ -22,7 +23,7 @@ def command(tags: dict[str, str], store: str, form: str) -> None:
     with open_books(store) as bursar:
         found = bursar.status(**tags)
     if form == "table":
-        show(map(_short, found), SHORT, form, f"Budgets in {store}")
+        show(map(_short, found), SHORT, form, f"Budgets in {public_url(store)}")
     else:
         show(map(_long, found), LONG, form, "")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
 from bursar.errors import InvalidInput
+from bursar.texts import printable
 
 Action = Literal["off", "notify", "downgrade", "clamp", "throttle", "ask", "block", "kill"]
 Detector = Literal[
@@ -104,4 +105,8 @@ def found(
     detector: Detector, action: Action, why: str, *, repetitions: int = 0, period: int = 0, wait_us: int = 0
 ) -> Finding | None:
     """A finding, or None where its detector is off."""
-    return None if action == "off" else Finding(detector, CAUSES[detector], action, why, repetitions, period, wait_us)
+    return (
+        None
+        if action == "off"
+        else Finding(detector, CAUSES[detector], action, printable(why), repetitions, period, wait_us)
+    )

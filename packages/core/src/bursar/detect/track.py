@@ -78,7 +78,7 @@ class Track:
         symbols = self._symbols(calls, results)
         rounds = [view.add(symbol) for view, symbol in zip(self._views, symbols, strict=True)]
         self._calls.appendleft(self._of_calls(calls))
-        self._labels.appendleft(", ".join(dict.fromkeys(name or "a text" for name, _ in calls[:4])) or "unknown")
+        self._labels.appendleft(", ".join(dict.fromkeys(name[:100] or "a text" for name, _ in calls[:4])) or "unknown")
         findings = [self._loop(*each, view) for view, each in enumerate(rounds) if each is not None]
         return [*findings[:1], *self._progress(symbols.loose, input_tokens)]
 

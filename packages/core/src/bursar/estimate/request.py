@@ -8,11 +8,12 @@ from copy import copy
 from functools import lru_cache
 from typing import Any
 
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
 from bursar.estimate.additions import Additions, read_additions
 from bursar.estimate.families import family_of, line_of
 from bursar.estimate.measure import CONVERSATION, OBJECT, Meter
 from bursar.estimate.plain import json_bytes
+from bursar.usage import MAX_COUNT
 
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_gen_len", "max_tokens_to_sample")
 _NESTED_LIMITS = (
@@ -215,9 +216,9 @@ def _features(meter: Meter, fields: Mapping[str, Any], additions: Additions) -> 
 def _count(name: str, value: Any, default: int | None = None) -> int | None:
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
         raise InvalidInput(
-            f"{name} must be a whole number of 0 or more, got {value!r}. Leave it out where it is not known.",
+            f"{name} must be a whole number of 0 or more, got {shown(value)}. Leave it out where it is not known.",
             argument=name,
             value=value,
         )

@@ -9,6 +9,7 @@ from bursar.budget import Budget, parse_limit
 from bursar.detect import Detectors
 from bursar.errors import PolicyError
 from bursar.policy_file.file import PolicyFile
+from bursar.stores import public_url
 
 # Windows that a window of this kind always lies in, of the same time zone; a week may lie in two months.
 _WITHIN = {
@@ -35,6 +36,10 @@ def advice(policy: PolicyFile, *, has_operator: bool) -> list[str]:
             )
     if not has_operator:
         said += _asking_detectors(policy)
+    if public_url(policy.store) != policy.store:
+        said.append(
+            "The store's URL holds a password. Put the URL into the environment's BURSAR_STORE, or the password into ~/.pgpass."
+        )
     try:
         policy.make_alerts()
     except PolicyError as error:  # the secrets may be there where the policy is used, and not here

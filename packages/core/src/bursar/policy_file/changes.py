@@ -29,6 +29,7 @@ _MODES = {
 }
 _SECTIONS = {
     "store": "is read at the start only: restart the programs; running ones keep all of their old policy",
+    "operator": "is read at the start only: restart the programs; running ones keep all of their old policy",
     "require": "for calls reserved from now on",
     "default_limit": "for runs that no budget limits, from the next reservation on",
     "detectors": "what was seen of runs is forgotten: they are judged anew",

@@ -11,15 +11,19 @@ from bursar.alerts import Alerts
 from bursar.alerts.config import AlertEntry, make_alerts
 from bursar.budget import Budget
 from bursar.errors import BursarError
-from bursar.policy_file.entries import BudgetEntry, DetectorsValue, PriceEntry, Strict, Wrong
+from bursar.policy_file.entries import BudgetEntry, DetectorsValue, PriceEntry, Strict, Wrong, checked
 from bursar.prices import PriceBook
 from bursar.settings import Settings
+from bursar.signing import check_public
 
 
 class PolicyFile(Strict):
     """A whole policy: the store, budgets, prices, detectors, and who is told. The names are those of `Bursar`'s arguments."""
 
     store: str = "sqlite:///bursar.db"
+    operator: str | None = Field(
+        default=None, description="the public key of the one operator that is trusted; BURSAR_OPERATOR overrides it"
+    )
     require: list[str] = Field(default_factory=list, description="tags that every call has to carry")
     default_limit: str | None = Field(
         default=None, description="what a run may spend whose calls no budget limits", examples=["1 USD"]
@@ -35,6 +39,13 @@ class PolicyFile(Strict):
     tools: dict[str, str] = Field(default_factory=dict, examples=[{"web_search": "0.002 USD"}])
     rates: dict[str, str] = Field(default_factory=dict, description="US dollars per unit of another currency")
     alert: list[AlertEntry] = Field(default_factory=list, max_length=100)
+
+    @field_validator("operator")
+    @classmethod
+    def _is_a_public_key(cls, operator: str | None) -> str | None:
+        if operator is not None:
+            checked(lambda: check_public(operator))
+        return operator
 
     @field_validator("rates")
     @classmethod

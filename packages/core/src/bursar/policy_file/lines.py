@@ -9,8 +9,13 @@ from typing import Any
 
 import yaml
 
+from bursar.errors import shown
+
 Place = tuple[str | int, ...]
 Lines = dict[Place, int]
+
+MAX_DEPTH = 32
+MAX_DOTS = 500
 
 # What valid TOML consists of; a string of several lines is one token.
 _TOKEN = re.compile(
@@ -21,7 +26,28 @@ _KEY = re.compile(r'"((?:\\.|[^"\\])*)"|\'([^\']*)\'|([\w-]+)')
 
 def parse_toml(text: str) -> tuple[dict[str, Any], Lines]:
     """The data of a TOML text and its lines. Raises tomllib.TOMLDecodeError; ValueError and RecursionError for absurd texts."""
-    return tomllib.loads(text), _TomlLines(text).lines
+    if any(
+        piece.count(".") > MAX_DOTS for piece in re.split(r"[=\n]", text)
+    ):  # its parser takes an hour for a long key
+        raise ValueError(f"a key has more than {MAX_DOTS} parts")
+    data = tomllib.loads(text)
+    _check_depth(data)
+    return data, _TomlLines(text).lines
+
+
+def _check_depth(data: Any) -> None:
+    """Raise ValueError where tables lie in tables beyond all use: the place of each key is kept, with all above it."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
 
 
 class _TomlLines:
@@ -133,6 +159,8 @@ def parse_yaml(text: str) -> tuple[Any, Lines]:
 
 
 def _yaml_lines(node: yaml.Node, where: Place, lines: Lines) -> None:
+    if len(where) > MAX_DEPTH:
+        raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
     lines[where] = node.start_mark.line + 1
     children: Sequence[tuple[str | int, yaml.Node, yaml.Node]] = ()
     if isinstance(node, yaml.MappingNode):
@@ -140,5 +168,7 @@ def _yaml_lines(node: yaml.Node, where: Place, lines: Lines) -> None:
     elif isinstance(node, yaml.SequenceNode):
         children = [(index, value, value) for index, value in enumerate(node.value)]
     for key, at, value in children:
+        if (*where, key) in lines:  # YAML would take the last of two, so that a budget were gone without a word
+            raise yaml.MarkedYAMLError(problem=f"the key {shown(key)} stands here twice", problem_mark=at.start_mark)
         _yaml_lines(value, (*where, key), lines)
         lines[(*where, key)] = at.start_mark.line + 1

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from bursar.errors import PolicyError
+from bursar.files import read_text
 from bursar.policy_file.entries import ALTERNATIVES
 from bursar.policy_file.file import PolicyFile
 from bursar.policy_file.lines import Lines, parse_toml, parse_yaml
@@ -22,12 +23,11 @@ def read_policy(path: str | Path) -> PolicyFile:
     """The policy in a `.toml`, `.yaml` or `.yml` file. Raises PolicyError naming file, line and key of everything wrong."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise PolicyError(f"{path} is larger than {MAX_BYTES} bytes. Split the policy.", file=str(path))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
         raise PolicyError(
-            f"{path} cannot be read: {error}. Check its path and that it is UTF-8.", file=str(path)
+            f"{path} cannot be read: {error}. Check its path and that it is UTF-8. Split a policy that is too large.",
+            file=str(path),
         ) from error
     form = "TOML" if path.suffix == ".toml" else "YAML"
     try:

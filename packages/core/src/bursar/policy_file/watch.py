@@ -10,6 +10,7 @@ from typing import Any
 
 from bursar.commands import Tell
 from bursar.errors import BursarError, InvalidInput, PolicyError, StoreError
+from bursar.files import open_to_all
 from bursar.policy_file.changes import compare
 from bursar.policy_file.file import PolicyFile
 from bursar.policy_file.read import read_policy
@@ -38,6 +39,8 @@ class PolicyWatch:
         self._refused: tuple[Stamp, int] | None = None  # the file, and the store's version, that cannot be taken
         self._fault = ""  # the id of the alert that told of it
         self.policy = read_policy(path)
+        if "change" in open_to_all(path):
+            log.warning("every user of this machine may change the policy %s. Take that from them: chmod o-w.", path)
         self.options = self._options(self.policy)
 
     def look(self, store: Store, take: Callable[[Settings], None]) -> None:
@@ -59,8 +62,9 @@ class PolicyWatch:
 
     def _try(self, take: Callable[[Settings], None]) -> None:
         policy = read_policy(self._path)
-        if policy.store != self.policy.store and "BURSAR_STORE" not in os.environ:
-            raise PolicyError("The store cannot change while the program runs. Restart it.", key="store")
+        for key, variable in (("store", "BURSAR_STORE"), ("operator", "BURSAR_OPERATOR")):
+            if getattr(policy, key) != getattr(self.policy, key) and variable not in os.environ:
+                raise PolicyError(f"The {key} cannot change while the program runs. Restart it.", key=key)
         options = self._options(policy)
         take(Settings.of(**{name: value for name, value in options.items() if name in _SETTINGS}))
         changes = compare(self.policy, policy)
@@ -74,7 +78,7 @@ class PolicyWatch:
         if "alerts" not in self._own:
             same = hasattr(self, "options") and policy.alert == self.policy.alert
             options["alerts"] = self.options["alerts"] if same else policy.make_alerts()
-        return {**options, **self._own}
+        return {**options, "operator": policy.operator, **self._own}
 
     def _tell(self, store: Store, stamp: Stamp, error: BursarError) -> None:
         fault = short_id(

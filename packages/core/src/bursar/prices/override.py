@@ -8,9 +8,11 @@ from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 from types import MappingProxyType
 
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
+from bursar.money import fraction
 from bursar.prices.names import provider_name
 from bursar.prices.rates import UNITS, Amount, nanos_per_unit
+from bursar.usage import MAX_COUNT
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -80,6 +82,13 @@ class Override:
                 "Swap the dates.",
                 argument="effective_to", value=self.effective_to,
             )  # fmt: skip
+        for key in ("context_window", "max_output_tokens"):
+            tokens = getattr(self, key)
+            if tokens is not None and (type(tokens) is not int or not 1 <= tokens <= MAX_COUNT):
+                raise InvalidInput(
+                    f"{key} must be a whole number from 1 to 2^48, got {shown(tokens)}. Leave it out where it is not known.",
+                    argument=key, value=tokens,
+                )  # fmt: skip
         if not self.model:
             raise InvalidInput(
                 'An Override needs a model\'s name, or "*" for every model.', argument="model", value=self.model
@@ -95,12 +104,12 @@ class Override:
             return Fraction(1)
         text = self.discount.strip() if isinstance(self.discount, str) else ""
         try:
-            part = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(-1)
+            part = fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(-1)
         except ValueError:
             part = Fraction(-1)
         if not 0 <= part < 1:
             raise InvalidInput(
-                f"discount={self.discount!r} is not a percentage from 0% to below 100%. Write it like \"15%\".",
+                f"discount={shown(self.discount)} is not a percentage from 0% to below 100%. Write it like \"15%\".",
                 argument="discount", value=self.discount,
             )  # fmt: skip
         return 1 - part
@@ -142,5 +151,5 @@ def _instant_us(moment: str | date | datetime | None) -> int | None:
         return (aware - _EPOCH) // timedelta(microseconds=1)
     except (ValueError, AttributeError, TypeError):
         raise InvalidInput(
-            f'{moment!r} is not a date. Write it like "2026-07-01".', argument="effective", value=moment
+            f'{shown(moment)} is not a date. Write it like "2026-07-01".', argument="effective", value=moment
         ) from None

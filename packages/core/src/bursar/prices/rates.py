@@ -9,8 +9,8 @@ from math import lcm
 from operator import attrgetter, mul
 from typing import Any
 
-from bursar.errors import InvalidInput
-from bursar.money import NANOS_PER_USD
+from bursar.errors import InvalidInput, shown
+from bursar.money import NANOS_PER_USD, fraction
 from bursar.usage import Usage
 
 # A rate's name -> how many of the counted unit its price is for. Prices are US dollars.
@@ -195,12 +195,12 @@ def _at(amount: Amount, start: int) -> str:
 def nanos_per_unit(unit: str, amount: object) -> Fraction:
     """A price in US dollars as exact nano-dollars per counted unit. Raises InvalidInput for what is not a price."""
     try:
-        value = Fraction(amount) if isinstance(amount, str) else Fraction(-1)
-    except (ValueError, ZeroDivisionError):
+        value = fraction(amount) if isinstance(amount, str) else Fraction(-1)
+    except ValueError:
         value = Fraction(-1)
     if not 0 <= value <= 10**9:
         raise InvalidInput(
-            f'{unit}={amount!r} is not a price in US dollars. Write it as a text, like "1.25".',
+            f'{unit}={shown(amount)} is not a price in US dollars. Write it as a text, like "1.25".',
             argument=unit,
             value=amount,
         )

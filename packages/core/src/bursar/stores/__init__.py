@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from bursar.clock import Clock
-from bursar.errors import InvalidInput
+from bursar.errors import InvalidInput, shown
 from bursar.stores.base import Store
 
 
 def open_store(url: str, clock: Clock | None = None) -> Store:
     """The store behind a URL. Raises InvalidInput for a URL of no known form, StoreError when it cannot be opened."""
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
+    try:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query))
+    except ValueError:
+        raise _names_none(url) from None
     if parts.scheme == "memory":
         from bursar.stores.memory import MemoryStore
 
@@ -33,9 +37,28 @@ def open_store(url: str, clock: Clock | None = None) -> Store:
         url, folder, durability = _leases(url)
         shared = RedisStore(url, clock=clock)
         return shared if folder is None else _leased(shared, folder, durability)
-    raise InvalidInput(
-        f'{url!r} names no store. Use "memory:", "sqlite:///file.db", "sqlite:///file.db?durability=process", '
-        '"postgresql://user@host/database", "postgresql://user@host/database?leases=/var/lib/bursar" or "redis://host:6379/0".',
+    raise _names_none(url)
+
+
+def public_url(url: str) -> str:
+    """The URL as a screen and a log may show it: without the password that may stand in it."""
+    if url.startswith("sqlite:"):  # a file's name may hold both signs
+        return url
+    before, at, host = url.rpartition("@")
+    scheme, found, user = before.partition("://")
+    name, colon, _ = user.partition(":")
+    shown_url = f"{scheme}{found}{name}{colon and ':***'}{at}{host}"
+    return _QUERY_PASSWORD.sub(r"\1***", shown_url)
+
+
+_QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
+
+
+def _names_none(url: str) -> InvalidInput:
+    return InvalidInput(
+        f'{shown(public_url(url))} names no store. Use "memory:", "sqlite:///file.db", '
+        '"sqlite:///file.db?durability=process", "postgresql://user@host/database", '
+        '"postgresql://user@host/database?leases=/var/lib/bursar" or "redis://host:6379/0".',
         argument="store",
     )
 

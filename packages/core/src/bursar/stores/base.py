@@ -48,6 +48,10 @@ class Store(Protocol):
         """The policy's version, and the newest definition of everything that was defined after version `since`."""
         ...
 
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        """Every version of every definition, oldest first: version, kind, name and what was decided."""
+        ...
+
     def version(self) -> int:
         """The policy's version alone: a cheap look whether anything was published."""
         ...

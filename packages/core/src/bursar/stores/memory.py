@@ -42,6 +42,7 @@ class MemoryStore:
         self._ended: deque[str] = deque()
         self._max_entries = max_entries
         self._definitions: Definitions = {}
+        self._history: list[tuple[int, str, str, dict[str, Any]]] = []
         self._outbox: dict[str, tuple[int, int, bool]] = {}  # by alert: due at, claims, told
         self._lock = threading.RLock()
         self._closed = False
@@ -97,6 +98,7 @@ class MemoryStore:
             version = self.version()
             for name, definition in changes(kind, definitions, self._definitions).items():
                 version += 1
+                self._history.append((version, kind, name, definition))
                 self._definitions.setdefault(kind, {})[name] = Definition(version, definition)
             self._rows[POLICY_KEY] = version
             public = operator_of(self._definitions)
@@ -116,6 +118,10 @@ class MemoryStore:
                 for kind, held in self._definitions.items()
             }
             return self.version(), {kind: held for kind, held in newer.items() if held}
+
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        with self._lock:
+            return iter(list(self._history))
 
     def _put_out(self, id: str) -> None:
         self._outbox[id] = (0, 0, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -27,12 +28,15 @@ from bursar.commands import (
     Reservation,
     Reserve,
 )
-from bursar.errors import BursarError, InvalidInput, StoreError
+from bursar.errors import BursarError, InvalidInput, StoreError, shown
+from bursar.files import open_to_all
 from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.group_commit import GroupCommit
+
+log = logging.getLogger("bursar")
 
 SWEEP_BATCH = 500
 # The log is folded into the file, with two fsyncs, when it is 16 MiB rather than 4: a fifth of a pair's time on a slow disk.
@@ -76,6 +80,8 @@ class SqliteStore:
         if durability not in _SYNCHRONOUS:
             raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
         self.path = Path(path)
+        if "\0" in str(path) or self.path.name in ("", ":memory:"):
+            raise InvalidInput(f"{shown(str(path))} names no file. Use the path of one, or memory:.", argument="store")
         self.durability = durability
         self._busy_timeout_s = busy_timeout_s
         self._using = threading.RLock()  # held while the connection is in use
@@ -91,6 +97,13 @@ class SqliteStore:
             except BaseException:
                 connection.close()
                 raise
+        if may := open_to_all(self.path):
+            log.warning(
+                "%s: every user of this machine may %s it. Take that from them: chmod o-rwx on it, "
+                "and keep it in a folder that only its users may write to.",
+                self.path,
+                may,
+            )
         self._connection, self._rows = connection, rows.Rows(connection)
         self._clock = StoreClock(clock or SystemClock(), last or 0)
         self.now_us = self._clock.now_us
@@ -98,8 +111,16 @@ class SqliteStore:
         _opened.add(self)
 
     def _connect(self) -> sqlite3.Connection:
-        if not self.path.exists() and self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK):
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # budgets are nobody else's business
+        if not os.path.lexists(self.path) and self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                # budgets are nobody else's business; and what is there, a link too, is not made
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        elif self.path.is_symlink() and not self.path.exists():
+            raise StoreError(
+                f"The store {self.path} is a link to a file that does not exist. Create it, or remove the link.",
+                fault="unreachable",
+                path=str(self.path),
+            )
         connection = sqlite3.connect(
             self.path,
             timeout=self._busy_timeout_s,
@@ -134,6 +155,12 @@ class SqliteStore:
             yield
         except sqlite3.Error as error:
             raise self._fault(error) from error
+        except OSError as error:
+            raise StoreError(
+                f"The store {self.path} cannot be opened: {error.strerror}. Check its path.",
+                fault="unreachable",
+                path=str(self.path),
+            ) from error
 
     def _fault(self, error: sqlite3.Error) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -247,6 +274,9 @@ class SqliteStore:
         version = self.version()  # first: what is published between the two belongs to what is found
         found = _definitions(self._query(rows.NEWER_DEFINITIONS, (since,)))
         return max((one.version for held in found.values() for one in held.values()), default=version), found
+
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        return ((version, kind, name, json.loads(text)) for version, kind, name, text in self._query(rows.HISTORY))
 
     def version(self) -> int:
         return int(self._query(rows.VERSION)[0][0] or 0)

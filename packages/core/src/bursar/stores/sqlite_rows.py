@@ -31,6 +31,7 @@ STANDING_DEFINITIONS = (
     f"{_DEFINITIONS} WHERE version IN (SELECT max(version) FROM definitions WHERE name='operator' AND kind='operator' "
     "OR kind=? AND name IN (SELECT value FROM json_each(?)) GROUP BY kind, name)"
 )
+HISTORY = "SELECT version, kind, name, definition FROM definitions ORDER BY version"
 PUBLISH = "INSERT INTO definitions(kind, name, definition, published_us) VALUES (?, ?, ?, ?)"
 VERSION = "SELECT max(version) FROM definitions"
 ALERTS = "SELECT id, kind, at_us, facts, delivered_us FROM alerts ORDER BY at_us, id"

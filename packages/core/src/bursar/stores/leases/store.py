@@ -111,6 +111,9 @@ class LeasedStore:
     def definitions(self, since: int = 0) -> tuple[int, Definitions]:
         return self.shared.definitions(since)
 
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        return self.shared.history()
+
     def version(self) -> int:
         return self.shared.version()
 

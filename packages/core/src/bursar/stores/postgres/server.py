@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from bursar.errors import InvalidInput, StoreError
+from bursar.errors import InvalidInput, StoreError, shown
 from bursar.migrations import HEAD, REVISIONS
 
 MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
@@ -55,14 +55,21 @@ _FAULTS = {
 
 def split(url: str) -> tuple[str, str]:
     """The URL as libpq takes it, and the schema that it names (`?schema=`, by default "bursar")."""
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    schema = options.pop("schema", "bursar")
+    try:
+        parts = urlsplit(url)
+        if parts.netloc.count("@") > 1:  # libpq would take what follows the first for the host, and say so
+            raise ValueError
+        options = dict(parse_qsl(parts.query))
+        schema = options.pop("schema", "bursar")
+        full = urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options)))
+    except ValueError:
+        raise _malformed() from None
     if not _SCHEMA.fullmatch(schema):
         raise InvalidInput(
-            f"{schema!r} is no schema. Use small letters, digits and underscores, such as bursar.", argument="store"
+            f"{shown(schema)} is no schema. Use small letters, digits and underscores, such as bursar.",
+            argument="store",
         )
-    return urlunsplit(parts._replace(query=urlencode(_DEFAULTS | options))), schema
+    return full, schema
 
 
 def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) -> psycopg.Connection[Any]:
@@ -70,7 +77,10 @@ def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) ->
 
     `lawful`: for the law's functions, whose plans have to be those for many rows from the first one on, and by indices alone.
     """
-    connection = psycopg.connect(url, autocommit=True)
+    try:
+        connection = psycopg.connect(url, autocommit=True)
+    except psycopg.ProgrammingError:  # it quotes what it cannot read, which may be the password
+        raise _malformed() from None
     try:
         connection.execute(
             "SELECT set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
@@ -86,6 +96,14 @@ def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) ->
         connection.close()
         raise
     return connection
+
+
+def _malformed() -> InvalidInput:
+    return InvalidInput(
+        "The store's URL is none that PostgreSQL reads. Write it like postgresql://user@host/database, "
+        "and %-encode signs in its password.",
+        argument="store",
+    )
 
 
 def prepare(url: str, schema: str, timeout_s: float) -> None:

@@ -229,6 +229,9 @@ class PostgresStore:
         found = _definitions(self._query(queries.NEWER_DEFINITIONS, (since,)))
         return max((one.version for held in found.values() for one in held.values()), default=version), found
 
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        return ((version, kind, name, from_json(text)) for version, kind, name, text in self._query(rows.HISTORY))
+
     def version(self) -> int:
         return int(self._query(rows.VERSION)[0][0] or 0)
 

@@ -221,6 +221,12 @@ class RedisStore:
                 held.setdefault(kind, {})[name] = Definition(*from_json(text))
         return held
 
+    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        told = self.server.ask("LRANGE", f"{self.slots.policy}history", "0", "-1")
+        for field, text in zip(told[::2], told[1::2], strict=True):
+            (kind, name), (version, definition) = from_json(field), from_json(text)
+            yield version, kind, name, definition
+
     def version(self) -> int:
         return self.slots.version()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bursar.testing.store_contract.amounts import Amounts
+from bursar.testing.store_contract.hostile import Hostile
 from bursar.testing.store_contract.leases import Leases
 from bursar.testing.store_contract.times import Times
 from bursar.testing.store_contract.together import Together
@@ -10,7 +11,7 @@ from bursar.testing.store_contract.together import Together
 __all__ = ["StoreContract"]
 
 
-class StoreContract(Amounts, Leases, Times, Together):
+class StoreContract(Amounts, Hostile, Leases, Times, Together):
     """Derive a test class and give it the fixture `open_store`: a function from a clock to a store.
 
     Called again within one test, `open_store` must open the same data again where `durable` is true. Nearly every test
