@@ -6,10 +6,11 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
 import shlex
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,15 @@ def test_a_tool_of_that_name_hides_no_finding(tmp_path: Path, sign: str) -> None
 
 
 # -- terminals, spreadsheets, chats
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """Commands that simulate silence the log of their process, which is that of other tests here."""
+    log = logging.getLogger("bursar")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture
