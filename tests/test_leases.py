@@ -710,11 +710,15 @@ def test_who_comes_while_a_lease_is_asked_for_waits_for_it(clock: ManualClock, t
         return [await asyncio.to_thread(process.reserve), *await asyncio.gather(*waiting)]
 
     assert all(type(answer) is Granted for answer in asyncio.run(calls()))
-    assert [type(command) for command in shared.commands[before:] if type(command) is Reserve and not command.quiet] == []
+    assert [
+        type(command) for command in shared.commands[before:] if type(command) is Reserve and not command.quiet
+    ] == []
     process.store.close()
 
 
-def test_who_waits_for_a_lease_that_cannot_be_had_makes_the_call_without_one(clock: ManualClock, tmp_path: Path) -> None:
+def test_who_waits_for_a_lease_that_cannot_be_had_makes_the_call_without_one(
+    clock: ManualClock, tmp_path: Path
+) -> None:
     shared = Held(clock)
     process = Process(shared, tmp_path, rule(limit=100 * CALL), background=True)  # too little for a lease
     shared.gate.set()
