@@ -8,11 +8,14 @@ takes every other id: those that callers gave, and whatever was there before the
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
+
+from bursar.stores.pruning import Pruned, batch, carried, prunable, put
 
 AHEAD = 2  # months that have their table before they begin
 MAKING = 0x62757273617271  # the advisory lock of whoever makes or drops one
@@ -21,6 +24,16 @@ _EXISTING = (
     "SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid "
     "WHERE inhparent = to_regclass('records_timed') AND relname <> 'records_ahead' ORDER BY relname"
 )
+
+_FLOOR = (  # months before that lie in `records_other`
+    "SELECT substring(pg_get_expr(relpartbound, oid) from '[0-9a-f]{14}') FROM pg_class "
+    "WHERE oid = to_regclass('records_timed')"
+)
+_LEFT = (  # tables of months that were taken out, by somebody who was cut off before they were dropped
+    "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r' "
+    "AND relname ~ '^records_[0-9]{4}_[0-9]{2}$' AND NOT relispartition"
+)
+MAX_TRIES = 20  # of a third of a second, to get a lock that everybody holds for moments
 
 log = logging.getLogger("bursar")
 
@@ -67,7 +80,9 @@ def make_ahead(connection: psycopg.Connection[Any], now_us: int) -> list[Month]:
     """
     known = existing(connection)
     this = Month.of(now_us)
-    missing = [month for ahead in range(AHEAD + 1) if (month := this.later(ahead)) not in known and month > known[0]]
+    ((floor,),) = connection.execute(_FLOOR).fetchall()
+    coming = (this.later(ahead) for ahead in range(AHEAD + 1))
+    missing = [month for month in coming if month not in known and month.first_id >= floor]
     made: list[Month] = []
     for month in missing:
         try:
@@ -124,3 +139,67 @@ def announce(connection: psycopg.Connection[Any], now_us: int) -> None:
     except psycopg.Error:
         connection.execute("ALTER TABLE records DROP CONSTRAINT IF EXISTS records_timed_elsewhere")
         raise
+
+
+def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, facts: Mapping[str, Any]) -> Pruned:
+    """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches.
+
+    A month in which anything has to stay is left as it is.
+    """
+    condition, total = prunable(before_us, now_us), Pruned()
+    for month in existing(connection):
+        if month.later(1).start_us <= before_us:
+            total = total.plus(_drop(connection, month, condition, before_us, facts))
+    for (name,) in connection.execute(_LEFT).fetchall():
+        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(name)))
+    for table in ("records_other", "records_ahead"):
+        while True:
+            with connection.transaction(), connection.cursor() as cursor:
+                cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+                pruned = batch(cursor, "%s", table, condition, before_us, facts)
+            if pruned is None:
+                break
+            total = total.plus(pruned)
+    return total
+
+
+def _drop(
+    connection: psycopg.Connection[Any], month: Month, condition: str, before_us: int, facts: Mapping[str, Any]
+) -> Pruned:
+    """Take a month's table out, in the transaction that writes its sums. The file is deleted after that, when nothing waits."""
+    for last in (*[False] * (MAX_TRIES - 1), True):
+        try:
+            with connection.transaction():
+                pruned = _take_out(connection, sql.Identifier(month.table), month, condition, before_us, facts)
+            return pruned
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            if last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _take_out(
+    connection: psycopg.Connection[Any],
+    table: sql.Identifier,
+    month: Month,
+    condition: str,
+    before_us: int,
+    facts: Mapping[str, Any],
+) -> Pruned:
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+    connection.execute("SET LOCAL lock_timeout = '300ms'")
+    connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))  # what is summed up is what is taken out
+    counted = sql.SQL(
+        "SELECT coalesce(sum(CASE WHEN kind = 'carried' THEN (facts::json ->> 'records')::bigint ELSE 1 END), 0)::bigint, "
+        "coalesce(sum(cost_nanos), 0)::bigint, count(*) FILTER (WHERE NOT ({condition})) FROM {table}"
+    ).format(table=table, condition=sql.SQL(condition))
+    ((records, cost_nanos, staying),) = connection.execute(counted).fetchall()
+    if staying:
+        return Pruned()
+    summed = "SELECT key, sum(value::bigint)::bigint FROM {}, json_each_text(amounts::json) GROUP BY key ORDER BY key"
+    sums = dict(connection.execute(sql.SQL(summed).format(table)).fetchall())
+    pruned = Pruned(records, cost_nanos)
+    connection.execute(sql.SQL("ALTER TABLE records_timed DETACH PARTITION {}").format(table))
+    if records:
+        put(connection.cursor(), "%s", carried(month.table, before_us, sums, pruned, facts))
+    return pruned

@@ -35,7 +35,7 @@ from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
-from bursar.stores.postgres.partitions import make_ahead
+from bursar.stores.postgres.partitions import make_ahead, prune
 from bursar.stores.postgres.server import (
     LAW,
     MIGRATING,
@@ -50,6 +50,7 @@ from bursar.stores.postgres.server import (
     split,
 )
 from bursar.stores.postgres.wire import Wire, answer_of, copied, late
+from bursar.stores.pruning import Pruned
 from bursar.stores.server_clock import ServerClock
 
 SWEEP_BATCH = 500
@@ -280,6 +281,10 @@ class PostgresStore:
             if len(page) < rows.PAGE:
                 return
             last = page[-1].id
+
+    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
+            return prune(connection, before_us, self.now_us(), facts)
 
     def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """One statement beside the commands; what it returns. Made again on a new connection where the old one was lost."""
