@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import stat
 import threading
 import traceback
@@ -465,6 +466,51 @@ def test_a_lost_journal_leaves_the_whole_lease_booked_as_estimated(
     entry = next(entry for entry in shared.entries() if entry.id == lease.id)
     assert (entry.kind, entry.estimated, entry.cost_nanos) == ("expiry", True, lease.held[0][2])
     assert account(shared).spent == before + lease.held[0][2]
+    assert audit(shared) == []
+
+
+def flip(path: Path) -> None:
+    """As a disk does that lies: one page is other bytes than were written."""
+    data = bytearray(path.read_bytes())
+    data[4096:4196] = b"\xff" * 100
+    path.write_bytes(data)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"no database at all" * 1_000)
+
+
+def tear(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE entries SET entry = substr(entry, 1, 20)")
+    connection.close()
+
+
+@pytest.mark.parametrize("damage", [flip, overwrite, tear])
+def test_a_damaged_journal_is_put_aside_and_holds_up_no_other(
+    start: Callable[..., Process],
+    shared: Shared,
+    clock: ManualClock,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    processes = [start(), start()]
+    for process in processes:
+        process.warm_up()
+        process.call(cost=3)
+    for process in processes:
+        process.die()
+    first, second = journals(tmp_path)
+    damage(tmp_path / first)
+    assert [one.journal.name for one in recover(shared, tmp_path)] == [second]
+    assert journals(tmp_path) == []
+    assert (tmp_path / f"{first}.damaged").exists()
+    assert "booked as estimated" in caplog.text
+    assert recover(shared, tmp_path) == []
+    clock.advance(us=TTL_US)
+    shared.sweep()
+    assert account(shared).reserved == 0
     assert audit(shared) == []
 
 
