@@ -14,6 +14,7 @@ from bursar.stores import sqlite_rows as rows
 
 PAGE = 1_000  # records that are looked at together
 MAX_DEPTH = 20  # of JSON in JSON
+KEY_PARTS = 5  # of an account's key: budget, unit, window, scope, start
 
 # Sign anew what an operator had decided: kind, name, the definition, and the public key that had to sign it. None: no key for that.
 Sign = Callable[[str, str, dict[str, Any], str], "dict[str, Any] | None"]
@@ -43,10 +44,12 @@ class Erasure:
     """What is looked for, the value of a tag, and the marker that takes its place.
 
     It stands as a member of tags and scopes, within the keys of accounts, which are JSON texts, and as a run in the path of runs.
+    `keys`: of the accounts that are renamed; what names another one, which calls make meanwhile, goes on naming it.
     """
 
     def __init__(self, tag: str, value: str, marker: str) -> None:
         self.tag, self.value, self.marker = tag, value, marker
+        self.keys: set[str] = set()
         plain = json.dumps(value, ensure_ascii=False)[1:-1]
         self._switch = re.compile(rf"(?<!\S){re.escape(f'{tag}={worded(value)}')}(?!\S)")
         self.needles = tuple(
@@ -78,6 +81,13 @@ class Erasure:
             before = json.loads(text)
         except ValueError:
             return self._switch.sub(f"{self.tag}={self.marker}", text)
+        if (
+            isinstance(before, list)
+            and len(before) == KEY_PARTS
+            and isinstance(before[3], dict)
+            and text not in self.keys
+        ):
+            return text
         after = self.of(before, depth + 1)
         return text if after == before else json.dumps(after, ensure_ascii=False)
 
@@ -123,7 +133,10 @@ class _Rows:
         return True
 
     def accounts(self, lock: str) -> int:
+        if lock:  # whoever ends a reservation locks that before its accounts
+            self.naming("reservations", "id", ("held",), f" ORDER BY id{lock}")
         found = self.naming("accounts", "key, scope", ("key",), f" ORDER BY key{lock}")
+        self.erasure.keys = {row[0] for row in found}
         text = self.erasure.text
         return sum(
             self.put("accounts", "key", row, {"key": text(row[0]), "scope": text(row[1])}, row[0]) for row in found
