@@ -87,6 +87,18 @@ def test_a_store_goes_on_after_its_connections_were_ended(store: PostgresStore) 
     assert asyncio.run(store.aexecute(settle("a", 25))).again  # type: ignore[union-attr]
 
 
+def test_statements_that_the_connection_has_forgotten_are_prepared_again(store: PostgresStore) -> None:
+    """The driver forgets all of them when it rolls back; none may be asked under the name of another."""
+    for id in ("a", "b", "c"):
+        for end in (settle(id, 25), settle(id, 25), Release(id)):
+            store.execute(reserve(id, (DOLLAR, 60)))
+            store.execute(end)
+            assert store._connection is not None
+            store._connection.execute("DEALLOCATE ALL", prepare=False)
+    assert spent(store) == (75, 0)
+    assert [entry.kind for entry in store.entries()] == ["settlement"] * 3
+
+
 @pytest.mark.parametrize("digest", ["d", ""])
 def test_i6_an_answer_that_is_lost_is_asked_for_again(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch, digest: str
@@ -94,15 +106,15 @@ def test_i6_an_answer_that_is_lost_is_asked_for_again(
     """The server commits, and the connection ends before its answer is read. An id without a digest is taken to be new, once."""
     for command in (reserve("a", (DOLLAR, 60), digest=digest), settle("a", 25)):
         store.execute(Release("nobody"))  # there is a connection
-        connection = store._connection
+        connection, asking = store._connection, store._asking
         assert connection is not None
 
-        def lost(*args: Any, of: psycopg.Connection[Any] = connection, **options: Any) -> NoReturn:
-            type(of).execute(of, *args, **options)
+        def lost(*args: Any, of: Any = connection, ask: Any = asking.value) -> NoReturn:
+            ask(*args)
             of.close()
             raise psycopg.OperationalError("the answer is lost")
 
-        monkeypatch.setattr(connection, "execute", lost)
+        monkeypatch.setattr(asking, "value", lost)
         assert type(store.execute(command)) in (Granted, Ended)
         assert store._connection is not connection
     assert spent(store) == (25, 0)

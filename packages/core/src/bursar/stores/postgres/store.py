@@ -37,6 +37,7 @@ from bursar.stores import sqlite_rows as rows
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
+from bursar.stores.postgres.asking import Asking
 from bursar.stores.postgres.partitions import make_ahead, prune
 from bursar.stores.postgres.server import (
     LAW,
@@ -63,10 +64,10 @@ DAY_US = 86_400_000_000
 _DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
 _COPY = f"COPY records({rows.RECORD}) FROM STDIN"
 _FAST = {
-    one: f"SELECT {LAW}{name}_fast(%s::jsonb, %s::bigint, %s::bigint)"
+    one: f"SELECT {LAW}{name}_fast($1::jsonb, $2::bigint, $3::bigint)"
     for one, name in ((Reserve, "reserve"), (Settle, "settle"))
 }
-_APPLY = f"SELECT {LAW}apply(%s::jsonb, %s, %s::bigint, %s::bigint)"
+_APPLY = f"SELECT {LAW}apply($1::jsonb, $2::boolean, $3::bigint, $4::bigint)"
 
 
 class PostgresStore:
@@ -83,6 +84,7 @@ class PostgresStore:
         self._using = threading.RLock()  # held while the connection for commands is in use
         self._reading = threading.RLock()  # held while that for everything else is
         self._connection: psycopg.Connection[Any] | None = None
+        self._asking: Asking  # over that connection
         self._reader: psycopg.Connection[Any] | None = None
         self._closed = False
         self._wire = Wire()
@@ -191,21 +193,21 @@ class PostgresStore:
         """The common way of a command, as one statement of its own; None where it has to be decided by the whole law."""
         if kind not in _FAST:
             return None
-        with self._speaking() as (connection, times):
-            row = connection.execute(_FAST[kind], (text, *times), prepare=True).fetchone()
-        if row is None or row[0] is None:
+        with self._speaking() as (_, times):
+            answer = self._asking.value(_FAST[kind], text, *times)
+        if answer is None:
             return None
-        told: dict[str, Any] = from_json(row[0])
+        told: dict[str, Any] = from_json(answer)
         if self._server is not None:
             self._server.learn(told["now_us"])
         return told
 
     def _call(self, texts: list[str], *, careful: bool) -> list[dict[str, Any]]:
         """One statement on the connection for commands."""
-        with self._speaking() as (connection, times):
-            row = connection.execute(_APPLY, (f"[{','.join(texts)}]", careful, *times), prepare=True).fetchone()
-        assert row is not None
-        told = from_json(row[0])
+        with self._speaking() as (_, times):
+            answer = self._asking.value(_APPLY, f"[{','.join(texts)}]", careful, *times)
+        assert answer is not None
+        told = from_json(answer)
         if self._server is not None:
             self._server.learn(told["now_us"])
         answers: list[dict[str, Any]] = told["answers"]
@@ -223,6 +225,7 @@ class PostgresStore:
         try:
             if self._connection is None:
                 self._connection = self._connect(lawful=True)
+                self._asking = Asking(self._connection)
             yield self._connection, times
         except BaseException as error:
             if self._connection is not None and not _still_good(error):
