@@ -16,10 +16,12 @@ from bursar.commands import Definition, Ended, Release, Tell
 from bursar.errors import InvalidInput, OperatorRequired, shown
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
+from bursar.retention import Bound, bound, prunable_store
 from bursar.scope import check_tags
-from bursar.signing import OperatorKey, content, short_id, switch_name
+from bursar.signing import OperatorKey, content, prune_name, short_id, switch_name
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.stores.pruning import Pruned
 from bursar.texts import printable
 
 MAX_FOR_S = 100 * 366 * 86_400.0
@@ -163,6 +165,18 @@ class Operator:
         if type(answer) is not Ended:
             raise rejection(id, answer)  # type: ignore[arg-type]
         return UsageRecord.of(answer.entry)
+
+    def prune(self, before_us: int, *, why: str = "") -> tuple[Pruned, Bound]:
+        """Put sums in the place of records settled before that time, as far as `bursar.retention` lets them go; what went, and
+        the bound. Needs the key once the store knows an operator. What was cut off is finished by doing it again.
+        """
+        store = prunable_store(self.store)
+        until = bound(self.store, before_us)
+        name = prune_name(until.before_us)
+        known = self._held("operator", "operator") is not None
+        if self._held("prune", name) is None:
+            self._publish("prune", name, {"before_us": until.before_us, "why": why}, signed=known)
+        return store.prune(until.before_us, {"by": self._by}), until
 
     def publish_budgets(self, budgets: Iterable[Budget]) -> list[str]:
         """Put budgets in force, changed ones included, all or none; the names of those that the store had otherwise, or not.

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bursar.ending import Ending, released, settled, unknown
 from bursar.usage import Usage
-from bursar_litellm.answer import is_cached, read_error, read_usage
+from bursar_litellm.answer import is_cached, log, read_error, read_usage
+from bursar_litellm.errors import litellm_error
 from bursar_litellm.gate import Attempt, end_soon, expect_orphans
+
+if TYPE_CHECKING:
+    from bursar import Stopped
 
 ABANDONED = "abandoned: closed, cancelled or dropped before its end"
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
 _MAX_TAIL = 2**20  # characters of one line of an event stream
+_SOURCES = ("completion_stream", "streaming_response", "response", "_generator")
+_MAX_DEPTH = 5
 
 
 def is_stream(answer: Any) -> bool:
@@ -50,7 +57,7 @@ class _Reading:
         self.provider = attempts[-1].provider
         self.is_from_cache = is_from_cache
         self.is_kept = is_kept  # the stream keeps its own pieces: they are read once, at its end
-        self.has_begun = self.is_complete = False
+        self.has_begun = self.is_complete = self.is_over = False
         self.events: list[Any] = []
         self._tail = ""
 
@@ -96,14 +103,31 @@ class _Reading:
             return unknown(type(error).__name__, self.usage(stream))
         return read_error(self.provider, error, None)
 
+    def stop(self, stream: Any) -> BaseException | None:
+        """The error of what stops it here, a switch or a budget's kill; what has been answered in full goes on to its usage."""
+        stopped = self._stopped()
+        if stopped is None or self._is_answered(stream):
+            return None
+        self.is_over = True
+        return litellm_error(stopped)
+
+    def _stopped(self) -> Stopped | None:
+        return next(
+            (one.reservation.stopped for one in self.attempts if one.reservation and one.reservation.stopped), None
+        )
+
+    def _is_answered(self, stream: Any) -> bool:
+        return self.is_complete or getattr(stream, "received_finish_reason", None) is not None
+
     def abandoned(self, stream: Any) -> Ending:
         """Nobody reads on. Where the answer was complete all the same, its usage is the real one."""
         if self.is_from_cache:
             return self.ended(stream)
         usage = self.usage(stream)
-        if usage is not None and (self.is_complete or getattr(stream, "received_finish_reason", None) is not None):
+        if usage is not None and self._is_answered(stream):
             return settled(usage)
-        return unknown(ABANDONED, usage)
+        stopped = self._stopped()
+        return unknown(ABANDONED if stopped is None else f"stopped in mid-stream ({stopped.cause})", usage)
 
 
 def _kept(stream: Any) -> Any:
@@ -156,6 +180,25 @@ class _Generated:
         await self._generator.aclose()
 
 
+def _source(stream: Any) -> Any:
+    """What the stream is read from, as deep as it is known: LiteLLM's own classes close nothing, or only some."""
+    for _ in range(_MAX_DEPTH):
+        inner = next((one for name in _SOURCES if (one := getattr(stream, name, None)) is not None), None)
+        if inner is None:
+            break
+        stream = inner
+    return stream
+
+
+@contextmanager
+def _closing() -> Iterator[None]:
+    """What cannot be closed is left to the garbage collector: it must not take the place of the refusal."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - see above
+        log.debug("a stream that was stopped could not be closed: %r", error)
+
+
 @cache
 def _guarded(kind: type) -> type:
     """A subclass that ends the attempts of `_bursar`, with the methods that the stream's class has."""
@@ -174,6 +217,8 @@ def _guarded(kind: type) -> type:
 def _next(inner: Any) -> Any:
     def __next__(self: Any) -> Any:
         reading: _Reading = self._bursar
+        if reading.is_over:
+            raise StopIteration
         try:
             chunk = inner(self)
         except BaseException as error:
@@ -181,6 +226,12 @@ def _next(inner: Any) -> Any:
             _end(reading, reading.ended(self) if over else reading.failed(self, error))
             raise
         reading.feed(chunk)
+        stop = reading.stop(self)
+        if stop is not None:
+            _end(reading, reading.abandoned(self))
+            with _closing():
+                _source(self).close()
+            raise stop
         return chunk
 
     return __next__
@@ -189,6 +240,8 @@ def _next(inner: Any) -> Any:
 def _anext(inner: Any) -> Any:
     async def __anext__(self: Any) -> Any:
         reading: _Reading = self._bursar
+        if reading.is_over:
+            raise StopAsyncIteration
         try:
             chunk = await inner(self)
         except BaseException as error:
@@ -196,6 +249,12 @@ def _anext(inner: Any) -> Any:
             await _aend(reading, reading.ended(self) if over else reading.failed(self, error))
             raise
         reading.feed(chunk)
+        stop = reading.stop(self)
+        if stop is not None:
+            await _aend(reading, reading.abandoned(self))
+            with _closing():
+                await _source(self).aclose()
+            raise stop
         return chunk
 
     return __anext__

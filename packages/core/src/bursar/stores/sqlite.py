@@ -35,6 +35,7 @@ from bursar.migrations import HEAD, REVISIONS
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.group_commit import GroupCommit
+from bursar.stores.pruning import Pruned, batch, prunable
 
 log = logging.getLogger("bursar")
 
@@ -297,6 +298,17 @@ class SqliteStore:
 
     def alerts(self) -> Iterator[tuple[Alert, bool]]:
         return ((rows.alert(row), bool(row[4])) for row in self._query(rows.ALERTS))
+
+    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        condition, total = prunable(before_us, self.now_us()), Pruned()
+        while True:
+            with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                pruned = batch(connection.cursor(), "?", "records", condition, before_us, facts)
+                connection.execute("COMMIT")
+            if pruned is None:
+                return total
+            total = total.plus(pruned)
 
     def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> list[Any]:
         """One transaction on a connection of its own; what the statement returns."""

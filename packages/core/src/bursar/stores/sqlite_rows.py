@@ -88,7 +88,7 @@ _PUT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, 0, 0, 0) ON CONFLICT(id) DO
 # Ids rise with time unless callers give their own, so the newest of many records are found without reading them all.
 LAST_TIME = (
     "SELECT max(at_us) FROM (SELECT max(reserved_us) AS at_us FROM reservations "
-    "UNION ALL SELECT max(settled_us) FROM (SELECT settled_us FROM records ORDER BY id DESC LIMIT 100))"
+    "UNION ALL SELECT max(settled_us) FROM (SELECT settled_us FROM records ORDER BY id DESC LIMIT 100) AS newest) AS times"
 )
 
 

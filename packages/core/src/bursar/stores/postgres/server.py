@@ -15,10 +15,12 @@ from psycopg.abc import PQGen
 
 from bursar.errors import InvalidInput, StoreError, shown
 from bursar.migrations import HEAD, REVISIONS
+from bursar.stores.postgres.partitions import announce, make_ahead
 
 T = TypeVar("T")
 PATIENCE = 2.0  # how many times the server's limit of a statement its client waits
 MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
+NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 # What a URL does not say: find the primary after a fail-over, and notice within seconds that a host is gone.
 _DEFAULTS = {
     "application_name": "bursar",
@@ -151,11 +153,18 @@ def prepare(url: str, schema: str, timeout_s: float) -> None:
                 fault="newer",
             )
         ready = connection.execute("SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)).fetchone()
-    if revision != HEAD or ready != (True,):
-        _upgrade(url, schema)
+        if revision == HEAD and ready == (True,):
+            make_ahead(connection, server_time_us(connection))
+            return
+    _upgrade(url, schema, revision)
 
 
-def _upgrade(url: str, schema: str) -> None:
+def server_time_us(connection: psycopg.Connection[Any]) -> int:
+    """What the server's clock says, in microseconds since the epoch."""
+    return int(_value(connection, NOW, ()))
+
+
+def _upgrade(url: str, schema: str, revision: str | None) -> None:
     """Under one lock and in one transaction: processes that open at once wait for each other, one does the work."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import DBAPIError
@@ -163,6 +172,8 @@ def _upgrade(url: str, schema: str) -> None:
     from bursar.migrations import upgrade as migrate
 
     connection = connect(url, schema, timeout_s=0)  # waiting for others may take long
+    if revision is not None and revision < "0003":
+        announce(connection, server_time_us(connection))
     connection.autocommit = False
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection)
     try:

@@ -35,23 +35,28 @@ from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
+from bursar.stores.postgres.partitions import make_ahead, prune
 from bursar.stores.postgres.server import (
     LAW,
     MIGRATING,
+    NOW,
     concerns_one,
     connect,
     fault_of,
     is_lost,
     is_passing,
     prepare,
+    server_time_us,
     split,
 )
 from bursar.stores.postgres.wire import Wire, answer_of, copied, late
+from bursar.stores.pruning import Pruned
 from bursar.stores.server_clock import ServerClock
 
 SWEEP_BATCH = 500
 MAX_STATEMENT = 64  # commands of one statement: each holds a lock of the server's table of locks
 MAX_DRAWS = 8
+DAY_US = 86_400_000_000
 _DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
 _COPY = f"COPY records({rows.RECORD}) FROM STDIN"
 _APPLY = f"SELECT {LAW}apply(%s::jsonb, %s, %s::bigint, %s::bigint)"
@@ -86,6 +91,7 @@ class PostgresStore:
         except BaseException:
             self._drop()
             raise
+        self._months_due_us = 0  # when to see again whether those to come have their tables
         self._commits = GroupCommit(self._apply)
         _opened.add(self)
 
@@ -93,7 +99,7 @@ class PostgresStore:
         return connect(self._url, self._schema, timeout_s=self._timeout_s, lawful=lawful)
 
     def _ask_time(self) -> int:
-        return int(self._query(queries.NOW)[0][0])
+        return int(self._query(NOW)[0][0])
 
     def execute(self, command: Command) -> Answer:
         return self._commits.run(command)
@@ -203,6 +209,10 @@ class PostgresStore:
             raise
 
     def sweep(self) -> int:
+        if self.now_us() >= self._months_due_us:
+            self._months_due_us = self.now_us() + DAY_US
+            with _faults(), self._read() as connection:
+                make_ahead(connection, server_time_us(connection))
         due = self._query(queries.DUE_RESERVATIONS, (self.now_us(), SWEEP_BATCH))
         return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
 
@@ -271,6 +281,10 @@ class PostgresStore:
             if len(page) < rows.PAGE:
                 return
             last = page[-1].id
+
+    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
+            return prune(connection, before_us, self.now_us(), facts)
 
     def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """One statement beside the commands; what it returns. Made again on a new connection where the old one was lost."""
