@@ -41,7 +41,9 @@ _FAULTS = [
     *[Fault("hang")] * 2, Fault("drop"), *[Fault("no_usage")] * 2, Fault("malformed"), *[Fault("refuse", 429)] * 2,
     Fault("refuse", 500),
 ]  # fmt: skip
-_ANSWERS = [Answer(input_tokens=1_000, output_tokens=count, latency_s=0.02) for count in (5, 50, 200, 500)]
+_ANSWERS = [
+    Answer(text="Well.", input_tokens=1_000, output_tokens=count, latency_s=0.02) for count in (5, 50, 200, 500)
+]
 
 
 class Chaos:

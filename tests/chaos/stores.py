@@ -30,7 +30,8 @@ class Disk:
     def fill(self) -> None:
         """Make it as small as what it holds."""
         found = os.statvfs(self.path)
-        self._mount(f"remount,size={(found.f_blocks - found.f_bfree) * found.f_bsize}")
+        used = max(1, found.f_blocks - found.f_bfree)  # a size of 0 would be no limit
+        self._mount(f"remount,size={used * found.f_bsize}")
 
     def free(self) -> None:
         """Make it as large as it was."""

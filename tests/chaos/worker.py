@@ -20,7 +20,8 @@ from bursar.stores import server_clock
 
 THREADS = 4
 CLIENT_TIMEOUT_S = 1.0
-INPUT_TOKENS = 1_000
+INPUT_TOKENS = 1_000  # of a message that is short, so that machines are busy with faults rather than with text
+MESSAGES = [{"role": "user", "content": "Well?"}]
 RETRY_S = 0.2
 SMALLEST = 10  # tokens of output: what still fits where little is left
 
@@ -112,7 +113,7 @@ def _call(guard: Bursar, orders: Orders, file: int, team: int, max_tokens: int) 
             ) as call,
         ):
             who = f"{os.getpid()} t{team} {call.id}"
-            answer = ask(orders.port, max_tokens=max_tokens, timeout_s=CLIENT_TIMEOUT_S, user=who)
+            answer = ask(orders.port, max_tokens=max_tokens, timeout_s=CLIENT_TIMEOUT_S, user=who, messages=MESSAGES)
             record = call.settle(answer)
     except BudgetExceeded:
         return False

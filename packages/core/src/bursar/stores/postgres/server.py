@@ -87,21 +87,21 @@ class Bounded(psycopg.Connection[Any]):
     patience_s = PATIENCE * 10.0
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, *args: Any, **options: Any) -> T:
-        return super().wait(_patient(gen, self.patience_s) if self.patience_s else gen, interval, *args, **options)
+        return super().wait(self._patient(gen) if self.patience_s else gen, interval, *args, **options)
 
-
-def _patient(gen: PQGen[T], seconds: float) -> PQGen[T]:
-    """The same waiting, which is told at every interval that nothing has come."""
-    until = time.monotonic() + seconds
-    try:
-        wanted = next(gen)
-        while True:
-            ready = yield wanted
-            if not ready and time.monotonic() > until:
-                raise psycopg.OperationalError(f"no answer for {seconds:g} s")
-            wanted = gen.send(ready)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+    def _patient(self, gen: PQGen[T]) -> PQGen[T]:
+        """The same waiting, which is told at every interval that nothing has come."""
+        until = time.monotonic() + self.patience_s
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > until:
+                    self.close()  # whose transaction it is need not try to undo it
+                    raise psycopg.OperationalError(f"no answer for {self.patience_s:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
 
 
 def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) -> psycopg.Connection[Any]:
