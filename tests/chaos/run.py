@@ -99,8 +99,10 @@ class Chaos:
             ]
             for thread in threads:
                 thread.start()
-            self._watch()
-            self._over.set()
+            try:
+                self._watch()
+            finally:
+                self._over.set()
             for thread in threads:
                 thread.join()
             self._heal()

@@ -70,6 +70,7 @@ class Orders(NamedTuple):
 def work(pipe: Connection, orders: Orders, seed: int) -> None:
     """Until told to stop, or killed. SIGUSR1 has it say where its threads are."""
     faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
     logging.getLogger("bursar").setLevel(logging.CRITICAL)
     while not orders.stop.value:
         try:
@@ -87,6 +88,12 @@ def work(pipe: Connection, orders: Orders, seed: int) -> None:
         for thread in threads:
             thread.join()
         guard.close()
+
+
+def _end_with(pipe: Connection) -> None:
+    """Nobody goes on where whoever began the run is gone."""
+    pipe.poll(None)
+    os._exit(1)
 
 
 def _calls(guard: Bursar, orders: Orders, file: int, at_random: random.Random) -> None:
