@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from floors import sqlite_pair
 from measure import at_most, in_turns, table
-from pair import commands, pair, raw_pair
+from pair import commands, pair
 
 from bursar.stores.memory import MemoryStore
 from bursar.stores.sqlite import SqliteStore
@@ -46,7 +47,7 @@ def pairs(folder: Path) -> None:
     assert raw._connection is not None
     fast = in_turns({"memory": pair(memory.execute)}, 1_000)
     durable = in_turns(
-        {"raw driver": raw_pair(raw._connection), "SQLite process": pair(process.execute)}, 300, rounds=31
+        {"raw driver": sqlite_pair(raw._connection), "SQLite process": pair(process.execute)}, 300, rounds=31
     )
     synced = in_turns({"SQLite full, a lone caller": pair(full.execute)}, 50)
     floor = durable["raw driver"]

@@ -34,6 +34,7 @@ from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
+from bursar.stores import sqlite_schema as schema
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import Pruned, batch, prunable
 
@@ -42,6 +43,7 @@ log = logging.getLogger("bursar")
 SWEEP_BATCH = 500
 # The log is folded into the file, with two fsyncs, when it is 16 MiB rather than 4: a fifth of a pair's time on a slow disk.
 CHECKPOINT_PAGES = 4_000
+OPENING = 12  # a store that many processes make at once is worth waiting for so many times as long as for a command
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)
 _FAULTS = {
@@ -139,7 +141,7 @@ class SqliteStore:
         return connection
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        revision = _revision(connection)
+        revision = schema.revision(connection)
         if revision is not None and revision not in REVISIONS:
             raise StoreError(
                 f"{self.path} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
@@ -147,7 +149,7 @@ class SqliteStore:
                 path=str(self.path),
             )
         if revision != HEAD:
-            rows.upgrade(self.path, self._busy_timeout_s)
+            schema.upgrade(self.path, OPENING * self._busy_timeout_s)
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -389,16 +391,6 @@ def _is_constraint(error: Exception) -> bool:
 def _concerns_all(error: Exception) -> bool:
     """Whether a batch failed for the state of the store, rather than for what one of its commands is."""
     return isinstance(error, BursarError) or (isinstance(error, sqlite3.Error) and not _is_constraint(error))
-
-
-def _revision(connection: sqlite3.Connection) -> str | None:
-    try:
-        found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # that one says: no such table
-            raise
-        return None
-    return found[0] if found else None
 
 
 _opened: weakref.WeakSet[SqliteStore] = weakref.WeakSet()

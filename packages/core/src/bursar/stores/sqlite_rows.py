@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json, to_json  # a quarter of the time of json, which was a fifth of a shared commit
@@ -281,23 +280,3 @@ def entries_after(last: str, tags: Mapping[str, str]) -> tuple[str, list[Any]]:
         query = query.where(column == value)
     compiled = query.compile(dialect=dialect(paramstyle="qmark"))
     return compiled.string, [compiled.params[name] for name in compiled.positiontup or ()]
-
-
-def upgrade(path: Path, timeout_s: float) -> None:
-    """Run the migrations under the write lock; processes that open at once wait for each other, one does the work."""
-    from sqlalchemy import create_engine, event
-    from sqlalchemy.exc import DBAPIError
-
-    from bursar.migrations import upgrade as migrate
-
-    connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None)
-    engine = create_engine("sqlite://", creator=lambda: connection)
-    event.listen(engine, "begin", lambda bound: bound.exec_driver_sql("BEGIN IMMEDIATE"))
-    try:
-        with engine.begin() as bound:
-            migrate(bound)
-    except DBAPIError as error:
-        raise error.orig or error from error  # the driver's own, which says what the fault is
-    finally:
-        engine.dispose()
-        connection.close()
