@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -103,6 +104,22 @@ def test_i6_an_answer_that_is_lost_is_asked_for_again(store: PostgresStore, monk
         assert type(store.execute(command)) in (Granted, Ended)
         assert store._connection is not connection
     assert spent(store) == (25, 0)
+
+
+@pytest.mark.parametrize("held", ["_connection", "_reader"])
+def test_a_server_that_stops_to_answer_holds_nobody_up(url: str, held: str) -> None:
+    """Neither does one whose answers are swallowed on the way: the command is made again on another connection."""
+    store = PostgresStore(url, timeout_s=0.5)
+    store.execute(reserve("a", (DOLLAR, 60)))
+    assert store.open_reservations() == 1
+    stuck = getattr(store, held).info.backend_pid
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        assert type(store.execute(settle("a", 25))) is Ended
+        assert spent(store) == (25, 0)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+        store.close()
 
 
 def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> None:
