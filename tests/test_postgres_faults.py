@@ -89,9 +89,12 @@ def test_a_store_goes_on_after_its_connections_were_ended(store: PostgresStore) 
     assert asyncio.run(store.aexecute(settle("a", 25))).again  # type: ignore[union-attr]
 
 
-def test_i6_an_answer_that_is_lost_is_asked_for_again(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server commits, and the connection ends before its answer is read."""
-    for command in (reserve("a", (DOLLAR, 60)), settle("a", 25)):
+@pytest.mark.parametrize("digest", ["d", ""])
+def test_i6_an_answer_that_is_lost_is_asked_for_again(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    """The server commits, and the connection ends before its answer is read. An id without a digest is taken to be new, once."""
+    for command in (reserve("a", (DOLLAR, 60), digest=digest), settle("a", 25)):
         store.execute(Release("nobody"))  # there is a connection
         connection = store._connection
         assert connection is not None
