@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -87,9 +88,12 @@ def test_a_store_goes_on_after_its_connections_were_ended(store: PostgresStore) 
     assert asyncio.run(store.aexecute(settle("a", 25))).again  # type: ignore[union-attr]
 
 
-def test_i6_an_answer_that_is_lost_is_asked_for_again(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server commits, and the connection ends before its answer is read."""
-    for command in (reserve("a", (DOLLAR, 60)), settle("a", 25)):
+@pytest.mark.parametrize("digest", ["d", ""])
+def test_i6_an_answer_that_is_lost_is_asked_for_again(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    """The server commits, and the connection ends before its answer is read. An id without a digest is taken to be new, once."""
+    for command in (reserve("a", (DOLLAR, 60), digest=digest), settle("a", 25)):
         store.execute(Release("nobody"))  # there is a connection
         connection = store._connection
         assert connection is not None
@@ -103,6 +107,22 @@ def test_i6_an_answer_that_is_lost_is_asked_for_again(store: PostgresStore, monk
         assert type(store.execute(command)) in (Granted, Ended)
         assert store._connection is not connection
     assert spent(store) == (25, 0)
+
+
+@pytest.mark.parametrize("held", ["_connection", "_reader"])
+def test_a_server_that_stops_to_answer_holds_nobody_up(url: str, held: str) -> None:
+    """Neither does one whose answers are swallowed on the way: the command is made again on another connection."""
+    store = PostgresStore(url, timeout_s=0.5)
+    store.execute(reserve("a", (DOLLAR, 60)))
+    assert store.open_reservations() == 1
+    stuck = getattr(store, held).info.backend_pid
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        assert type(store.execute(settle("a", 25))) is Ended
+        assert spent(store) == (25, 0)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+        store.close()
 
 
 def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> None:

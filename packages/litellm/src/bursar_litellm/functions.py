@@ -106,7 +106,7 @@ def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Have each guard reserve for a sync call, which LiteLLM itself announces when it can no more be changed."""
     loggers: dict[Any, Any] = {one.gate: one for one in litellm.input_callback if hasattr(one, "gate")}
-    if not loggers or kwargs.get("acompletion"):  # nobody asks, or it is awaited after all
+    if not loggers or kwargs.get("acompletion") or kwargs.get(f"a{name}"):  # nobody asks, or it is awaited after all
         return kwargs
     kwargs = {"litellm_call_id": str(uuid4()), **kwargs}  # by which LiteLLM will tell of it
     for logger in loggers.values():

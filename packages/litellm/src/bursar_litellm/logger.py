@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import litellm
+from litellm.exceptions import BadRequestError
 from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.ending import Ending, released, unknown
@@ -72,33 +73,43 @@ class BursarLogger(CustomLogger):
     def announce(self, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Reserve for a sync call of this function of `litellm`; its arguments, with the model and maximum that were granted."""
         kind = kind_of(name)
-        attempt = self._enter(kind, kwargs) if kind in LIMITS and not _may_be_cached(kwargs) else None
-        if attempt is None:
+        request = self._read(kind, kwargs) if kind in LIMITS and not _may_be_cached(kwargs) else None
+        attempt = None if request is None else self._enter(kwargs)
+        if request is None or attempt is None:
             return kwargs  # what has nothing to change is reserved for where it goes out
         with self.gate.admission(attempt):
-            request = self._prepare(attempt, kind, read_arguments(kind, kwargs), kwargs)
+            self._prepare(attempt, kind, request, kwargs)
             return write(kind, kwargs, request["model"], attempt.reserve(request))
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
         """The same for an awaited call, once per attempt; None where nothing of it was announced or changed."""
         kind = kind_of(call_type)
-        attempt = self._enter(kind, kwargs) if is_async(call_type) else None
-        if attempt is None:
+        request = self._read(kind, kwargs) if is_async(call_type) else None
+        attempt = None if request is None else self._enter(kwargs)
+        if request is None or attempt is None:
             return None
         with self.gate.admission(attempt):
-            request = self._prepare(attempt, kind, read_arguments(kind, kwargs), kwargs)
+            self._prepare(attempt, kind, request, kwargs)
             return write(kind, kwargs, request["model"], await attempt.areserve(request))
 
-    def _enter(self, kind: str, kwargs: Mapping[str, Any]) -> Attempt | None:
-        """A new attempt for the call with these arguments, if it is to be reserved for here."""
+    def _read(self, kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What to reserve for a call with these arguments; None where it is to be reserved for where it goes out, or never."""
         door = open_door()
         if kwargs.get("mock_response") or (door is not None and door.is_free(self.bursar)):
             return None
         if kwargs.get("fallbacks"):
             return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
-        if kind not in ENDPOINTS or not kwargs.get("model"):
-            return None  # without its name, as it came by position, it is reserved for where it goes out
+        model = kwargs.get("model")
+        if kind not in ENDPOINTS or not model or model in litellm.model_alias_map:
+            return None  # without its name, as it came by position, or by another than LiteLLM will send
+        try:
+            return read_arguments(kind, kwargs)
+        except BadRequestError:
+            return None  # LiteLLM will refuse it too, or knows better where it goes out
+
+    def _enter(self, kwargs: Mapping[str, Any]) -> Attempt | None:
+        """A new attempt for the call with these arguments; None where it is reserved for already."""
         notes = kwargs.get("litellm_logging_obj")
         return self.gate.enter(getattr(notes, "litellm_call_id", None) or str(kwargs.get("litellm_call_id")))
 
@@ -149,6 +160,7 @@ class BursarLogger(CustomLogger):
     def _prepare(
         self, attempt: Attempt, kind: str, request: dict[str, Any], settings: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Complete the request by the call's tags, and note in the attempt what its end will be read by."""
         attempt.provider = request["provider"]
         if "usage" in request:
             attempt.characters = spoken_characters(kind, request["body"])

@@ -116,12 +116,13 @@ def _changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any])
         return ()  # vectors of another model could not be compared with those that are there
     over = kwargs.get("extra_body")
     over = over if isinstance(over, Mapping) else {}  # the SDK lays it over what is sent
-    thinks = kwargs.get("thinking") or (kwargs.get("reasoning_effort") and "claude" in model)
+    thinking = kwargs.get("thinking")
+    thinks = isinstance(thinking, Mapping) and thinking.get("budget_tokens")
+    thinks = thinks or (kwargs.get("reasoning_effort") and "claude" in model)  # LiteLLM makes such a budget of it
     is_name = str(kwargs.get("model")).endswith(model) and provider not in _DEPLOYMENTS
     fixed = {
         "model": not is_name or _base_model(kwargs) is not None or "model" in over,
-        "max_output_tokens": bool(thinks)
-        or any(name in over for name in _LIMIT_NAMES),  # it has to be above the thinking
+        "max_output_tokens": bool(thinks) or any(name in over for name in _LIMIT_NAMES),
     }
     return tuple(name for name, is_fixed in fixed.items() if not is_fixed)
 

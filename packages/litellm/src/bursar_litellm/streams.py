@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bursar.ending import Ending, released, settled, unknown
 from bursar.usage import Usage
-from bursar_litellm.answer import is_cached, log, read_error, read_usage
+from bursar_litellm.answer import chat_events, is_cached, kept, log, read_error, read_usage
 from bursar_litellm.errors import litellm_error
 from bursar_litellm.gate import Attempt, end_soon, expect_orphans
 
@@ -45,7 +45,7 @@ def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
     # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.
     kind: type = type(stream)
     stream.__class__ = _guarded(kind)
-    stream._bursar = _Reading(attempts, is_cached(stream), _kept(stream) is not None)
+    stream._bursar = _Reading(attempts, is_cached(stream), kept(stream) is not None)
     return stream
 
 
@@ -58,6 +58,7 @@ class _Reading:
         self.is_from_cache = is_from_cache
         self.is_kept = is_kept  # the stream keeps its own pieces: they are read once, at its end
         self.has_begun = self.is_complete = self.is_over = False
+        self.stopped: Stopped | None = None
         self.events: list[Any] = []
         self._tail = ""
 
@@ -87,7 +88,7 @@ class _Reading:
 
     def usage(self, stream: Any) -> Usage | None:
         """What the stream has told so far; None when nothing."""
-        events = self.events or _chat_events(stream)
+        events = self.events or chat_events(stream)
         return read_usage(self.provider, events) if events else None
 
     def ended(self, stream: Any) -> Ending:
@@ -105,16 +106,12 @@ class _Reading:
 
     def stop(self, stream: Any) -> BaseException | None:
         """The error of what stops it here, a switch or a budget's kill; what has been answered in full goes on to its usage."""
-        stopped = self._stopped()
-        if stopped is None or self._is_answered(stream):
-            return None
-        self.is_over = True
-        return litellm_error(stopped)
-
-    def _stopped(self) -> Stopped | None:
-        return next(
-            (one.reservation.stopped for one in self.attempts if one.reservation and one.reservation.stopped), None
-        )
+        for attempt in self.attempts:
+            reservation = attempt.reservation
+            if reservation is not None and reservation.stopped is not None and not self._is_answered(stream):
+                self.is_over, self.stopped = True, reservation.stopped
+                return litellm_error(reservation.stopped)
+        return None
 
     def _is_answered(self, stream: Any) -> bool:
         return self.is_complete or getattr(stream, "received_finish_reason", None) is not None
@@ -126,33 +123,8 @@ class _Reading:
         usage = self.usage(stream)
         if usage is not None and self._is_answered(stream):
             return settled(usage)
-        stopped = self._stopped()
-        return unknown(ABANDONED if stopped is None else f"stopped in mid-stream ({stopped.cause})", usage)
-
-
-def _kept(stream: Any) -> Any:
-    kept = getattr(stream, "chunks", None)
-    return getattr(getattr(stream, "completion_stream", None), "chunks", None) if kept is None else kept
-
-
-def _chat_events(stream: Any) -> list[dict[str, Any]]:
-    """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
-    events = []
-    for chunk in _kept(stream) or ():
-        # A pydantic model that is asked for what it lacks, as most pieces do, takes its longest way: 4 us for each.
-        places = (getattr(chunk, name, None) for name in ("__dict__", "__pydantic_extra__"))
-        usage = next((place["usage"] for place in places if place and place.get("usage") is not None), None)
-        if usage is not None:
-            events.append(
-                {
-                    "object": "chat.completion.chunk",
-                    "model": getattr(chunk, "model", None),
-                    "service_tier": getattr(chunk, "service_tier", None),
-                    "choices": [],
-                    "usage": usage.model_dump() if hasattr(usage, "model_dump") else usage,
-                }
-            )
-    return events
+        reason = ABANDONED if self.stopped is None else f"stopped in mid-stream ({self.stopped.cause})"
+        return unknown(reason, usage)
 
 
 class _Generated:

@@ -43,13 +43,14 @@ log = logging.getLogger("bursar")
 SWEEP_BATCH = 500
 # The log is folded into the file, with two fsyncs, when it is 16 MiB rather than 4: a fifth of a pair's time on a slow disk.
 CHECKPOINT_PAGES = 4_000
-OPENING = 12  # a store that many processes make at once is worth waiting for so many times as long as for a command
+OPENING = 4  # a store that many processes make at once is worth waiting for so many times as long as for a command
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)
 _FAULTS = {
     sqlite3.SQLITE_BUSY: (
         "locked",
-        "Another process holds it for too long: end that process, or raise busy_timeout_s.",
+        "Another process holds it for too long: end that process. "
+        "Dozens that share budgets are better served by PostgreSQL or Redis.",
     ),
     sqlite3.SQLITE_LOCKED: ("locked", "Another connection holds it: end it, then try again."),
     sqlite3.SQLITE_FULL: ("full", "Free disk space, then try again; nothing was lost."),
@@ -78,7 +79,7 @@ class SqliteStore:
         *,
         durability: str = "full",
         clock: Clock | None = None,
-        busy_timeout_s: float = 5.0,
+        busy_timeout_s: float = 15.0,
     ) -> None:
         if durability not in _SYNCHRONOUS:
             raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)

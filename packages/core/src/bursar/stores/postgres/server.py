@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import PQGen
 
 from bursar.errors import InvalidInput, StoreError, shown
 from bursar.migrations import HEAD, REVISIONS
 from bursar.stores.postgres.partitions import announce, make_ahead
 
+T = TypeVar("T")
+PATIENCE = 2.0  # how many times the server's limit of a statement its client waits
 MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
 NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 # What a URL does not say: find the primary after a fail-over, and notice within seconds that a host is gone.
@@ -74,13 +78,39 @@ def split(url: str) -> tuple[str, str]:
     return full, schema
 
 
+class Bounded(psycopg.Connection[Any]):
+    """A connection that fails when no answer has come for `patience_s` (0: waits for ever).
+
+    The server's own limit of a statement helps nobody where the server, or what lies before it, has stopped to answer.
+    """
+
+    patience_s = PATIENCE * 10.0
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, *args: Any, **options: Any) -> T:
+        return super().wait(self._patient(gen) if self.patience_s else gen, interval, *args, **options)
+
+    def _patient(self, gen: PQGen[T]) -> PQGen[T]:
+        """The same waiting, which is told at every interval that nothing has come."""
+        until = time.monotonic() + self.patience_s
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > until:
+                    self.close()  # whose transaction it is need not try to undo it
+                    raise psycopg.OperationalError(f"no answer for {self.patience_s:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
 def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) -> psycopg.Connection[Any]:
     """A connection whose statements commit by themselves, with the schema's tables in its path.
 
     `lawful`: for the law's functions, whose plans have to be those for many rows from the first one on, and by indices alone.
     """
     try:
-        connection = psycopg.connect(url, autocommit=True)
+        connection = Bounded.connect(url, autocommit=True)
     except psycopg.ProgrammingError:  # it quotes what it cannot read, which may be the password
         raise _malformed() from None
     try:
@@ -90,6 +120,7 @@ def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) ->
             "set_config('client_encoding', 'UTF8', false)",
             (schema, str(round(timeout_s * 1_000))),
         )
+        connection.patience_s = PATIENCE * timeout_s
         if lawful:
             connection.execute(
                 "SELECT set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false)"
