@@ -49,8 +49,10 @@ CONTENDERS = (
 
 
 def ours(store: Store, lines: Lines) -> Callable[[], None]:
+    version = store.version()
+
     def run() -> None:
-        reserve, settle = commands(lines)
+        reserve, settle = commands(lines, version)
         assert type(store.execute(reserve)) is Granted
         assert type(store.execute(settle)) is Ended
 
