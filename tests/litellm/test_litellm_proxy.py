@@ -336,6 +336,7 @@ def test_a_stream_is_stopped_where_it_is(proxy: Proxy) -> None:
     assert (error["type"], error["code"]) == ("budget_exceeded", "402")
     (record,) = proxy.settled("stopped", 1)
     assert record.reason == "stopped in mid-stream (frozen)"
+    proxy.provider.wait_idle()
     assert proxy.provider.account[-1].client_gone
 
 
