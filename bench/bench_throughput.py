@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import servers
 from contenders import BURSAR, CONTENDERS, FLOOR, HOT, OWN, Contender, works
-from crowd import Turn, crowd, turns
 from measure import at_least, options, save, table
+from turns import Turn, crowd, turns
 
 from bursar.stores import open_store
 

@@ -7,9 +7,9 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from crowd import Work
 from floors import postgres_pair, redis_pair, sqlite_pair
 from pair import LINES, Lines, commands, own
+from turns import Work
 
 import bursar.stores.leases
 import bursar.stores.postgres
@@ -49,8 +49,10 @@ CONTENDERS = (
 
 
 def ours(store: Store, lines: Lines) -> Callable[[], None]:
+    version = store.version()
+
     def run() -> None:
-        reserve, settle = commands(lines)
+        reserve, settle = commands(lines, version)
         assert type(store.execute(reserve)) is Granted
         assert type(store.execute(settle)) is Ended
 

@@ -66,6 +66,7 @@ def options(**defaults: Any) -> argparse.Namespace:
 def save(file: Path | None, results: Sequence[Mapping[str, Any]]) -> None:
     """The results as JSON, with what they were measured on, for bench/plots.py."""
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[2]}
         file.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", "utf-8")
 

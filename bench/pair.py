@@ -73,11 +73,11 @@ def own(lines: Lines, name: str) -> Lines:
     return tuple((rule._replace(key=f"{rule.key} {name}", scope=scope), amount) for rule, amount in lines)
 
 
-def commands(lines: Lines = LINES) -> tuple[Reserve, Settle]:
-    """A reserve and its settle, under a new id."""
+def commands(lines: Lines = LINES, version: int = 0) -> tuple[Reserve, Settle]:
+    """A reserve and its settle, under a new id; `version`: of the policy that is in the store."""
     id = next_id()
     return (
-        Reserve(id, lines, TTL_US, DRAFT),
+        Reserve(id, lines, TTL_US, DRAFT, version=version),
         Settle(id, ACTUALS, ACTUALS["USD"], USAGE, facts=FACTS),
     )
 

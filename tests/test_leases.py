@@ -37,7 +37,8 @@ from bursar.commands import (
 from bursar.errors import InvalidInput, StoreError
 from bursar.foresight.past import read_past
 from bursar.stores import open_store
-from bursar.stores.leases import LeasedStore, recover
+from bursar.stores.leases import LeasedStore, journal, recover
+from bursar.stores.leases.journal import Journal
 from bursar.stores.leases.sizing import MIN_CALLS, SHARE, Demand
 from bursar.stores.leases.tender import IDLE_US, PUT_OFF_US, TTL_US
 from bursar.stores.memory import MemoryStore
@@ -823,3 +824,17 @@ def test_what_cannot_be_is_said(tmp_path: Path, clock: ManualClock) -> None:
         LeasedStore(Shared(clock), tmp_path / "none")
     with pytest.raises(InvalidInput, match="leases=FOLDER"):
         Bursar("postgresql://nowhere/x?durability=process")
+
+
+def test_a_journal_has_its_name_when_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for journals of dead processes at that moment would hold it, and its own process could not have it."""
+    lock, found = journal.flock, []
+
+    def looked_at(file: int, operation: int) -> None:
+        found.append(list(tmp_path.glob(f"*{journal.SUFFIX}")))
+        lock(file, operation)
+
+    monkeypatch.setattr(journal, "flock", looked_at)
+    Journal(tmp_path / f"mine{journal.SUFFIX}", full=False).close(delete=True)
+    assert found == [[]]
+    assert list(tmp_path.iterdir()) == []

@@ -110,8 +110,11 @@ def ask(name: str, provider: Provider, each: Callable[[], None] | None = None, *
     async def run() -> None:
         parts = await answer
         if each is not None:
-            async for _ in parts:
-                each()
+            try:
+                async for _ in parts:
+                    each()
+            finally:
+                await asyncio.to_thread(provider.wait_idle)  # the end of the event loop would close what was left open
 
     if asyncio.iscoroutine(answer):
         asyncio.run(run())
@@ -316,6 +319,27 @@ def test_a_stream_is_stopped_where_it_is(name: str, desk: Desk, monkeypatch: pyt
         assert record.reason == "stopped in mid-stream (frozen)"
         assert record.cost_nanos >= provider.billed_nanos
         assert guard.status()[0].reserved == 0
+
+
+@pytest.mark.parametrize("name", ["completion", "aRouter"])
+def test_a_budget_that_is_spent_kills_the_streams_in_flight(
+    name: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bursar.keeper.LOOK_S", 0.01)
+    long = Answer(input_tokens=400, output_tokens=400, chunks=100, event_delay_s=0.02)
+    with Provider(long, rates=RATES) as provider, desk(Threshold("100%", "kill")) as (guard, _):
+        spent: list[object] = []
+
+        def spend() -> None:
+            if not spent:
+                spent.append(guard.charge("0.10 USD"))
+
+        with pytest.raises(Stopped) as stopped:
+            ask(name, provider, spend)
+        assert (stopped.value.cause, stopped.value.budget) == ("killed", "b")
+        provider.wait_idle()
+        assert provider.requests == 1
+        assert settled(guard)[0].reason == "stopped in mid-stream (killed)"
 
 
 @pytest.mark.parametrize("name", ["completion", "acompletion", "aRouter"])

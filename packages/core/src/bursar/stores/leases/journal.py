@@ -64,10 +64,14 @@ class Journal:
         self._using = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         with self._faults():
+            # a new one gets its name when it is locked: else whoever looks for journals of the dead might be faster
+            begun = path if path.exists() else path.with_name(f"{path.name}.new")
             # what was spent is nobody else's business
-            self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._file = os.open(begun, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 flock(self._file, LOCK_EX | LOCK_NB)
+                if begun != path:
+                    os.rename(begun, path)
                 if not path.exists() or os.stat(path).st_ino != os.fstat(self._file).st_ino:
                     raise BlockingIOError(f"{path} was recovered a moment ago")
                 with self._use() as connection:

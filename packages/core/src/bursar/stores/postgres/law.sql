@@ -88,7 +88,8 @@ BEGIN
     FROM (
         SELECT DISTINCT hashtextextended(line ->> 'budget', 1) AS lock
         FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
-        WHERE NOT EXISTS (SELECT FROM accounts WHERE key = line ->> 'key') ORDER BY 1
+        -- not NOT EXISTS, which the server may answer by reading all accounts
+        WHERE (SELECT true FROM accounts WHERE key = line ->> 'key') IS NULL ORDER BY 1
     ) AS ordered;
     SELECT array_agg(key) INTO keys FROM (
         SELECT line ->> 'key' AS key FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
