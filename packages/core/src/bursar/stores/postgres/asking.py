@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import time
 from typing import Any
 
 import psycopg
@@ -20,6 +21,7 @@ class Asking:
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
         self._server = connection.pgconn
+        self._patience_s: float = getattr(connection, "patience_s", 0.0)  # as the connection's own waiting has it
         self._names: dict[str, bytes] = {}
         self._made = 0
 
@@ -46,12 +48,12 @@ class Asking:
         raise error
 
     def _answer(self) -> PGresult:
-        server = self._server
+        server, until = self._server, time.monotonic() + self._patience_s
         while server.flush():  # more than the socket takes at once
-            self._wait(writing=True)
+            self._wait(until, writing=True)
             server.consume_input()
         while server.is_busy():
-            self._wait()
+            self._wait(until)
             server.consume_input()
         result = server.get_result()
         while server.get_result() is not None:  # a connection that is lost says so twice
@@ -63,18 +65,23 @@ class Asking:
     def _prepared(self, statement: str) -> bytes:
         self._made += 1  # a name is never used again, for another statement would be asked under it
         name = f"bursar_{self._made}".encode()
-        result = self._server.prepare(name, statement.encode())
+        self._server.send_prepare(name, statement.encode())
+        result = self._answer()
         if result.status != ExecStatus.COMMAND_OK:
             raise error_from_result(result, encoding="utf-8")
         self._names[statement] = name
         return name
 
-    def _wait(self, *, writing: bool = False) -> None:
-        """Until the server has said something, or takes more."""
+    def _wait(self, until: float, *, writing: bool = False) -> None:
+        """Until the server has said something, or takes more. Raises OperationalError when patience is at an end."""
         socket = self._server.socket
+        left_s = max(0.0, until - time.monotonic()) if self._patience_s else None
         if hasattr(select, "poll"):
             poll = select.poll()
             poll.register(socket, select.POLLIN | (select.POLLOUT if writing else 0))
-            poll.poll()
+            ready = bool(poll.poll(None if left_s is None else left_s * 1_000))
         else:
-            select.select([socket], [socket] if writing else [], [])
+            ready = any(select.select([socket], [socket] if writing else [], [], left_s))
+        if not ready:
+            self._connection.close()
+            raise psycopg.OperationalError(f"no answer for {self._patience_s:g} s")
