@@ -45,7 +45,7 @@ ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"
 )
-_TAGS = (
+TAGS = (
     "org",
     "team",
     "project",
@@ -59,7 +59,7 @@ _TAGS = (
     "provider",
     "model",
 )
-_TAG_COLUMNS = ", ".join(f'"{tag}"' for tag in _TAGS)
+_TAG_COLUMNS = ", ".join(f'"{tag}"' for tag in TAGS)
 
 _PUT_ACCOUNT = f"INSERT OR REPLACE INTO accounts({_ACCOUNT}) VALUES ({', '.join('?' * 22)})"
 _MOVE_ACCOUNT = (
@@ -260,7 +260,7 @@ def values(entry: Entry, draft: str | None = None) -> tuple[Any, ...]:
         *entry[9:12],
         draft or dumps(entry.draft),
         dumps(facts),
-        *map(tag, _TAGS),
+        *map(tag, TAGS),
         facts.get("model_answered"),
     )
 
@@ -276,7 +276,7 @@ def entries_after(last: str, tags: Mapping[str, str]) -> tuple[str, list[Any]]:
     columns = [getattr(RecordRow, name.strip()) for name in ENTRY.split(",")]
     query = select(*columns).where(RecordRow.id > last).order_by(RecordRow.id).limit(PAGE)
     for name, value in tags.items():
-        column = getattr(RecordRow, name) if name in _TAGS else func.json_extract(RecordRow.draft, f'$.tags."{name}"')
+        column = getattr(RecordRow, name) if name in TAGS else func.json_extract(RecordRow.draft, f'$.tags."{name}"')
         query = query.where(column == value)
     compiled = query.compile(dialect=dialect(paramstyle="qmark"))
     return compiled.string, [compiled.params[name] for name in compiled.positiontup or ()]
