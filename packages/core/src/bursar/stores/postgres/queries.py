@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bursar.schema import TAG_COLUMNS
 from bursar.stores import sqlite_rows as rows
 
 DURABILITY = "SELECT current_setting('fsync'), current_setting('synchronous_commit')"
@@ -30,7 +29,7 @@ def entries_after(last: str, tags: Mapping[str, str]) -> tuple[str, list[Any]]:
     """The query of one page of entries with these tags, by id, as text and values."""
     wanted, values = "", [last]
     for name, value in tags.items():
-        if name in TAG_COLUMNS:
+        if name in rows.TAGS:
             wanted += f' AND "{name}" = %s'
         else:
             wanted += " AND draft::json -> 'tags' ->> %s = %s"
