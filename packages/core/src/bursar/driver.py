@@ -112,10 +112,16 @@ class Driver:
             raise
 
     def _undo(self, call: Call) -> None:
-        """Interrupted or cancelled: the command on its way may hold amounts, and nothing was sent."""
-        self.keeper.forget(call)
+        """Interrupted or cancelled: the command on its way may hold amounts, and nothing was sent.
+
+        Under an id that was given, what is held may be an earlier attempt's, which was sent: that is left to its settlement,
+        or to its expiry.
+        """
+        self.keeper.unwatch(call)
         if call.state in ("asking", "open"):
             call.state = "released"
+            if call.given_id:
+                return
             # The interrupt is what its caller must see; where the store is out of reach, expiry ends what is held.
             with contextlib.suppress(StoreError):
                 self.store.post(Release(call.id, "cancelled", "interrupted before dispatch"))
