@@ -1,0 +1,105 @@
+"""Run worlds: `python -m sim.run --seed N`, `--worlds N [--from N]`, or `--hours H`; each failure says how to see it again."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+from random import Random
+from typing import NamedTuple
+
+from bursar.accounts import Account
+from sim.faults import Faults
+from sim.programs import Scenario
+from sim.reckoning import reckon
+from sim.wire import Memory
+from sim.world import World
+
+CALLS = 60
+CANARY = -1  # the world that must fail
+
+
+class Told(NamedTuple):
+    """What came of one world. `failure`: empty where every invariant held."""
+
+    seed: int
+    ops: int
+    trace: int
+    failure: str
+    line: str
+
+
+def play(seed: int) -> Scenario:
+    """One world, from its seed to its reckoning. Raises Broken, and whatever the product must not raise."""
+    random = Random(seed)
+    faults = Faults(random)
+    world = World(seed, Memory, faults, random)
+    scenario = Scenario(world, random, calls=CALLS)
+    try:
+        scenario.run()
+        if seed == CANARY:
+            tamper(world)
+        reckon(scenario)
+    except BaseException as error:
+        error.add_note(f"reproduce: python -m sim.run --seed {seed}")
+        raise
+    return scenario
+
+
+def tamper(world: World) -> None:
+    """Take a nano-dollar off the books of one account, past the law."""
+    rows = world.server._rows
+    key = next(key for key, row in rows.items() if type(row) is Account and row.spent)
+    rows[key] = rows[key]._replace(spent=rows[key].spent - 1)
+
+
+def told(seed: int) -> Told:
+    """The same, as plain values."""
+    logging.disable(logging.CRITICAL)
+    try:
+        scenario = play(seed)
+        return Told(seed, scenario.world.auditor.ops, scenario.world.trace, "", "")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the next world is played
+        return Told(seed, 0, 0, f"{type(error).__name__}: {error}"[:1_000], traceback.format_exc())
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def for_hours(hours: float, *, first: int, worlds: int | None = None) -> list[str]:
+    """Play world after world, for so long or so many of them; how each that failed can be seen again."""
+    until, used, ops, failed, seed = time.time() + 3600 * hours, time.process_time(), 0, [], first
+    while time.time() < until and (worlds is None or seed < first + worlds):
+        one = told(seed)
+        ops += one.ops
+        if one.failure:
+            failed.append(f"python -m sim.run --seed {seed}")
+            print(f"{one.failure[:300]}\n    reproduce: {failed[-1]}", flush=True)
+        seed += 1
+    number, used = seed - first, time.process_time() - used
+    print(f"{number} worlds, {ops} operations audited, {len(failed)} failed; {number / used:.0f} worlds/s of one core")
+    return failed
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--seed", type=int, help="play this world alone")
+    options.add_argument("--worlds", type=int, help="play so many worlds")
+    options.add_argument("--from", type=int, default=0, dest="first", help="the first seed")
+    options.add_argument("--hours", type=float, help="play for so long")
+    given = options.parse_args()
+    if given.seed is None:
+        worlds = given.worlds or (None if given.hours else 100)
+        return 1 if for_hours(given.hours or 1e6, first=given.first, worlds=worlds) else 0
+    one = told(given.seed)
+    print(f"seed {one.seed}: {one.ops} operations audited, trace {one.trace:08x}\n{one.line}")
+    return 1 if one.failure else 0
+
+
+if __name__ == "__main__":
+    if "PYTHONHASHSEED" not in os.environ:
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "sim.run", *sys.argv[1:]])
+    sys.exit(main())
