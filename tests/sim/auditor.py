@@ -62,7 +62,8 @@ class Auditor(Ends):
         self.books.version = version
         if kind == "budget":
             for name, one in definitions.items():
-                self.books.specs[name] = Spec(one)
+                self.books.specs[name] = spec = Spec(one)
+                self.books.earlier.setdefault(name, []).append((version, spec))
 
     def observe(self, command: Command, answer: Answer, now_us: int) -> None:
         """Hold one answer, and the accounts that it is about, against what they must be."""
@@ -161,7 +162,9 @@ class Auditor(Ends):
             stand.take(books.specs[stand.spec.name])
             stand.look(now_us)
             stand.hold(amount)
-        books.calls[command.id] = Held(command, now_us, "open")
+        books.calls[command.id] = call = Held(command, now_us, "open")
+        if "-" in command.id:  # as leases are named, and no call is
+            books.granted[command.id] = dict(call.amounts)
         self.granted.add(command.id)
 
     def _refused(

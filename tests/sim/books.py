@@ -31,18 +31,47 @@ class Held:
             self.charge = command.on_expiry == "charge"
 
 
+def drawn(books: Books, entry: Entry) -> None:
+    """Know a call that was made out of a lease by the entry that ended it, or that corrected its end."""
+    content = (entry.cost_nanos, dict(entry.usage), entry.outcome)
+    if entry.corrects is not None:
+        call, first = books.calls[entry.corrects], books.entries[entry.corrects]
+        call.state = entry.kind
+        call.told = (first.cost_nanos + entry.cost_nanos, _sum(first.usage, entry.usage), entry.outcome)
+        return
+    call = books.calls[entry.id] = Held.__new__(Held)
+    call.id, call.state, call.told, call.digest = entry.id, entry.kind, content, entry.digest
+    call.amounts = dict(entry.facts.get("held", entry.amounts))
+    call.units = dict(entry.facts.get("units", {}))
+    call.booked, call.at_us, call.expires_us, call.charge = dict(entry.amounts), entry.reserved_us, 0, False
+
+
+def _sum(first: Any, more: Any) -> dict[str, Any]:
+    return {name: first.get(name, 0) + more.get(name, 0) for name in {**first, **more}}
+
+
 class Books:
     """Everything that has happened, as far as it decides what comes."""
 
     def __init__(self) -> None:
         self.specs: dict[str, Spec] = {}
+        self.earlier: dict[
+            str, list[tuple[int, Spec]]
+        ] = {}  # every definition of a budget, with the version it came in
         self.stands: dict[str, Stand] = {}
         self.calls: dict[str, Held] = {}
         self.entries: dict[str, Entry] = {}
+        self.granted: dict[str, dict[str, int]] = {}  # to every lease
+        self.drawn: dict[str, dict[str, int]] = {}  # on every lease
         self.counts: dict[str, int] = {}
         self.alerts: list[str] = []
         self.version = 0
         self.now_us = 0
+
+    def spec_at(self, budget: str, version: int) -> Spec:
+        """The definition that a process with this version of the policy has."""
+        known = self.earlier[budget]
+        return next((spec for since, spec in reversed(known) if since <= version), known[0][1])
 
 
 class Judge:

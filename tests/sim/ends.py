@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bursar.commands import Answer, Charge, Draw, Drawn, Ended, Expire, Extend, Extended, Rejected, Release, Settle
-from sim.books import Broken, Held, Judge
+from sim.books import Broken, Held, Judge, drawn
 from sim.stands import Stand
 
 
@@ -143,7 +143,7 @@ class Ends(Judge):
         books = self.books
         stand = books.stands.get(key)
         if stand is None:
-            stand = Stand(key, books.specs[budget], now_us)
+            stand = Stand(key, books.spec_at(budget, version), now_us)
             self._made(stand)
         elif version >= books.version:
             stand.take(books.specs[budget])
@@ -162,12 +162,15 @@ class Ends(Judge):
             actual = sum(entry.amounts.get(rule.key, 0) for entry in new)
             held = lease.amounts.get(rule.key, 0) if lease is not None and is_open else 0
             paid = min(held, actual) if is_open and lease is not None and rule.key in lease.amounts else 0
+            told = books.drawn.setdefault(command.id, {})
+            told[rule.key] = told.get(rule.key, 0) + actual
             over = max(0, actual - paid - max(0, stand.available()), command.overruns.get(rule.key, 0))
             crossed += self._move(rule.key, paid, actual, now_us, now_us, over)
             if lease is not None and is_open and paid:
                 lease.amounts[rule.key] -= paid
         for entry in new:
             books.entries[entry.id] = entry
+            drawn(books, entry)
         if is_open and lease is not None and answer.left != lease.amounts:
             raise Broken(f"I2: the lease {command.id} has {lease.amounts} left, it was told {answer.left}")
         self._alerts(crossed, answer)

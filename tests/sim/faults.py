@@ -38,7 +38,9 @@ KINDS = {
     "end_again": 0.2,
     "extension": 0.3,
     "unpriced": 0.05,
+    # to the journals of processes with leases
     "journal_lost": 0.3,
+    "disk_full": 0.05,
 }
 # Books that lose their tail cannot be held against what was acknowledged, so they have worlds of their own.
 RARE = {"tail_lost": 0.1}

@@ -5,7 +5,7 @@ Its arithmetic is its own: nano-dollars per token, times tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from random import Random
@@ -57,7 +57,7 @@ class Fact:
     """One call as its maker and its provider know it. `bill_nanos`: None where it was never sent.
 
     `known`: what an acknowledged settlement said that it cost; `ended`: how it was acknowledged. `exact`: the maker knows its
-    usage. `kept`: the process that goes on trying to settle it.
+    usage. `kept`: the process that goes on trying to settle it. `lease`: out of which it was made.
     """
 
     id: str
@@ -72,7 +72,7 @@ class Fact:
     kept: Any = None
     rejected: bool = False
     given: bool = False
-    accounts: list[str] = field(default_factory=list)
+    lease: str = ""
 
 
 def answer(fact: Fact, call: Any, most: int, random: Random, faults: Faults) -> None:

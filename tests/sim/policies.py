@@ -15,7 +15,9 @@ def usd(nanos: int) -> str:
     return f"{nanos // 10**9}.{nanos % 10**9:09d} USD"
 
 
-def budgets(random: Random, levels: tuple[str, ...], *, strict: bool, open: bool, scale: int) -> list[Budget]:
+def budgets(
+    random: Random, levels: tuple[str, ...], *, strict: bool, open: bool, scale: int, beside: float
+) -> list[Budget]:
     """A path of that many levels, of which one is tight; and perhaps a rate, slots, and a limit of steps."""
     estimate = "strict" if strict else "learned"
     unreachable = "open" if open else "closed"
@@ -39,13 +41,13 @@ def budgets(random: Random, levels: tuple[str, ...], *, strict: bool, open: bool
             )
         )
     wait = random.choice(("refuse", "refuse", "refuse", "wait 500ms"))
-    beside = {
+    others = {
         "rate": random.choice(("12 requests/minute", "120 requests/minute", "6000 tokens/minute")),
         "flight": f"{random.randrange(1, 7)} slots",
         "steps": f"{random.choice((5, 20, 60))} requests",
     }
-    for name, limit in beside.items():
-        if random.random() < 0.3:
+    for name, limit in others.items():
+        if random.random() < beside:
             per = "run" if name == "steps" else ()
             found.append(Budget(name, limit, per=per, on_exceed=wait, on_unreachable=unreachable))
     return found

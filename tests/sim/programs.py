@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 from itertools import count
 from random import Random
 from typing import Any
@@ -29,6 +28,8 @@ LIVENESS_US = 2_600_000_000  # the longest stall, the longest time to live, and 
 class Scenario:
     """Who does what in one world. `strict`: every dollar budget bounds its calls from above."""
 
+    leased = False
+
     def __init__(self, world: World, random: Random, *, calls: int, scale: int = 1) -> None:
         self.world = world
         self.random = random
@@ -36,9 +37,11 @@ class Scenario:
         self.charge_on_expiry = random.random() < 0.8
         self.open = random.random() < 0.1
         self.max_accounts = random.choice((1_000_000,) * 6 + (3,))
-        self.levels = LEVELS[: random.choice((1, 2, 2, 3, 3, 4, 6, 8))]
+        self.levels = LEVELS[: random.choice((1, 2, 2, 3, 3, 4, 6, 8) if not self.leased else (1, 2, 3))]
         self.scale = scale
-        self.budgets = budgets(random, self.levels, strict=self.strict, open=self.open, scale=scale)
+        self.budgets = budgets(
+            random, self.levels, strict=self.strict, open=self.open, scale=scale, beside=0.0 if self.leased else 0.3
+        )
         self.calls = calls
         self.facts: dict[str, Fact] = {}
         self.hosts: list[Host] = []
@@ -46,16 +49,20 @@ class Scenario:
         self.over = False
         self.lowered = False
         self.ids = count(1)
-        self.make_store: Callable[[Host], Any] = lambda host: Wire(world, host)
+        self.given_ids, self.variety = True, 3  # whether ids are used again; how many runs there are
 
     # -- processes
+
+    def open_store(self, host: Host) -> Any:
+        """The store as a process has it."""
+        return Wire(self.world, host)
 
     def start(self, calls: int, *, first: bool = False) -> None:
         """Start a process with some agents, which make so many calls together."""
         world = self.world
         host = Host(f"h{len(self.hosts)}")
         self.hosts.append(host)
-        host.store = self.make_store(host)
+        host.store = self.open_store(host)
         host.bursar = Bursar(
             host.store,
             self.budgets if first else None,
@@ -111,10 +118,10 @@ class Scenario:
 
     def tags(self, agent: str) -> dict[str, str]:
         random = self.random
-        tags = {level: f"{level[0]}{random.randrange(2)}" for level in self.levels[1:]}
+        tags = {level: f"{level[0]}{random.randrange(min(2, self.variety))}" for level in self.levels[1:]}
         if "agent" in tags:
             tags["agent"] = agent
-        return {"org": "acme", "run": f"r{random.randrange(3)}"} | tags
+        return {"org": "acme", "run": f"r{random.randrange(self.variety)}"} | tags
 
     def model_call(self, host: Host, agent: str) -> Steps:
         """One call of a model, and perhaps the same call once more."""
@@ -124,7 +131,7 @@ class Scenario:
             model = "nobody"
         most: int | None = random.choice((1, 16, 40, None))
         tokens = random.randrange(1, 200)
-        again = faults.hits("again")
+        again = self.given_ids and faults.hits("again")
         id = f"g{next(self.ids):05}" if again else None
         tags, ttl_s = self.tags(agent), random.choice((600.0, 600.0, 60.0, 5.0))
         if model == "fine" and random.random() < 0.4:
@@ -185,6 +192,9 @@ class Scenario:
             fact.rejected = fact.rejected or bool(fact.outcome)  # it cannot know when its first attempt was reserved
         elif call.id not in world.auditor.granted and not host.inline:
             raise Broken(f"I12: {call.id} was sent, and nobody has granted it")
+        if self.leased:
+            holder = host.store._tender.books._holders.get(call.id)
+            fact.lease = "" if holder is None else holder.id
         most = Reservation(host.bursar._driver, call).max_output_tokens
         assert most is not None
         if not fact.outcome:

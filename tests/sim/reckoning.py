@@ -31,8 +31,9 @@ def reckon(scenario: Scenario) -> None:
     if found:
         raise Broken(f"I4: {'; '.join(map(str, found))}")
     _calls(scenario, entries)
+    _leases(scenario, entries)
     if _is_strict(scenario):
-        _caps(scenario)
+        _caps(scenario, entries)
 
 
 def _refusals(scenario: Scenario, entries: list[Entry]) -> None:
@@ -107,15 +108,45 @@ def _call(scenario: Scenario, fact: Fact, paid: int, *, known: bool, booked: boo
         if paid != bill or not known:
             raise Broken(f"I7, I11: it was settled. {told}")
     elif fact.ended == "released":
-        if paid:
+        if paid and (known or not scenario.open):  # one that went out unguarded may have been late on its way
             raise Broken(f"I5: it was given back. {told}")
     elif fact.ended == "estimated" or lives:
         if not booked or (fact.strict and paid < bill):
             raise Broken(f"I7: it may have been billed. {told}")
-    elif not bill or not scenario.charge_on_expiry or scenario.open or fact.outcome == "charge":
+    elif not bill or not scenario.charge_on_expiry or scenario.open or scenario.leased or fact.outcome == "charge":
         return
     elif not booked or (fact.strict and paid < bill and not fact.rejected):
         raise Broken(f"I5: it was sent, and nobody came back. {told}")
+
+
+def _leases(scenario: Scenario, entries: list[Entry]) -> None:
+    """What stays booked on a lease: nothing of a process that ended as it should, else at most what nobody spent of it."""
+    books, faults = scenario.world.auditor.books, scenario.world.faults.rates
+    if not books.granted or "journal_lost" in faults:
+        return
+    own: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    booked = {entry.corrects or entry.id for entry in entries}
+    for entry in entries:
+        for key, amount in entry.amounts.items():
+            own[entry.corrects or entry.id][key] += amount
+    orphans: dict[str, int] = defaultdict(int)
+    for fact in scenario.facts.values():
+        if fact.strict and fact.lease and fact.id not in booked:
+            orphans[fact.lease] += fact.bill_nanos or 0
+    hosts = {host.name: host for host in scenario.hosts}
+    for id, granted in books.granted.items():
+        if books.calls[id].state == "reversal":
+            continue
+        lives = hosts[id.split("-")[1].split(".")[0]].alive
+        for key, amount in granted.items():
+            left = max(0, amount - books.drawn.get(id, {}).get(key, 0))
+            if (
+                not (orphans[id] if books.stands[key].spec.unit == "USD" else 0)
+                <= own[id][key]
+                <= (0 if lives else left)
+            ):
+                told = f"{own[id][key]} stay booked, {left} of {amount} were not spent, {orphans[id]} were billed"
+                raise Broken(f"I5, I7: the lease {id} on {key}: {told}")
 
 
 def _is_exact(fact: Fact) -> bool:
@@ -135,19 +166,21 @@ def _is_strict(scenario: Scenario) -> bool:
     )
 
 
-def _caps(scenario: Scenario) -> None:
+def _caps(scenario: Scenario, entries: list[Entry]) -> None:
     """The promise itself, without a look at the store's balances: what was billed is within the limit, on every account."""
     books = scenario.world.auditor.books
     billed: dict[str, int] = defaultdict(int)
-    for fact in scenario.facts.values():
-        call = books.calls.get(fact.id)
-        for key in call.amounts if call is not None else ():
-            billed[key] += fact.bill_nanos or 0
+    for entry in entries:
+        fact = scenario.facts.get(entry.id)
+        for key in entry.amounts if fact is not None else ():
+            billed[key] += fact.bill_nanos or 0  # type: ignore[union-attr]
+    # a lease that expired is booked, and so is for a while what was spent of it
+    expired = any(entry.kind == "expiry" and entry.id in books.granted for entry in entries)
     for key, stand in books.stands.items():
         spec = stand.spec
         if spec.unit != "USD" or not spec.enforce:
             continue
-        if stand.overrun:
+        if stand.overrun and not expired:
             raise Broken(f"I1: {key} is strict, and tells of an overrun of {stand.overrun}")
         if not stand.rolling_us and not spec.rate_us and billed[key] > spec.limit:
             raise Broken(f"I1: {billed[key]} were billed on {key}, which has a limit of {spec.limit}")

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import time
 import traceback
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from bursar.accounts import Account
+from bursar.stores.sqlite import SqliteStore
 from sim.faults import Faults
+from sim.leased import LeasedScenario, small_leases
 from sim.programs import Scenario
 from sim.reckoning import reckon
-from sim.wire import Memory
+from sim.replay import compare
+from sim.wire import Memory, Sqlite
 from sim.world import World
 
 CALLS = 60
-CANARY = -1  # the world that must fail
+CANARY = -2  # the world that must fail
 
 
 class Told(NamedTuple):
@@ -34,19 +40,45 @@ class Told(NamedTuple):
 
 def play(seed: int) -> Scenario:
     """One world, from its seed to its reckoning. Raises Broken, and whatever the product must not raise."""
-    random = Random(seed)
-    faults = Faults(random)
-    world = World(seed, Memory, faults, random)
-    scenario = Scenario(world, random, calls=CALLS)
+    kind = kind_of(seed)
     try:
-        scenario.run()
-        if seed == CANARY:
-            tamper(world)
-        reckon(scenario)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(small_leases()) if kind != "lean" else Path()
+            scenario = made(seed, kind, folder)
+            scenario.world.trusting = kind in ("sqlite", "compared")
+            scenario.run()
+            if seed == CANARY:
+                tamper(scenario.world)
+            reckon(scenario)
+            if kind == "compared" and "tail_lost" not in scenario.world.faults.rates:
+                compare(
+                    scenario.world, SqliteStore(folder / "again.db", durability="process", clock=scenario.world.clock)
+                )
+            scenario.world.server.close()
+            return scenario
     except BaseException as error:
         error.add_note(f"reproduce: python -m sim.run --seed {seed}")
         raise
-    return scenario
+
+
+def kind_of(seed: int) -> str:
+    """Most worlds are lean; some have leases, some stand on SQLite, some are played again on it."""
+    if seed % 20 == 19:
+        return "leased"
+    return {50: "sqlite", 0: "compared"}.get(seed % 100, "lean")
+
+
+def made(seed: int, kind: str, folder: Path) -> Scenario:
+    random = Random(seed)
+    faults = Faults(random)
+    if kind != "lean" and kind != "compared":  # what they are made of does not forget
+        faults.rates.pop("tail_lost", None)
+    if kind == "sqlite":
+        return Scenario(World(seed, partial(Sqlite, path=folder / "books.db"), faults, random), random, calls=CALLS)
+    world = World(seed, Memory, faults, random)
+    if kind == "leased":
+        return LeasedScenario(world, folder, calls=2 * CALLS, scale=60)
+    return Scenario(world, random, calls=CALLS)
 
 
 def tamper(world: World) -> None:

@@ -89,7 +89,7 @@ class Wire:
         self._seen_us = max(self._seen_us, self._said_us + self._world.now_us - self._at_us)
         return self._seen_us
 
-    def _through(self, act: Callable[[], T]) -> T:
+    def _through(self, act: Callable[[], T], *, twice: bool = True) -> T:
         world, faults = self._world, self._world.faults
         if self.reliable:
             return act()
@@ -98,7 +98,7 @@ class Wire:
         if world.is_away() or faults.hits("request_lost"):
             raise unreachable()
         answer = act()
-        if faults.hits("duplicate"):
+        if twice and faults.hits("duplicate"):
             answer = act()
         if faults.hits("kill"):
             raise Killed
@@ -108,7 +108,8 @@ class Wire:
         return answer
 
     def execute(self, command: Command) -> Answer:
-        return self._through(lambda: self._world.server.execute(command))
+        may = self._world.may_come_twice(command)
+        return self._through(lambda: self._world.server.execute(command), twice=may)
 
     async def aexecute(self, command: Command) -> Answer:
         return self.execute(command)

@@ -13,7 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from bursar.call import Pause, Publish, Reload
-from bursar.commands import Answer, Command
+from bursar.commands import Answer, Command, Reserve
 from bursar.errors import StoreError
 from bursar.testing import ManualClock
 from sim.auditor import Auditor
@@ -44,6 +44,7 @@ class Host:
         self.stalled_until_us = 0
         self.bursar: Any = None
         self.store: Any = None
+        self.doomed = False  # it dies before it does anything more
         self.inline = False  # the store is in the process itself, and does what it is asked at once
         self.end: Callable[[], None] = lambda: None
 
@@ -71,6 +72,7 @@ class World:
         self.clock = ManualClock(START_US)
         self.trace = 0
         self.away_until_us = 0
+        self.trusting = False
         self.snapshot: tuple[Any, bytes] | None = None
         self.lost: set[str] = set()  # the ids of commands that a store has lost with its tail
         self._since_snapshot: list[str] = []
@@ -79,7 +81,7 @@ class World:
         self._number = 0
         self.server = make_store(self)
         self.auditor = Auditor(self.server.accounts)
-        self.log: list[tuple[int, str, Any]] = []
+        self.log: list[tuple[int, str, Any, Any]] = []  # when, what was published or "", and what came of it
 
     # -- time
 
@@ -134,6 +136,9 @@ class World:
         except Killed:
             self.kill(host)
             return
+        if host.doomed:
+            self.kill(host)
+            return
         if self.faults.hits("kill"):
             if self.random.random() < 0.5 and type(step) is not int:
                 self._carry_out(task, step)
@@ -173,6 +178,8 @@ class World:
         except StoreError as failure:
             error = failure
         except Killed:
+            host.doomed = True
+        if host.doomed:
             self.kill(host)
             return
         self._resume(task, turn, answer, error)
@@ -203,6 +210,8 @@ class World:
 
         def arrive() -> None:
             answer, error = None, None
+            if self.trusting and turn != task.turn:
+                return  # its caller has gone on without it
             try:
                 answer = self.apply(command)
             except StoreError as failure:
@@ -213,9 +222,9 @@ class World:
         lost = faults.hits("request_lost")
         if not lost:
             self.at(self.latency_us(), arrive)
-        if faults.hits("duplicate"):
+        if self.may_come_twice(command) and faults.hits("duplicate"):
             self.at(self.latency_us(), arrive)
-        if faults.hits("late_copy"):
+        if self.may_come_twice(command) and faults.hits("late_copy"):
             self.at(self.random.choice((10**7, 10**8, 10**9)), arrive)
         if faults.rates:
             self.at(TIMEOUT_US, lambda: reply(None, unreachable()))
@@ -227,12 +236,18 @@ class World:
         answer: Answer = self.server.execute(command)
         return answer
 
+    def may_come_twice(self, command: Command) -> bool:
+        """A store that trusts its callers looks no id up that was made to be new: nobody may bring one twice."""
+        return not self.trusting or bool(getattr(command, "digest", "-"))
+
     def is_away(self) -> bool:
         return self.now_us < self.away_until_us
 
     def noted(self, command: Command, answer: Answer, now_us: int) -> None:
         """The store has done this: hold it against what must be."""
-        self.log.append((now_us, "command", command))
+        if type(command) is Reserve:  # its caller goes on writing into it
+            command = command._replace(complied=dict(command.complied))
+        self.log.append((now_us, "", command, answer))
         self.trace = crc32(
             f"{now_us} {type(command).__name__} {command.id} {type(answer).__name__}".encode(), self.trace
         )
@@ -243,7 +258,7 @@ class World:
                 self.keep()
 
     def published(self, kind: str, definitions: Any, version: int) -> None:
-        self.log.append((self.clock.now_us(), kind, definitions))
+        self.log.append((max(self.clock.now_us(), self.auditor.books.now_us), kind, definitions, version))
         self.auditor.published(kind, definitions, version)
         if "tail_lost" in self.faults.rates:
             self.keep()
