@@ -23,6 +23,8 @@ ADAPTERS = ["langchain", *APART]
 # which do not resolve everywhere.
 PRICE_SOURCE = "litellm==1.109.1"
 PRICE_PINS = "tools/pins-prices.txt"
+# What these benches measured last lies here, and is drawn in docs/performance.md.
+MEASURED, PLOTTED = "bench/measured", ("throughput", "growth", "peers")
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # the interpreters of this machine are the ones that are used
 # Frameworks take twice as long to import where Python may not keep what it compiled, and many a test starts a process.
@@ -221,7 +223,10 @@ def vulnerabilities(session: nox.Session) -> None:
 
 @nox.session(requires=["wheels"])
 def bench(session: nox.Session) -> None:
-    """Every table of bench/, or those named: `nox -s bench -- prices`; that of an adapter beside its own framework."""
+    """Every table of bench/, or those named: `nox -s bench -- prices`; and the plots of what was measured.
+
+    That of an adapter comes beside its own framework, that of peers beside those of them that can be installed.
+    """
     for name in session.posargs or sorted(
         path.stem.removeprefix("bench_") for path in Path("bench").glob("bench_*.py")
     ):
@@ -229,7 +234,13 @@ def bench(session: nox.Session) -> None:
             _install(session, f"packages/{name}/pins.txt", packages=["core", name])
         else:
             _install(session)
-        session.run("python", "-P", f"bench/bench_{name}.py")
+        for peer in Path("bench/peers.txt").read_text().splitlines() if name == "peers" else ():
+            install = ("uv", "pip", "install", "--quiet", "--no-config", *peer.split())
+            session.run_install(*install, external=True, success_codes=[0, 1, 2])
+        saved = ("--json", f"{MEASURED}/{name}.json") if name in PLOTTED else ()
+        session.run("python", "-P", f"bench/bench_{name}.py", *saved)
+    _uv(session, "pip", "install", "--quiet", "--no-config", "matplotlib")
+    session.run("python", "bench/plots.py", MEASURED, "docs/images")
 
 
 @nox.session

@@ -7,7 +7,6 @@ ratios are taken within each round, and their median is shown.
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import at_least, at_most, in_turns, table
 from pair import commands, pair
+from servers import fsync_us
 
 from bursar.commands import Command, Ended, Reserve, Settle
 from bursar.stores.sqlite import SqliteStore
@@ -74,16 +74,6 @@ def tasks(store: SqliteStore) -> float:
         return time.perf_counter() - begun
 
     return CALLERS * EACH / asyncio.run(all_of_them())
-
-
-def fsync_us(folder: Path) -> float:
-    """What one commit of 4 KiB costs this disk now."""
-    with (folder / "synced").open("wb", buffering=0) as file:
-        begun = time.perf_counter()
-        for _ in range(20):
-            file.write(b"\0" * 4_096)
-            os.fsync(file.fileno())
-        return (time.perf_counter() - begun) / 20 * 1_000_000
 
 
 def main() -> None:

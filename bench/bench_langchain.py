@@ -12,10 +12,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from langchain_openai import ChatOpenAI
-from measure import at_most, in_turns, table
+from measure import at_most, in_turns, provider, table
 
 from bursar import Budget, Bursar
-from bursar.testing.provider import Answer, Provider
 from bursar_langchain import BursarCallbackHandler
 
 PROMPT = " ".join(["cat"] * 1_000)  # 4,000 bytes
@@ -32,8 +31,8 @@ SLOW_STORES = {"sqlite, full": ("sqlite:///{}/full.db", None)}
 def main() -> None:
     rows = []
     loop = asyncio.new_event_loop()
-    with tempfile.TemporaryDirectory() as folder, Provider(Answer(input_tokens=1_000, output_tokens=50)) as provider:
-        model = ChatOpenAI(model="gpt-4o", base_url=f"{provider.url}/v1", api_key="local", max_tokens=50)
+    with tempfile.TemporaryDirectory() as folder, provider() as url_of_provider:
+        model = ChatOpenAI(model="gpt-4o", base_url=f"{url_of_provider}/v1", api_key="local", max_tokens=50)
         for name, (url, limit_ms) in (STORES | SLOW_STORES).items():
             with Bursar(url.format(folder), budgets=BUDGETS) as guard:
                 config: Any = {"callbacks": [BursarCallbackHandler(guard, team="research")]}

@@ -19,32 +19,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bench_postgres import server
+import servers
+from contenders import LEASED
 from measure import at_least, at_most, table
-from pair import ACTUALS, LINES, commands
+from pair import ACTUALS, Lines, commands
 
-from bursar.accounts import Rule
 from bursar.audit import audit
 from bursar.commands import Ended, Granted
 from bursar.stores.leases import LeasedStore
 from bursar.stores.postgres import PostgresStore
 
 PROCESSES, CALLERS, ROUNDS = 8, 32, 3
-HOT = LINES[:3]  # a rate is for all processes at once, so it has no leases
-Lines = tuple[tuple[Rule, int], ...]
 
 
 def of(kind: str) -> Lines:
     """The accounts of one kind of turn: those of the benchmark's pair, one budget each for everybody."""
-    return tuple((rule._replace(key=f"{rule.key} {kind}"), amount) for rule, amount in HOT)
+    return tuple((rule._replace(key=f"{rule.key} {kind}"), amount) for rule, amount in LEASED)
 
 
 def one_caller(store: PostgresStore | LeasedStore, lines: Lines, until: float) -> int:
     """Pairs until that time."""
     pairs = 0
     while time.perf_counter() < until:
-        reserve, settle = commands()
-        assert type(store.execute(reserve._replace(lines=lines))) is Granted
+        reserve, settle = commands(lines)
+        assert type(store.execute(reserve)) is Granted
         assert type(store.execute(settle)) is Ended
         pairs += 1
     return pairs
@@ -56,8 +54,8 @@ async def many_callers(store: LeasedStore, lines: Lines, until: float) -> int:
     async def caller() -> int:
         pairs = 0
         while time.perf_counter() < until:
-            reserve, settle = commands()
-            assert type(await store.aexecute(reserve._replace(lines=lines))) is Granted
+            reserve, settle = commands(lines)
+            assert type(await store.aexecute(reserve)) is Granted
             assert type(await store.aexecute(settle)) is Ended
             pairs += 1
         return pairs
@@ -119,12 +117,12 @@ def rates(url: str, folder: str, seconds: float) -> dict[str, list[float]]:
 def stranded(url: str, folder: str) -> tuple[float, int]:
     """The share of a budget that silent processes hold when it has run out, two of eight being silent; and what was overspent."""
     limit = 20_000 * ACTUALS["USD"]
-    lines = ((HOT[0][0]._replace(key=f"{HOT[0][0].key} stranded", limit=limit), ACTUALS["USD"]),)
+    lines = ((LEASED[0][0]._replace(key=f"{LEASED[0][0].key} stranded", limit=limit), ACTUALS["USD"]),)
     stores = [LeasedStore(PostgresStore(url), folder, durability="process", background=False) for _ in range(PROCESSES)]
 
     def call(store: LeasedStore) -> bool:
-        reserve, settle = commands()
-        if type(store.execute(reserve._replace(lines=lines, quiet=True))) is not Granted:
+        reserve, settle = commands(lines)
+        if type(store.execute(reserve._replace(quiet=True))) is not Granted:
             return False
         store.execute(settle)
         return True
@@ -164,8 +162,7 @@ def one_call(url: str, folder: str) -> tuple[float, float]:
 
 
 def _timed(execute: Callable[..., object]) -> float:
-    reserve, settle = commands()
-    reserve = reserve._replace(lines=of("alone"))
+    reserve, settle = commands(of("alone"))
     begun = time.perf_counter_ns()
     execute(reserve)
     execute(settle)
@@ -173,7 +170,7 @@ def _timed(execute: Callable[..., object]) -> float:
 
 
 def main(seconds: float) -> None:
-    with server() as (url, commit_us), tempfile.TemporaryDirectory(prefix="bursar-journals-") as folder:
+    with servers.postgres() as (url, commit_us), tempfile.TemporaryDirectory(prefix="bursar-journals-") as folder:
         found = rates(url, folder, seconds)
         rows: list[tuple[object, ...]] = [("direct", 1, f"{statistics.median(found['direct']):.0f}", "", "")]
         for kind, callers, wanted in (("process", 1, 30), ("full", CALLERS, 20)):

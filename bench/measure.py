@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 # In a process of its own, so that it does not take the clients' turns.
 PROVIDER = """
@@ -45,6 +51,24 @@ def in_turns(works: Mapping[str, Callable[[], object]], calls: int, *, rounds: i
                 work()
             times[name].append((time.perf_counter_ns() - begun) / calls / 1_000)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def options(**defaults: Any) -> argparse.Namespace:
+    """What the command line says: the first of these by its position, the others by name, and `--json` for `save`."""
+    parser = argparse.ArgumentParser()
+    for number, (name, value) in enumerate(defaults.items()):
+        given = {"nargs": "?"} if number == 0 else {}
+        parser.add_argument(f"{'--' if number else ''}{name}", type=type(value), default=value, **given)  # type: ignore[arg-type]
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def save(file: Path | None, results: Sequence[Mapping[str, Any]]) -> None:
+    """The results as JSON, with what they were measured on, for bench/plots.py."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[2]}
+        file.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", "utf-8")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

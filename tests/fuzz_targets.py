@@ -185,7 +185,7 @@ def words(data: bytes) -> None:
     context = click.Context(click.Command("x"))
     readers: tuple[Callable[[], object], ...] = (
         lambda: check_tags(options._tags(context, click.Argument(["tags"]), (text,))),
-        lambda: operate._Duration().convert(text, None, None),
+        lambda: operate.Duration().convert(text, None, None),
         lambda: replay._Instant().convert(text, None, None),
         lambda: price._clock(text),
         lambda: split(text),

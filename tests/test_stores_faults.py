@@ -20,6 +20,7 @@ from bursar.accounts import Rule
 from bursar.commands import Answer, Ended, Granted, Release, Reserve, Settle
 from bursar.stores import open_store
 from bursar.stores.sqlite import SqliteStore
+from bursar.stores.sqlite_schema import upgrade
 
 DOLLARS = Rule('["b","USD","total UTC",{},0]', "b", "{}", "USD", "window", 10**12)
 TTL_US = 600_000_000
@@ -115,6 +116,18 @@ def test_a_store_that_is_locked_while_it_is_made_says_so(path: Path) -> None:
     with lock(path), fails("locked", "Another process holds it"):
         SqliteStore(path, busy_timeout_s=0.05)
     SqliteStore(path).close()
+
+
+def test_a_process_that_waited_while_another_made_the_store_does_not_migrate_it_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SqliteStore(path).close()
+
+    def migrate(_: object) -> None:
+        raise AssertionError("64 processes that do so one after another take longer than they wait")
+
+    monkeypatch.setattr("bursar.migrations.upgrade", migrate)
+    upgrade(path, 5.0)
 
 
 def test_a_settlement_while_the_store_is_locked_is_booked_later_at_its_real_cost(path: Path) -> None:

@@ -71,6 +71,24 @@ def test_arguments_by_position_are_held_too(provider: Provider, guarded: Guarded
     assert [(one.estimated, one.cost_nanos) for one in bursar.records()] == [(False, cost) for cost in costs]
 
 
+def test_an_alias_is_held_as_the_model_that_it_stands_for(
+    provider: Provider, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(litellm, "model_alias_map", {"fast": "openai/gpt-4o"})
+    with guarded() as bursar:
+        litellm.completion(**openai(provider) | {"model": "fast"}, messages=MESSAGES, max_tokens=500)
+    (record,) = bursar.records()
+    assert (record.model, record.estimated, record.cost_nanos) == ("gpt-4o", False, COST_NANOS)
+
+
+def test_a_name_that_litellm_refuses_is_its_own_error(provider: Provider, guarded: Guarded) -> None:
+    with guarded() as bursar:
+        with pytest.raises(litellm.BadRequestError):
+            litellm.completion(**openai(provider) | {"model": "nobody-sells-it", "api_base": None}, messages=MESSAGES)
+        assert not list(bursar.records())
+    assert provider.requests == 0
+
+
 # -- functions that were imported before the guard ---------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -21,13 +23,21 @@ pytest.importorskip("orjson", reason="LiteLLM is there without its proxy")
 
 import httpx
 
-from bursar import Bursar, UsageRecord
-from bursar.testing.provider import Answer, Fault, Provider
+from bursar import Bursar, Operator, UsageRecord
+from bursar.testing.provider import Answer, Fault, Provider, Rates
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "abc " * 1_000
 COST_NANOS = 7_500_000
+RATES = {
+    "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000),
+    "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600),
+    "claude-sonnet-4-5": Rates(input_nanos=3_000, output_nanos=15_000),
+    "claude-haiku-4-5": Rates(input_nanos=1_000, output_nanos=5_000),
+}
+CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-5": "claude-haiku-4-5"}
+DEAR = Answer(input_tokens=1_000, output_tokens=500)
 
 CONFIG = """
 model_list:
@@ -73,6 +83,27 @@ on_exceed = "wait 60s"
 name = "broke"
 limit = "0.000001 USD"
 match = { team = "broke" }
+
+[[budget]]
+name = "changes"
+limit = "1 USD"
+per = "team"
+match = { team = "changes-*" }
+thresholds = [
+  { at = "0.5%", action = "downgrade", models = { gpt-4o = "gpt-4o-mini", claude-sonnet-4-5 = "claude-haiku-4-5" } },
+  { at = "0.5%", action = "clamp", max_output_tokens = 50 },
+]
+
+[[budget]]
+name = "ladder"
+limit = "0.075 USD"
+match = { team = "ladder" }
+thresholds = [
+  { at = "50%", action = "notify" },
+  { at = "80%", action = "downgrade", models = { gpt-4o = "gpt-4o-mini" } },
+  { at = "95%", action = "ask" },
+  { at = "100%", action = "kill" },
+]
 """
 
 
@@ -81,6 +112,7 @@ class Proxy:
 
     def __init__(self, url: str, provider: Provider, bursar: Bursar) -> None:
         self.url, self.provider, self.bursar = url, provider, bursar
+        self.operator = Operator(bursar.store, Operator(bursar.store).appoint())
 
     def client(self, team: str, user: str = "ann") -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer key.{team}.{user}"}, timeout=60)
@@ -105,7 +137,7 @@ class Proxy:
 def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     home = tmp_path_factory.mktemp("proxy")
     store = f"sqlite:///{home}/bursar.db"
-    with Provider(Answer(input_tokens=1_000, output_tokens=500)) as provider:
+    with Provider(DEAR, rates=RATES) as provider:
         (home / "config.yaml").write_text(CONFIG.format(url=provider.url))
         (home / "keys.py").write_text(KEYS)
         (home / "bursar.toml").write_text(POLICY)
@@ -246,6 +278,66 @@ def test_two_workers_and_twenty_clients_share_one_budget(team: str, proxy: Proxy
     assert sum(record.cost_nanos for record in records) == billed
     (status,) = [one for one in proxy.bursar.status(team=team) if one.name == team]
     assert (status.reserved, int(status.spent * 10**9)) == (0, billed)
+
+
+def test_the_ladder_from_end_to_end(proxy: Proxy) -> None:
+    """Downgraded at 80 %, 402 at 95 % until an operator approves, 402 again from 100 % on; nothing is sent twice."""
+    before = len(proxy.provider.account)
+    # Eight calls of 0.75 cents, one of 1.155 by the cheaper model, and one of 0.45, which was thought to be less.
+    proxy.provider.script([*[DEAR] * 8, Answer(input_tokens=1_000, output_tokens=19_000), Answer(input_tokens=30_000)])
+    body = {"model": "main", "messages": [{"role": "user", "content": "hi"}]}
+    with proxy.client("ladder") as client:
+
+        def post() -> tuple[int, Any]:
+            answer = client.post("/v1/chat/completions", json=body)
+            return answer.status_code, answer.json()
+
+        assert [post()[0] for _ in range(9)] == [200] * 9
+        for _ in range(2):
+            status, said = post()
+            assert (status, said["error"]["type"], said["error"]["param"]) == (402, "budget_exceeded", "budget")
+        proxy.operator.approve(*re.findall(r"bursar approve (ask-\w+)", said["error"]["message"]))
+        assert post()[0] == 200
+        for _ in range(2):
+            status, said = post()
+            assert (status, said["error"]["type"]) == (402, "budget_exceeded")
+            assert "kill" in said["error"]["message"]
+    served = proxy.provider.account[before:]
+    assert [one.model for one in served] == ["gpt-4o"] * 8 + ["gpt-4o-mini"] * 2
+    records = [record for record in proxy.settled("ladder", 10) if record.outcome != "blocked"]
+    assert [record.cost_nanos for record in records] == [one.cost_nanos for one in served]
+    assert {record.model_asked for record in records[8:]} == {"gpt-4o"}
+
+
+@pytest.mark.parametrize("name", ["pass-through", "pass-through-stream", "anthropic-pass-through"])
+def test_a_request_that_is_passed_on_is_changed_too(name: str, proxy: Proxy) -> None:
+    path, body = (CALLS | OTHER_CALLS)[name]
+    with proxy.client(f"changes-{name}") as client:
+        assert client.post(path, json=body).status_code == 200
+        proxy.settled(f"changes-{name}", 1)
+        assert client.post(path, json=body).status_code == 200
+    first, second = proxy.settled(f"changes-{name}", 2)
+    assert (second.model_asked, second.model) == (first.model, CHEAPER[first.model])
+    served = proxy.provider.account[-1]
+    assert (served.model, served.output_tokens) == (second.model, 50)
+    assert (second.estimated, second.cost_nanos) == (False, served.cost_nanos)
+
+
+def test_a_stream_is_stopped_where_it_is(proxy: Proxy) -> None:
+    """Its last event says why, as any error that LiteLLM's proxy meets in mid-stream."""
+    path, body = CALLS["stream"]
+    proxy.provider.script([Answer(input_tokens=1_000, output_tokens=500, chunks=400, event_delay_s=0.02)])
+    with proxy.client("stopped") as client, client.stream("POST", path, json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        proxy.operator.freeze({"team": "stopped"})
+        events = [line for line in lines if line.startswith("data: ")]
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("budget_exceeded", "402")
+    (record,) = proxy.settled("stopped", 1)
+    assert record.reason == "stopped in mid-stream (frozen)"
+    proxy.provider.wait_idle()
+    assert proxy.provider.account[-1].client_gone
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream_is_billed(proxy: Proxy) -> None:

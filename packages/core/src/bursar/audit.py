@@ -9,7 +9,8 @@ from typing import NamedTuple
 from bursar.accounts import Account
 from bursar.commands import Definition, Definitions, Entry
 from bursar.errors import BursarError
-from bursar.signing import changes, operator_of, verifies
+from bursar.retention import Kept, kept
+from bursar.signing import changes, operator_of, prune_name, verifies
 from bursar.stores.base import Store
 
 MAX_LOOKS = 5
@@ -38,15 +39,22 @@ def audit(store: Store, *, operator: str | None = None) -> list[Discrepancy]:
     rebuilt from records, so of rates only `reserved` is checked. `operator`: the public key that the store has to know.
     Raises StoreError.
     """
+    return audited(store, operator=operator)[0]
+
+
+def audited(store: Store, *, operator: str | None = None) -> tuple[list[Discrepancy], Kept]:
+    """As `audit`, and what stands in the books as sums alone, because it was pruned."""
     found: list[Discrepancy] = []
+    pruned = Kept()
     for _ in range(MAX_LOOKS):
         before = {account.rule.key: account for account in store.accounts()}
         books = _Books(store)
+        pruned = books.kept
         moved = {account.rule.key for account in store.accounts() if before.get(account.rule.key) != account}
-        found = [*books.check(before, moved), *_forged(store, books.reversals, operator)]
+        found = [*books.check(before, moved), *_forged(store, books.reversals, books.carried, operator)]
         if not moved:
             break
-    return found
+    return found, pruned
 
 
 class _Books:
@@ -59,6 +67,7 @@ class _Books:
         self.orphans: list[Entry] = []
         self.reversals: list[Entry] = []
         self.unlikely: list[Entry] = []
+        self.carried: list[Entry] = []
         expired: set[str] = set()
         corrections: list[Entry] = []
         for entry in store.entries():
@@ -70,9 +79,14 @@ class _Books:
                 self.unlikely.append(entry)  # only a correction takes anything back
             if entry.kind == "reversal":
                 self.reversals.append(entry)
+            if entry.kind == "carried":
+                self.carried.append(entry)
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
-        self.orphans = [entry for entry in corrections if entry.corrects not in expired]
+        self.kept = kept(self.carried)
+        self.orphans = [  # what they correct may have been pruned before them
+            one for one in corrections if one.corrects not in expired and one.reserved_us >= self.kept.before_us
+        ]
         for reservation in store.reservations():
             for key, _, amount in reservation.held:
                 self.reserved[key] += amount
@@ -105,7 +119,9 @@ class _Books:
             sums[at_us // width] += amount
         held = dict(account.buckets)
         oldest = (self.now_us - account.rule.period_us) // width
-        for index in sorted({*held, *(index for index in sums if index >= oldest)}):
+        # buckets that nobody has aged since may be older than the records
+        there = (index for index in held if index >= oldest or index * width >= self.kept.before_us)
+        for index in sorted({*there, *(index for index in sums if index >= oldest)}):
             if held.get(index, 0) != sums[index]:
                 yield Discrepancy("window", f"{key} from {index * width} us on", held.get(index, 0), sums[index])
         total = sum(held.values())
@@ -113,7 +129,7 @@ class _Books:
             yield Discrepancy("spent", key, account.spent, total)
 
 
-def _forged(store: Store, reversals: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
+def _forged(store: Store, reversals: list[Entry], carried: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
     """What only an operator may decide, and none has signed: every decision anew, as the store had to take it at its time."""
     held: Definitions = {}
     operators: list[tuple[int, str]] = []  # since when, and the public key
@@ -135,6 +151,9 @@ def _forged(store: Store, reversals: list[Entry], pin: str | None) -> Iterator[D
             operators.append((at_us if isinstance(at_us, int) else 0, public))
     if pin is not None and operator_of(held) != pin:
         yield Discrepancy("operator", "operator", operator_of(held) or "nobody", pin)
+    for entry in carried:
+        if prune_name(entry.settled_us + 1) not in held.get("prune", {}):
+            yield Discrepancy("record", entry.id, "sums of what was pruned", "nobody decided to prune")
     for entry in reversals:
         signed = {"signature": entry.facts.get("proof", "")}
         since = operators[0][0] if operators else entry.settled_us + 1

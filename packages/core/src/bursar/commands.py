@@ -23,7 +23,8 @@ class Reservation(NamedTuple):
 class Entry(NamedTuple):
     """One immutable fact, from which usage records are read. `amounts` by account key; a correction holds differences.
 
-    `kind`: settlement, release, expiry, correction or reversal (of an expiry), charge, refusal.
+    `kind`: settlement, release, expiry, correction or reversal (of an expiry), charge, refusal; carried (the sums of entries that
+    were pruned).
     `outcome`: completed, failed, cancelled, blocked.
     """
 
@@ -270,7 +271,8 @@ class Decision(NamedTuple):
 class Definition(NamedTuple):
     """What somebody decided, as the store holds it; the newest version of a name is the one in force.
 
-    Kinds: `budget`, `freeze`, `approval`, `raise` and `operator` (the key that signs what only an operator may decide).
+    Kinds: `budget`, `freeze`, `approval`, `raise`, `prune`, `erase`, and `operator` (the key that signs what only an operator may
+    decide).
     """
 
     version: int

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from bursar.accounts import ACTIONS, Rule
 from bursar.budget import Budget, Threshold
 from bursar.call import Call
+from bursar.errors import UnknownPrice
 from bursar.policy import Matched, throttle_rule
 
 THROTTLE_WAIT_S = 600  # how long a throttled call waits for its turn at most
@@ -62,12 +63,15 @@ def _downgrade(call: Call, threshold: Threshold, now_us: int) -> bool:
         return True
     if "model" not in call.changeable:
         return False
+    try:
+        price = call.book.find(call.provider, wanted, now_us, {**call.tags(), "model": wanted})
+    except UnknownPrice:
+        return False  # such as a model that another provider sells
     say(call, f"downgrade {call.model} to {wanted} at {threshold.at}")
     call.model_asked = call.model_asked or call.model
     call.request = call.request.for_model(wanted)
-    call.model = wanted
-    call.price = call.book.find(call.provider, call.model, now_us, call.tags())
-    most = call.price.max_output_tokens
+    call.model, call.price = wanted, price
+    most = price.max_output_tokens
     if most and (call.request.max_output_tokens or 0) > most and "max_output_tokens" in call.changeable:
         call.request.max_output_tokens, call.capped = most, True  # the provider refuses more than its model can
     return True

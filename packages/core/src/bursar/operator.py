@@ -16,10 +16,13 @@ from bursar.commands import Definition, Ended, Release, Tell
 from bursar.errors import InvalidInput, OperatorRequired, shown
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
+from bursar.retention import Bound, bound, prunable_store
 from bursar.scope import check_tags
-from bursar.signing import OperatorKey, content, short_id, switch_name
+from bursar.signing import OperatorKey, content, prune_name, short_id, switch_name
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.stores.erasing import Erasable, Erased, Erasure
+from bursar.stores.pruning import Pruned
 from bursar.texts import printable
 
 MAX_FOR_S = 100 * 366 * 86_400.0
@@ -163,6 +166,40 @@ class Operator:
         if type(answer) is not Ended:
             raise rejection(id, answer)  # type: ignore[arg-type]
         return UsageRecord.of(answer.entry)
+
+    def prune(self, before_us: int, *, why: str = "") -> tuple[Pruned, Bound]:
+        """Put sums in the place of records settled before that time, as far as `bursar.retention` lets them go; what went, and
+        the bound. Needs the key once the store knows an operator. What was cut off is finished by doing it again.
+        """
+        store = prunable_store(self.store)
+        until = bound(self.store, before_us)
+        name = prune_name(until.before_us)
+        known = self._held("operator", "operator") is not None
+        if self._held("prune", name) is None:
+            self._publish("prune", name, {"before_us": until.before_us, "why": why}, signed=known)
+        return store.prune(until.before_us, {"by": self._by}), until
+
+    def erase(self, tag: str, value: str, *, marker: str, why: str = "") -> Erased:
+        """Put `marker` in the place of a tag's value, wherever the store names it; no amount changes. `marker` has to be new.
+
+        Needs the key once the store knows an operator; decisions that named the value are signed anew. Raises InvalidInput.
+        """
+        if not isinstance(self.store, Erasable):
+            raise InvalidInput(
+                "Only stores on SQLite and PostgreSQL can erase a tag's value. Drain the records of Redis into such a store, "
+                "erase there, and let the budgets in Redis run out.",
+                argument="store",
+            )
+        for one in (value, marker):
+            check_tags({tag: one})
+        known = self._held("operator", "operator") is not None
+        self._publish("erase", marker, {"tag": tag, "why": why}, signed=known)
+        key = self._key
+
+        def sign(kind: str, name: str, definition: dict[str, Any], public: str) -> dict[str, Any] | None:
+            return key.sign(kind, name, definition) if key is not None and key.public == public else None
+
+        return self.store.erase(Erasure(tag, value, marker), sign)
 
     def publish_budgets(self, budgets: Iterable[Budget]) -> list[str]:
         """Put budgets in force, changed ones included, all or none; the names of those that the store had otherwise, or not.

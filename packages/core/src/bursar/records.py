@@ -75,12 +75,12 @@ class BudgetStatus:
 class UsageRecord:
     """One immutable fact of the books (DESIGN: usage record). Sums over all records are the truth: corrections hold differences.
 
-    `kind`: settlement, release, expiry, correction, reversal, charge or refusal. `outcome`: completed, failed, blocked,
-    cancelled. `path`: the runs from the outermost to the one the call belongs to. `amounts`: one dict per account with
-    `budget`, `scope`, `unit`, `window_start` and the integer `amount` (USD in nano-dollars). `estimated`: the real cost is not
-    known, what was reserved stands for it. `attempts`: 1 plus the client's own retries that were allowed for. `model_asked`:
-    the model that `model` took the place of, by a threshold. `actions`: what thresholds did to the call; `shadowed`: the
-    budgets in shadow mode that would have stopped or changed it.
+    `kind`: settlement, release, expiry, correction, reversal, charge, refusal, or carried: the sums of records that were pruned.
+    `outcome`: completed, failed, blocked, cancelled. `path`: the runs from the outermost to the one the call belongs to.
+    `amounts`: one dict per account with `budget`, `scope`, `unit`, `window_start` and the integer `amount` (USD in nano-dollars).
+    `estimated`: the real cost is not known, what was reserved stands for it. `attempts`: 1 plus the client's own retries that
+    were allowed for. `model_asked`: the model that `model` took the place of, by a threshold. `actions`: what thresholds did to
+    the call; `shadowed`: the budgets in shadow mode that would have stopped or changed it.
     """
 
     id: str

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import litellm
 
@@ -41,11 +42,14 @@ def wrap_functions() -> None:
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    names = _names(function)
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _named(names, args, kwargs)
         with _opened(function.__name__, args, kwargs) as door:
             try:
-                answer = function(*args, **kwargs)
+                answer = function(*args, **_announced(function.__name__, kwargs))
             except BaseException as error:  # noqa: BLE001 - raised again, below
                 for attempt, ending in _failed(door, error):
                     attempt.gate.end(attempt, ending)
@@ -60,15 +64,11 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = inspect.signature(function).parameters.values()
-    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    names = _names(function)
 
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
-        told = dict(zip(names, args, strict=False))
-        if told and not told.keys() & kwargs.keys():
-            # LiteLLM announces named arguments only.
-            args, kwargs = args[len(told) :], {**told, **kwargs}
+        args, kwargs = _named(names, args, kwargs)
         with _opened(function.__name__, args, kwargs) as door:
             try:
                 answer = await function(*args, **kwargs)
@@ -88,6 +88,30 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
         return answer
 
     return call
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
+
+def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments by their names: LiteLLM announces, and lets be changed, named ones only."""
+    told = dict(zip(names, args, strict=False))
+    if told and not told.keys() & kwargs.keys():
+        return args[len(told) :], {**told, **kwargs}
+    return args, kwargs
+
+
+def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Have each guard reserve for a sync call, which LiteLLM itself announces when it can no more be changed."""
+    loggers: dict[Any, Any] = {one.gate: one for one in litellm.input_callback if hasattr(one, "gate")}
+    if not loggers or kwargs.get("acompletion") or kwargs.get(f"a{name}"):  # nobody asks, or it is awaited after all
+        return kwargs
+    kwargs = {"litellm_call_id": str(uuid4()), **kwargs}  # by which LiteLLM will tell of it
+    for logger in loggers.values():
+        kwargs = logger.announce(name, kwargs)
+    return kwargs
 
 
 @contextmanager

@@ -57,6 +57,20 @@ class Attempt:
         self.is_sent = False
         self.sending: Sending | None = None
 
+    def reserve(self, request: dict[str, Any]) -> Reservation:
+        """Until it has ended it is extended, and stopped when a switch is thrown: where a door sees to its end."""
+        bursar = self.gate.bursar
+        self.reservation = bursar.reserve(**request) if self.door is None else bursar.call(**request).__enter__()
+        return self.reservation
+
+    async def areserve(self, request: dict[str, Any]) -> Reservation:
+        """As `reserve`, for async callers, who may wait for headroom."""
+        bursar = self.gate.bursar
+        self.reservation = (
+            await bursar.areserve(**request) if self.door is None else await bursar.acall(**request).__aenter__()
+        )
+        return self.reservation
+
     def sent(self) -> None:
         """LiteLLM's client has sent it: what is called from now on is another call."""
         if self.sending is not None:
@@ -121,6 +135,8 @@ class Gate:
 
     def __init__(self, bursar: Bursar) -> None:
         self.bursar = bursar
+        # The last call outside of a door, of which nothing tells when it has been sent: at the latest with the next.
+        self.early: ContextVar[Sending | None] = ContextVar("bursar_litellm_early", default=None)
         self._open: OrderedDict[str, Attempt] = OrderedDict()
         self._unended = 0
         self._ended = threading.Condition()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import litellm
+from litellm.exceptions import BadRequestError
 from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.ending import Ending, released, unknown
@@ -27,6 +29,7 @@ from bursar_litellm.request import (
     read_arguments,
     read_tags,
     read_wire,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -65,29 +68,50 @@ class BursarLogger(CustomLogger):
         """Raise UnboundedEstimate for a function of `litellm` whose cost does not come with its answer."""
         check_bounded(function)
 
-    # -- before: awaited calls -----------------------------------------------------------------------------------
+    # -- before: while a call's arguments can be changed ---------------------------------------------------------
+
+    def announce(self, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Reserve for a sync call of this function of `litellm`; its arguments, with the model and maximum that were granted."""
+        kind = kind_of(name)
+        request = self._read(kind, kwargs) if kind in LIMITS and not _may_be_cached(kwargs) else None
+        attempt = None if request is None else self._enter(kwargs)
+        if request is None or attempt is None:
+            return kwargs  # what has nothing to change is reserved for where it goes out
+        with self.gate.admission(attempt):
+            self._prepare(attempt, kind, request, kwargs)
+            return write(kind, kwargs, request["model"], attempt.reserve(request))
 
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
-        """Reserve for an awaited call, once per attempt; returns its arguments when its answer has to be smaller."""
-        kind, door = kind_of(call_type), open_door()
-        if not is_async(call_type) or kwargs.get("mock_response") or (door is not None and door.is_free(self.bursar)):
-            return None  # a sync call is reserved for where it goes out; a mocked one never does
+        """The same for an awaited call, once per attempt; None where nothing of it was announced or changed."""
+        kind = kind_of(call_type)
+        request = self._read(kind, kwargs) if is_async(call_type) else None
+        attempt = None if request is None else self._enter(kwargs)
+        if request is None or attempt is None:
+            return None
+        with self.gate.admission(attempt):
+            self._prepare(attempt, kind, request, kwargs)
+            return write(kind, kwargs, request["model"], await attempt.areserve(request))
+
+    def _read(self, kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What to reserve for a call with these arguments; None where it is to be reserved for where it goes out, or never."""
+        door = open_door()
+        if kwargs.get("mock_response") or (door is not None and door.is_free(self.bursar)):
+            return None
         if kwargs.get("fallbacks"):
             return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
-        if kind not in ENDPOINTS or not kwargs.get("model"):
-            return None  # without its name, as it came by position, it is reserved for where it goes out
+        model = kwargs.get("model")
+        if kind not in ENDPOINTS or not model or model in litellm.model_alias_map:
+            return None  # without its name, as it came by position, or by another than LiteLLM will send
+        try:
+            return read_arguments(kind, kwargs)
+        except BadRequestError:
+            return None  # LiteLLM will refuse it too, or knows better where it goes out
+
+    def _enter(self, kwargs: Mapping[str, Any]) -> Attempt | None:
+        """A new attempt for the call with these arguments; None where it is reserved for already."""
         notes = kwargs.get("litellm_logging_obj")
-        attempt = self.gate.enter(getattr(notes, "litellm_call_id", None) or str(kwargs.get("litellm_call_id")))
-        if attempt is None:
-            return None
-        with self.gate.admission(attempt):
-            request = self._prepare(attempt, kind, read_arguments(kind, kwargs), kwargs)
-            attempt.reservation = await self.bursar.areserve(**request)
-        reservation = attempt.reservation
-        if not reservation.capped:
-            return None
-        return {**kwargs, LIMITS[kind]: reservation.max_output_tokens}
+        return self.gate.enter(getattr(notes, "litellm_call_id", None) or str(kwargs.get("litellm_call_id")))
 
     # -- before: every call, at the moment when it goes out -------------------------------------------------------
 
@@ -114,24 +138,29 @@ class BursarLogger(CustomLogger):
             assert attempt is not None
             with self.gate.admission(attempt):
                 settings = {**(details.get("optional_params") or {}), **(details.get("litellm_params") or {})}
-                request = self._prepare(attempt, kind, read_wire(kind, details), settings)
-                attempt.reservation = self.bursar.reserve(**request)
-            if attempt.reservation.capped and attempt.reservation.max_output_tokens:
-                limit_output(kind, details, attempt.reservation.max_output_tokens)
+                granted = attempt.reserve(self._prepare(attempt, kind, read_wire(kind, details), settings))
+            if granted.capped and granted.max_output_tokens:
+                limit_output(kind, details, granted.max_output_tokens)
         if isinstance(details.get("original_response"), str):
             details["original_response"] = None  # an earlier attempt's
         attempt.details, attempt.moment, attempt.is_sent = details, moment, True
         attempt.hides_usage = ask_for_usage(details)
         attempt.sending = Sending(self.bursar, str(details.get("model")), details).begin()
+        if door is None:
+            self.gate.early.set(attempt.sending)
 
     def _is_held(self, details: dict[str, Any]) -> bool:
         """Whether a framework around LiteLLM has reserved for this call of a function that no wrapper stands around."""
+        earlier = self.gate.early.get()
+        if earlier is not None:
+            earlier.end()
         with passing(self.bursar, str(details.get("model")), details) as is_held:
             return is_held
 
     def _prepare(
         self, attempt: Attempt, kind: str, request: dict[str, Any], settings: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Complete the request by the call's tags, and note in the attempt what its end will be read by."""
         attempt.provider = request["provider"]
         if "usage" in request:
             attempt.characters = spoken_characters(kind, request["body"])
@@ -182,6 +211,11 @@ class BursarLogger(CustomLogger):
         """The open attempt of this call, if no wrapper ends it: LiteLLM's events come late, twice or never."""
         attempt = self.gate.find(details.get("litellm_call_id"))
         return attempt if attempt is not None and attempt.door is None else None
+
+
+def _may_be_cached(kwargs: Mapping[str, Any]) -> bool:
+    """Whether LiteLLM may answer it out of its cache, which costs nothing, and is known just before it would go out."""
+    return litellm.cache is not None and kwargs.get("caching") is not False
 
 
 def _details(request_data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import litellm
 from litellm.constants import openai_compatible_providers
 from litellm.types.utils import all_litellm_params
 
 from bursar_litellm.media import read_media
+
+if TYPE_CHECKING:
+    from bursar import Reservation
 
 # The calls that models are paid for, by the provider's path; the async ones have an `a` in front.
 ENDPOINTS = {
@@ -45,11 +48,17 @@ UNBOUNDED = {
     "video_extension": "a film is billed by the second, when it is made",
 }
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
-LIMITS = {"completion": "max_tokens", "text_completion": "max_tokens", "responses": "max_output_tokens"}
+LIMITS = {
+    "completion": "max_tokens",
+    "text_completion": "max_tokens",
+    "responses": "max_output_tokens",
+    "anthropic_messages": "max_tokens",
+}
+_DEPLOYMENTS = frozenset({"azure", "azure_text", "sagemaker", "sagemaker_chat"})  # named by whoever made them
 _SETTINGS = frozenset(all_litellm_params) | frozenset(
     ("messages", "metadata", "user", "timeout", "base_url", "extra_headers", "organization", "file", "image", "mask")
 )
-_LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 # LiteLLM drives these by their SDK, which tries twice more where nothing else is said; the others by plain HTTP.
 _SDK_RETRIES = 2
 _SDKS = frozenset({"openai", "azure", "text-completion-openai"})
@@ -86,19 +95,47 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items()
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
-    limit = LIMITS.get(kind)
-    resize = limit is not None and not any(kwargs.get(name) for name in _LIMIT_NAMES)
+    named = _plain(model)
+    can_change = changeable(kind, provider, named, kwargs)
     request = {
         "provider": provider,
-        "model": _base_model(kwargs) or _plain(model),
+        "model": _base_model(kwargs) or named,
         "messages": kwargs.get("messages"),
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
-        "resize": resize,
-        "changeable": _changeable(resize),
+        "resize": "max_output_tokens" in can_change and not any(kwargs.get(name) for name in LIMIT_NAMES),
+        "changeable": can_change,
     }
     return request | read_media(kind, request, kwargs.get("file"))
+
+
+def changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """What `write` can change in these arguments, in the words of `Bursar.call`."""
+    if kind not in LIMITS:
+        return ()  # vectors of another model could not be compared with those that are there
+    over = kwargs.get("extra_body")
+    over = over if isinstance(over, Mapping) else {}  # the SDK lays it over what is sent
+    thinking = kwargs.get("thinking")
+    thinks = isinstance(thinking, Mapping) and thinking.get("budget_tokens")
+    thinks = thinks or (kwargs.get("reasoning_effort") and "claude" in model)  # LiteLLM makes such a budget of it
+    is_name = str(kwargs.get("model")).endswith(model) and provider not in _DEPLOYMENTS
+    fixed = {
+        "model": not is_name or _base_model(kwargs) is not None or "model" in over,
+        "max_output_tokens": bool(thinks) or any(name in over for name in LIMIT_NAMES),
+    }
+    return tuple(name for name, is_fixed in fixed.items() if not is_fixed)
+
+
+def write(kind: str, kwargs: dict[str, Any], asked: str, granted: Reservation) -> dict[str, Any]:
+    """The arguments with what was granted in them. `asked`: the model's name without what LiteLLM has in front of it."""
+    changed = dict(kwargs)
+    if granted.model != asked:
+        changed["model"] = str(kwargs["model"]).removesuffix(asked) + granted.model
+    if granted.capped:
+        names = [name for name in LIMIT_NAMES if kwargs.get(name)] or [LIMITS[kind]]
+        changed.update(dict.fromkeys(names, granted.max_output_tokens))
+    return changed
 
 
 def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +154,7 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
             body["input"] = details.get("input")
     if kind == "speech":
         body["input"] = details.get("input")  # the text itself is left out of what LiteLLM notes
-    resize = _limit_name(kind, provider, body) is not None and not any(body.get(name) for name in _LIMIT_NAMES)
+    is_limited = _limit_name(kind, provider, body) is not None
     request = {
         "provider": provider,
         "model": _base_model({**optional, **settings}) or _plain(model),
@@ -125,15 +162,10 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, {**optional, **settings}),
-        "resize": resize,
-        "changeable": _changeable(resize),
+        "resize": is_limited and not any(body.get(name) for name in LIMIT_NAMES),
+        "changeable": ("max_output_tokens",) if is_limited else (),  # LiteLLM has written the body for this very model
     }
     return request | read_media(kind, request, sound)
-
-
-def _changeable(resize: bool) -> tuple[str, ...]:
-    """What thresholds may change: a maximum that nobody has set. LiteLLM has resolved the model's deployment by then."""
-    return ("max_output_tokens",) if resize else ()
 
 
 def wire_body(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +184,8 @@ def limit_output(kind: str, details: Mapping[str, Any], tokens: int) -> None:
     body = wire_body(details)
     name = _limit_name(kind, str(details.get("custom_llm_provider") or ""), body)
     assert name is not None, "a smaller maximum was granted where none can be set"
-    body[name] = tokens
+    names = [one for one in LIMIT_NAMES if body.get(one)] or [name]
+    body.update(dict.fromkeys(names, tokens))
 
 
 def ask_for_usage(details: Mapping[str, Any]) -> bool:

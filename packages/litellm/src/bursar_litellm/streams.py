@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bursar.ending import Ending, released, settled, unknown
 from bursar.usage import Usage
-from bursar_litellm.answer import is_cached, read_error, read_usage
+from bursar_litellm.answer import chat_events, is_cached, kept, log, read_error, read_usage
+from bursar_litellm.errors import litellm_error
 from bursar_litellm.gate import Attempt, end_soon, expect_orphans
+
+if TYPE_CHECKING:
+    from bursar import Stopped
 
 ABANDONED = "abandoned: closed, cancelled or dropped before its end"
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
 _MAX_TAIL = 2**20  # characters of one line of an event stream
+_SOURCES = ("completion_stream", "streaming_response", "response", "_generator")
+_MAX_DEPTH = 5
 
 
 def is_stream(answer: Any) -> bool:
@@ -38,7 +45,7 @@ def guard_stream(stream: Any, attempts: list[Attempt]) -> Any:
     # Its class is changed and not its place taken: LiteLLM's Router, and users, ask what kind of stream it is.
     kind: type = type(stream)
     stream.__class__ = _guarded(kind)
-    stream._bursar = _Reading(attempts, is_cached(stream), _kept(stream) is not None)
+    stream._bursar = _Reading(attempts, is_cached(stream), kept(stream) is not None)
     return stream
 
 
@@ -50,7 +57,8 @@ class _Reading:
         self.provider = attempts[-1].provider
         self.is_from_cache = is_from_cache
         self.is_kept = is_kept  # the stream keeps its own pieces: they are read once, at its end
-        self.has_begun = self.is_complete = False
+        self.has_begun = self.is_complete = self.is_over = False
+        self.stopped: Stopped | None = None
         self.events: list[Any] = []
         self._tail = ""
 
@@ -80,7 +88,7 @@ class _Reading:
 
     def usage(self, stream: Any) -> Usage | None:
         """What the stream has told so far; None when nothing."""
-        events = self.events or _chat_events(stream)
+        events = self.events or chat_events(stream)
         return read_usage(self.provider, events) if events else None
 
     def ended(self, stream: Any) -> Ending:
@@ -96,39 +104,27 @@ class _Reading:
             return unknown(type(error).__name__, self.usage(stream))
         return read_error(self.provider, error, None)
 
+    def stop(self, stream: Any) -> BaseException | None:
+        """The error of what stops it here, a switch or a budget's kill; what has been answered in full goes on to its usage."""
+        for attempt in self.attempts:
+            reservation = attempt.reservation
+            if reservation is not None and reservation.stopped is not None and not self._is_answered(stream):
+                self.is_over, self.stopped = True, reservation.stopped
+                return litellm_error(reservation.stopped)
+        return None
+
+    def _is_answered(self, stream: Any) -> bool:
+        return self.is_complete or getattr(stream, "received_finish_reason", None) is not None
+
     def abandoned(self, stream: Any) -> Ending:
         """Nobody reads on. Where the answer was complete all the same, its usage is the real one."""
         if self.is_from_cache:
             return self.ended(stream)
         usage = self.usage(stream)
-        if usage is not None and (self.is_complete or getattr(stream, "received_finish_reason", None) is not None):
+        if usage is not None and self._is_answered(stream):
             return settled(usage)
-        return unknown(ABANDONED, usage)
-
-
-def _kept(stream: Any) -> Any:
-    kept = getattr(stream, "chunks", None)
-    return getattr(getattr(stream, "completion_stream", None), "chunks", None) if kept is None else kept
-
-
-def _chat_events(stream: Any) -> list[dict[str, Any]]:
-    """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
-    events = []
-    for chunk in _kept(stream) or ():
-        # A pydantic model that is asked for what it lacks, as most pieces do, takes its longest way: 4 us for each.
-        places = (getattr(chunk, name, None) for name in ("__dict__", "__pydantic_extra__"))
-        usage = next((place["usage"] for place in places if place and place.get("usage") is not None), None)
-        if usage is not None:
-            events.append(
-                {
-                    "object": "chat.completion.chunk",
-                    "model": getattr(chunk, "model", None),
-                    "service_tier": getattr(chunk, "service_tier", None),
-                    "choices": [],
-                    "usage": usage.model_dump() if hasattr(usage, "model_dump") else usage,
-                }
-            )
-    return events
+        reason = ABANDONED if self.stopped is None else f"stopped in mid-stream ({self.stopped.cause})"
+        return unknown(reason, usage)
 
 
 class _Generated:
@@ -156,6 +152,25 @@ class _Generated:
         await self._generator.aclose()
 
 
+def _source(stream: Any) -> Any:
+    """What the stream is read from, as deep as it is known: LiteLLM's own classes close nothing, or only some."""
+    for _ in range(_MAX_DEPTH):
+        inner = next((one for name in _SOURCES if (one := getattr(stream, name, None)) is not None), None)
+        if inner is None:
+            break
+        stream = inner
+    return stream
+
+
+@contextmanager
+def _closing() -> Iterator[None]:
+    """What cannot be closed is left to the garbage collector: it must not take the place of the refusal."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - see above
+        log.debug("a stream that was stopped could not be closed: %r", error)
+
+
 @cache
 def _guarded(kind: type) -> type:
     """A subclass that ends the attempts of `_bursar`, with the methods that the stream's class has."""
@@ -174,6 +189,8 @@ def _guarded(kind: type) -> type:
 def _next(inner: Any) -> Any:
     def __next__(self: Any) -> Any:
         reading: _Reading = self._bursar
+        if reading.is_over:
+            raise StopIteration
         try:
             chunk = inner(self)
         except BaseException as error:
@@ -181,6 +198,12 @@ def _next(inner: Any) -> Any:
             _end(reading, reading.ended(self) if over else reading.failed(self, error))
             raise
         reading.feed(chunk)
+        stop = reading.stop(self)
+        if stop is not None:
+            _end(reading, reading.abandoned(self))
+            with _closing():
+                _source(self).close()
+            raise stop
         return chunk
 
     return __next__
@@ -189,6 +212,8 @@ def _next(inner: Any) -> Any:
 def _anext(inner: Any) -> Any:
     async def __anext__(self: Any) -> Any:
         reading: _Reading = self._bursar
+        if reading.is_over:
+            raise StopAsyncIteration
         try:
             chunk = await inner(self)
         except BaseException as error:
@@ -196,6 +221,12 @@ def _anext(inner: Any) -> Any:
             await _aend(reading, reading.ended(self) if over else reading.failed(self, error))
             raise
         reading.feed(chunk)
+        stop = reading.stop(self)
+        if stop is not None:
+            await _aend(reading, reading.abandoned(self))
+            with _closing():
+                await _source(self).aclose()
+            raise stop
         return chunk
 
     return __anext__

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from bursar.audit import Discrepancy, audit
+from bursar.audit import Discrepancy, audited
 from bursar.cli.options import check_store, form_option, show, store_option
+from bursar.money import dollar_text
+from bursar.records import instant
 from bursar.seal import is_broken
 from bursar.seal import seal as made_seal
 from bursar.stores import open_store, public_url
@@ -30,7 +32,7 @@ def command(ctx: click.Context, store: str, form: str, seal: bool, against: str 
     check_store(store)
     opened = open_store(store)
     try:
-        found = audit(opened, operator=os.environ.get("BURSAR_OPERATOR"))
+        found, kept = audited(opened, operator=os.environ.get("BURSAR_OPERATOR"))
         if against is not None and is_broken(opened, against):
             found.append(Discrepancy("seal", "records and decisions", "others", against))
         line = made_seal(opened) if seal else ""
@@ -41,6 +43,11 @@ def command(ctx: click.Context, store: str, form: str, seal: bool, against: str 
         show(rows, ["what", "key", "held", "recomputed"], form, f"What does not add up in {public_url(store)}")
     else:
         click.echo("Every balance is what its records say.")
+    if kept.records and form == "table":
+        click.echo(
+            f"{kept.records} records of before {instant(kept.before_us):%Y-%m-%d %H:%M} UTC, "
+            f"{dollar_text(kept.cost_nanos)} USD, were pruned: their sums alone are there."
+        )
     if line:
         click.echo(line)
     if rows:

@@ -14,7 +14,20 @@ from bursar.errors import BursarError
 _OWN = {
     **{
         name: f"bursar.cli.{name}:command"
-        for name in ("audit", "drain", "policy", "price", "prices", "records", "recover", "replay", "run", "status")
+        for name in (
+            "audit",
+            "drain",
+            "erase",
+            "policy",
+            "price",
+            "prices",
+            "prune",
+            "records",
+            "recover",
+            "replay",
+            "run",
+            "status",
+        )
     },
     **{
         name: f"bursar.cli.operate:{name}"

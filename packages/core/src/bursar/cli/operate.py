@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
-class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest releases of click
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest releases of click
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -31,7 +31,7 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in t
         return float(found[1]) * _SECONDS[found[2]]
 
 
-def _deciding(function: F) -> F:
+def deciding(function: F) -> F:
     """`--key`, `--by` and `--why`: who decides, and the reason that goes on record."""
     function = click.option(
         "--key",
@@ -43,7 +43,7 @@ def _deciding(function: F) -> F:
 
 
 @contextmanager
-def _operator(store: str, key: Path | None = None, by: str | None = None) -> Iterator[Operator]:
+def opened_operator(store: str, key: Path | None = None, by: str | None = None) -> Iterator[Operator]:
     check_store(store)
     with Operator(store, key_text(key), by=by) as operator:
         yield operator
@@ -53,13 +53,13 @@ def _operator(store: str, key: Path | None = None, by: str | None = None) -> Ite
 @tags_argument
 @tag_options
 @store_option
-@_deciding
+@deciding
 @click.option("--everything", is_flag=True, help="Stop every call of every agent.")
 def freeze(tags: dict[str, str], store: str, key: Path | None, by: str | None, why: str, everything: bool) -> None:
     """Stop every call with these tags, in every process, streams in flight included: --agent planner, or team=research."""
     if not tags and not everything:
         raise click.UsageError("Say what to stop, such as --agent planner; or --everything.")
-    with _operator(store, key, by) as operator:
+    with opened_operator(store, key, by) as operator:
         name = operator.freeze(tags, why=why)
     echo(f"Stopped: {name}. Go on with: bursar resume {shlex.quote(name)}")
 
@@ -67,10 +67,10 @@ def freeze(tags: dict[str, str], store: str, key: Path | None, by: str | None, w
 @click.command()
 @click.argument("name", required=False)
 @store_option
-@_deciding
+@deciding
 def resume(name: str | None, store: str, key: Path | None, by: str | None, why: str) -> None:
     """Let go on what was stopped, by NAME; without one, list what is stopped."""
-    with _operator(store, key, by) as operator:
+    with opened_operator(store, key, by) as operator:
         if name is not None:
             operator.resume(name, why=why)
             echo(f"Resumed: {name}")
@@ -89,7 +89,7 @@ def resume(name: str | None, store: str, key: Path | None, by: str | None, why: 
 @click.option("--all", "everything", is_flag=True, help="The answered ones too.")
 def approvals(store: str, form: str, everything: bool) -> None:
     """Show what thresholds ask."""
-    with _operator(store) as operator:
+    with opened_operator(store) as operator:
         found = [one for one in operator.questions() if everything or one.state == "open"]
     columns = ["id", "state", "budget", "spent", "limit", "owner", "for", "by"]
     show(map(_asked, found), columns, form, f"Questions in {public_url(store)}")
@@ -112,14 +112,14 @@ def _asked(question: Question) -> dict[str, Any]:
 @click.command()
 @click.argument("id")
 @store_option
-@_deciding
+@deciding
 @click.option("--raise-by", metavar="AMOUNT", help='Raise the limit by an amount, such as "5 USD".')
-@click.option("--for", "for_s", type=_Duration(), help="For a time, such as 1h (default: while the window lasts).")
+@click.option("--for", "for_s", type=Duration(), help="For a time, such as 1h (default: while the window lasts).")
 def approve(
     id: str, store: str, key: Path | None, by: str | None, why: str, raise_by: str | None, for_s: float | None
 ) -> None:
     """Let what asked under ID go on: up to its limit, or with the limit raised. Needs the operator's key."""
-    with _operator(store, key, by) as operator:
+    with opened_operator(store, key, by) as operator:
         operator.approve(id, raise_by=raise_by, for_s=for_s, why=why)
     click.echo(f"Approved: {id}{f', raised by {raise_by}' if raise_by else ''}")
 
@@ -127,10 +127,10 @@ def approve(
 @click.command()
 @click.argument("id")
 @store_option
-@_deciding
+@deciding
 def deny(id: str, store: str, key: Path | None, by: str | None, why: str) -> None:
     """Refuse what asked under ID."""
-    with _operator(store, key, by) as operator:
+    with opened_operator(store, key, by) as operator:
         operator.deny(id, why=why)
     click.echo(f"Denied: {id}")
 
@@ -140,8 +140,8 @@ def deny(id: str, store: str, key: Path | None, by: str | None, why: str) -> Non
 @click.argument("amount")
 @tags_argument
 @store_option
-@_deciding
-@click.option("--for", "for_s", type=_Duration(), help="For a time, such as 1h (default: while the window lasts).")
+@deciding
+@click.option("--for", "for_s", type=Duration(), help="For a time, such as 1h (default: while the window lasts).")
 def raise_limit(
     budget: str,
     amount: str,
@@ -153,7 +153,7 @@ def raise_limit(
     for_s: float | None,
 ) -> None:
     """Raise the limit of BUDGET's account with these tags by AMOUNT: bursar raise per-run "5 USD" run=r-17."""
-    with _operator(store, key, by) as operator:
+    with opened_operator(store, key, by) as operator:
         operator.raise_limit(budget, amount, tags, for_s=for_s, why=why)
     click.echo(f"Raised: {budget} by {amount}")
 
@@ -161,10 +161,10 @@ def raise_limit(
 @click.command()
 @click.argument("id")
 @store_option
-@_deciding
+@deciding
 def release(id: str, store: str, key: Path | None, by: str | None, why: str) -> None:
     """Take the expired reservation ID off the books: the provider did not bill it. Needs the operator's key."""
-    with _operator(store, key, by) as operator:
+    with opened_operator(store, key, by) as operator:
         record = operator.release(id, why=why or "released by an operator")
     click.echo(f"Released: {id}, {-record.cost_usd} USD given back")
 
@@ -174,7 +174,7 @@ def release(id: str, store: str, key: Path | None, by: str | None, why: str) -> 
 @form_option
 def alerts(store: str, form: str) -> None:
     """Show the alerts: crossed thresholds, findings of detectors, switches, questions."""
-    with _operator(store) as operator:
+    with opened_operator(store) as operator:
         found = [
             {"time (UTC)": f"{instant(one.at_us):%m-%d %H:%M:%S}", "kind": one.kind, "told": told, **_gist(one.facts)}
             for one, told in operator.store.alerts()
@@ -199,7 +199,7 @@ def operator() -> None:
 
 @operator.command()
 @store_option
-@_deciding
+@deciding
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -211,7 +211,7 @@ def init(store: str, key: Path | None, by: str | None, why: str, out: Path) -> N
     """Make a key, write it to a file that only you can read, and have the store know its public half."""
     if out.exists():
         raise click.UsageError(f"{out} exists already: an operator's key is not overwritten. Name another with --out.")
-    with _operator(store, key, by) as held:
+    with opened_operator(store, key, by) as held:
         file = os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(file, "w", encoding="utf-8") as made:
             try:

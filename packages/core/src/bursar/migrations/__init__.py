@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # Every revision, oldest first; a store at none of these was written by a newer Bursar.
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 HEAD = REVISIONS[-1]
 
 
-def upgrade(connection: Connection) -> None:
-    """Bring the schema behind this connection, inside its open transaction, to HEAD."""
+def upgrade(connection: Connection, revision: str = HEAD) -> None:
+    """Bring the schema behind this connection, inside its open transaction, to this revision."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.attributes["connection"] = connection
-    command.upgrade(config, HEAD)
+    command.upgrade(config, revision)

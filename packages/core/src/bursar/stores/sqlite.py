@@ -34,19 +34,24 @@ from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
+from bursar.stores import sqlite_schema as schema
+from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
+from bursar.stores.pruning import Pruned, batch, prunable
 
 log = logging.getLogger("bursar")
 
 SWEEP_BATCH = 500
 # The log is folded into the file, with two fsyncs, when it is 16 MiB rather than 4: a fifth of a pair's time on a slow disk.
 CHECKPOINT_PAGES = 4_000
+OPENING = 4  # a store that many processes make at once is worth waiting for so many times as long as for a command
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)
 _FAULTS = {
     sqlite3.SQLITE_BUSY: (
         "locked",
-        "Another process holds it for too long: end that process, or raise busy_timeout_s.",
+        "Another process holds it for too long: end that process. "
+        "Dozens that share budgets are better served by PostgreSQL or Redis.",
     ),
     sqlite3.SQLITE_LOCKED: ("locked", "Another connection holds it: end it, then try again."),
     sqlite3.SQLITE_FULL: ("full", "Free disk space, then try again; nothing was lost."),
@@ -75,7 +80,7 @@ class SqliteStore:
         *,
         durability: str = "full",
         clock: Clock | None = None,
-        busy_timeout_s: float = 5.0,
+        busy_timeout_s: float = 15.0,
     ) -> None:
         if durability not in _SYNCHRONOUS:
             raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
@@ -138,7 +143,7 @@ class SqliteStore:
         return connection
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        revision = _revision(connection)
+        revision = schema.revision(connection)
         if revision is not None and revision not in REVISIONS:
             raise StoreError(
                 f"{self.path} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
@@ -146,7 +151,7 @@ class SqliteStore:
                 path=str(self.path),
             )
         if revision != HEAD:
-            rows.upgrade(self.path, self._busy_timeout_s)
+            schema.upgrade(self.path, OPENING * self._busy_timeout_s)
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -298,6 +303,25 @@ class SqliteStore:
     def alerts(self) -> Iterator[tuple[Alert, bool]]:
         return ((rows.alert(row), bool(row[4])) for row in self._query(rows.ALERTS))
 
+    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        condition, total = prunable(before_us, self.now_us()), Pruned()
+        while True:
+            with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                pruned = batch(connection.cursor(), "?", "records", condition, before_us, facts)
+                connection.execute("COMMIT")
+            if pruned is None:
+                return total
+            total = total.plus(pruned)
+
+    def erase(self, erasure: Erasure, sign: Sign) -> Erased:
+        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
+            connection.execute("PRAGMA secure_delete=ON")
+            connection.execute("BEGIN IMMEDIATE")
+            erased = erase(connection.cursor(), "?", "instr({}, ?) > 0", erasure, sign)
+            connection.execute("COMMIT")
+        return erased
+
     def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> list[Any]:
         """One transaction on a connection of its own; what the statement returns."""
         with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
@@ -377,16 +401,6 @@ def _is_constraint(error: Exception) -> bool:
 def _concerns_all(error: Exception) -> bool:
     """Whether a batch failed for the state of the store, rather than for what one of its commands is."""
     return isinstance(error, BursarError) or (isinstance(error, sqlite3.Error) and not _is_constraint(error))
-
-
-def _revision(connection: sqlite3.Connection) -> str | None:
-    try:
-        found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # that one says: no such table
-            raise
-        return None
-    return found[0] if found else None
 
 
 _opened: weakref.WeakSet[SqliteStore] = weakref.WeakSet()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json, to_json  # a quarter of the time of json, which was a fifth of a shared commit
@@ -46,7 +45,7 @@ ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"
 )
-_TAGS = (
+TAGS = (
     "org",
     "team",
     "project",
@@ -60,7 +59,7 @@ _TAGS = (
     "provider",
     "model",
 )
-_TAG_COLUMNS = ", ".join(f'"{tag}"' for tag in _TAGS)
+_TAG_COLUMNS = ", ".join(f'"{tag}"' for tag in TAGS)
 
 _PUT_ACCOUNT = f"INSERT OR REPLACE INTO accounts({_ACCOUNT}) VALUES ({', '.join('?' * 22)})"
 _MOVE_ACCOUNT = (
@@ -88,7 +87,7 @@ _PUT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, 0, 0, 0) ON CONFLICT(id) DO
 # Ids rise with time unless callers give their own, so the newest of many records are found without reading them all.
 LAST_TIME = (
     "SELECT max(at_us) FROM (SELECT max(reserved_us) AS at_us FROM reservations "
-    "UNION ALL SELECT max(settled_us) FROM (SELECT settled_us FROM records ORDER BY id DESC LIMIT 100))"
+    "UNION ALL SELECT max(settled_us) FROM (SELECT settled_us FROM records ORDER BY id DESC LIMIT 100) AS newest) AS times"
 )
 
 
@@ -261,7 +260,7 @@ def values(entry: Entry, draft: str | None = None) -> tuple[Any, ...]:
         *entry[9:12],
         draft or dumps(entry.draft),
         dumps(facts),
-        *map(tag, _TAGS),
+        *map(tag, TAGS),
         facts.get("model_answered"),
     )
 
@@ -277,27 +276,7 @@ def entries_after(last: str, tags: Mapping[str, str]) -> tuple[str, list[Any]]:
     columns = [getattr(RecordRow, name.strip()) for name in ENTRY.split(",")]
     query = select(*columns).where(RecordRow.id > last).order_by(RecordRow.id).limit(PAGE)
     for name, value in tags.items():
-        column = getattr(RecordRow, name) if name in _TAGS else func.json_extract(RecordRow.draft, f'$.tags."{name}"')
+        column = getattr(RecordRow, name) if name in TAGS else func.json_extract(RecordRow.draft, f'$.tags."{name}"')
         query = query.where(column == value)
     compiled = query.compile(dialect=dialect(paramstyle="qmark"))
     return compiled.string, [compiled.params[name] for name in compiled.positiontup or ()]
-
-
-def upgrade(path: Path, timeout_s: float) -> None:
-    """Run the migrations under the write lock; processes that open at once wait for each other, one does the work."""
-    from sqlalchemy import create_engine, event
-    from sqlalchemy.exc import DBAPIError
-
-    from bursar.migrations import upgrade as migrate
-
-    connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None)
-    engine = create_engine("sqlite://", creator=lambda: connection)
-    event.listen(engine, "begin", lambda bound: bound.exec_driver_sql("BEGIN IMMEDIATE"))
-    try:
-        with engine.begin() as bound:
-            migrate(bound)
-    except DBAPIError as error:
-        raise error.orig or error from error  # the driver's own, which says what the fault is
-    finally:
-        engine.dispose()
-        connection.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
 from bursar.commands import Answer, Command, Ended, Entry, Expire, Rejected, Reserve
 from bursar.errors import StoreError
@@ -13,6 +15,13 @@ from bursar.stores.leases.sizing import Demand, leasable
 
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
 MAX_BUNDLES = 10_000  # whose demand is known
+
+
+class Wanted(NamedTuple):
+    """A lease that is to be asked for: a call that it is for, and what is done when it is there or cannot be had."""
+
+    command: Reserve
+    asked: Future[None]
 
 
 class Books:
@@ -26,7 +35,7 @@ class Books:
         self.journal: Journal | None = None  # there is one as soon as there is a lease
         self.leases: dict[str, Lease] = {}
         self.version = 0
-        self.wanted: dict[Bundle, Reserve] = {}
+        self.wanted: dict[Bundle, Wanted] = {}
         self._now_us = now_us
         self._wake = wake
         self._queues: dict[Bundle, list[Lease]] = {}
@@ -65,6 +74,7 @@ class Books:
                             self._want(bundle, command, demand, now_us)
                         return answer
                     del self._holders[command.id]
+                    demand.used_up(lease.made, now_us - lease.first_us)
                 lease.retired = True
                 queue.pop(0)
             self._want(bundle, command, demand, now_us)
@@ -74,8 +84,19 @@ class Books:
         if now_us < demand.not_before_us or bundle in self.wanted:
             return
         if demand.calls() and leasable(command):
-            self.wanted[bundle] = command
+            self.wanted[bundle] = Wanted(command, Future())
             self._wake()
+
+    def coming(self, command: Reserve) -> Future[None] | None:
+        """Done when the lease that is asked for these accounts is there or cannot be had; None where none is asked for."""
+        wanted = self.wanted.get(tuple([rule.key for rule, _ in command.lines])) if self.wanted else None
+        return None if wanted is None else wanted.asked
+
+    def unwant(self) -> None:
+        """Ask for no more leases; who waits for one waits no longer."""
+        with self.lock:
+            while self.wanted:
+                self.wanted.popitem()[1].asked.set_result(None)
 
     def calls(self, bundle: Bundle) -> int:
         """How many calls a lease of these accounts is to last for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import threading
@@ -17,6 +18,8 @@ from bursar.accounts import Mark, Rule
 from bursar.commands import Entry
 from bursar.errors import StoreError
 from bursar.stores.sqlite_rows import dumps
+
+log = logging.getLogger("bursar")
 
 SUFFIX = ".journal"
 # The log is folded into the file rarely: what has been sent is deleted soon, so the file stays small.
@@ -61,10 +64,14 @@ class Journal:
         self._using = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         with self._faults():
+            # a new one gets its name when it is locked: else whoever looks for journals of the dead might be faster
+            begun = path if path.exists() else path.with_name(f"{path.name}.new")
             # what was spent is nobody else's business
-            self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._file = os.open(begun, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 flock(self._file, LOCK_EX | LOCK_NB)
+                if begun != path:
+                    os.rename(begun, path)
                 if not path.exists() or os.stat(path).st_ino != os.fstat(self._file).st_ino:
                     raise BlockingIOError(f"{path} was recovered a moment ago")
                 with self._use() as connection:
@@ -83,7 +90,8 @@ class Journal:
         self._connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA locking_mode=EXCLUSIVE")  # nobody else writes: half of a write's time
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'NORMAL'}")
+        # not even at a checkpoint: where the machine's end may lose all, nobody shall wait for the disk
+        connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'OFF'}")
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         return connection
 
@@ -155,14 +163,23 @@ class Journal:
     def kept(self) -> list[Kept]:
         """Every lease that is not over, with the entries that the shared store may lack."""
         with self._use() as connection:
-            entries: dict[str, dict[int, Entry]] = {}
-            for number, lease, text in connection.execute("SELECT number, lease, entry FROM entries ORDER BY number"):
-                entries.setdefault(lease, {})[number] = Entry._make(from_json(text))
+            checked = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            rows = connection.execute("SELECT number, lease, entry FROM entries ORDER BY number").fetchall()
             leases = connection.execute("SELECT id, rules, granted, drawn FROM leases ORDER BY id").fetchall()
-        return [
-            Kept(id, _rules(rules), from_json(granted), from_json(drawn), entries.get(id, {}))
-            for id, rules, granted, drawn in leases
-        ]
+        try:
+            if checked != "ok":
+                raise ValueError(checked)
+            entries: dict[str, dict[int, Entry]] = {}
+            for number, lease, text in rows:
+                entries.setdefault(lease, {})[number] = Entry._make(from_json(text))
+            return [
+                Kept(id, _rules(rules), from_json(granted), from_json(drawn), entries.get(id, {}))
+                for id, rules, granted, drawn in leases
+            ]
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"The journal {self.path} is damaged: {error}.", fault="damaged", path=str(self.path)
+            ) from error
 
     def close(self, *, delete: bool) -> None:
         """Let go of the file; `delete`: nothing in it is needed any more."""
@@ -191,6 +208,19 @@ class Journal:
         self._using.release()
 
 
+def put_aside(path: Path, error: StoreError) -> None:
+    """Rename a journal that cannot be read, so that it is not tried again and again."""
+    kept = path.with_name(f"{path.name}.damaged")
+    for end in ("-wal", ""):  # the journal last: who is interrupted finds it again
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.with_name(path.name + end).rename(kept.with_name(kept.name + end))
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    log.error(
+        "%s It is kept as %s. What the leases in it still hold is booked as estimated when they expire, in two minutes.",
+        *(error, kept),
+    )
+
+
 def left_behind(folder: Path, *, but: Path | None = None) -> Iterator[Journal]:
     """The journals of processes that live no more, each locked while it is looked at; the caller closes it."""
     for path in sorted(folder.glob(f"*{SUFFIX}")):
@@ -200,6 +230,9 @@ def left_behind(folder: Path, *, but: Path | None = None) -> Iterator[Journal]:
             journal = Journal(path, full=True)
         except StoreError as error:
             if error.fault == "locked":  # its process lives, or somebody else recovers it
+                continue
+            if error.fault == "damaged":
+                put_aside(path, error)
                 continue
             raise
         yield journal

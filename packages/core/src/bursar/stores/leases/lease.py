@@ -27,6 +27,7 @@ class Lease:
         "drawn",
         "ended",
         "extended_us",
+        "first_us",
         "id",
         "made",
         "open",
@@ -55,7 +56,7 @@ class Lease:
         self.unsent: dict[int, Entry] = {}
         self.drawn: dict[str, int] = {}
         self.told: dict[str, int] = {}
-        self.used_us = self.extended_us = now_us
+        self.used_us = self.extended_us = self.first_us = now_us
         self.retired = self.ended = False
 
     def serves(self, command: Reserve) -> bool:
@@ -73,6 +74,8 @@ class Lease:
         self.open[command.id] = None
         self.rows.update(puts)
         self.used_us = now_us
+        if not self.made:
+            self.first_us = now_us
         self.made += 1
         return answer
 

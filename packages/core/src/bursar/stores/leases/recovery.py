@@ -11,7 +11,7 @@ from bursar.accounts import Rule
 from bursar.commands import Drawn, Ended, Rejected, Settle
 from bursar.errors import StoreError
 from bursar.stores.base import Store
-from bursar.stores.leases.journal import Journal, Kept, left_behind
+from bursar.stores.leases.journal import Journal, Kept, left_behind, put_aside
 from bursar.stores.leases.lease import draw, sums
 
 MAX_DRAW = 2_000  # entries that travel at a time
@@ -37,7 +37,14 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
     for journal in left_behind(folder, but=but):
         delete = False
         try:
-            for kept in journal.kept():
+            try:
+                leases = journal.kept()
+            except StoreError as error:
+                if error.fault != "damaged":
+                    raise
+                put_aside(journal.path, error)
+                continue
+            for kept in leases:
                 found.append(_recover(store, journal, kept))
             delete = True
         finally:

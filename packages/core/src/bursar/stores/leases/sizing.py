@@ -36,6 +36,10 @@ class Demand:
             self.begun_us, self.count = now_us, 0
         self.count += 1
 
+    def used_up(self, made: int, passed_us: int) -> None:
+        """So many calls took all of a lease in that time: they come at least so fast, if only the next one lets them."""
+        self.rate = max(self.rate, made * 1e6 / max(passed_us, 1))
+
     def calls(self) -> int:
         """How many calls a lease is to last for; 0 where they come too seldom."""
         rate = max(self.rate, float(self.count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from bursar.commands import (
 from bursar.errors import InvalidInput, StoreError
 from bursar.stores.base import Store
 from bursar.stores.group_commit import GroupCommit
-from bursar.stores.leases.tender import Crossed, Tender, new_id
+from bursar.stores.leases.tender import WAIT_S, Crossed, Tender, new_id
 
 _ENDS = frozenset({Settle, Release, Extend, Expire})
 
@@ -80,6 +81,11 @@ class LeasedStore:
     def execute(self, command: Command) -> Answer:
         self._check_open()
         answer = self._leased(command)
+        if answer is None and type(command) is Reserve and (asked := self._tender.coming(command)) is not None:
+            # it would wait no less for the shared store, and hold up the lease there
+            with suppress(TimeoutError):
+                asked.result(WAIT_S)
+            answer = self._leased(command)
         if answer is None and type(command) in _ENDS and self._tender.books.holds(command.id):
             answer = self._commits.run(command)
             if type(answer) is Rejected and answer.why == "unknown":  # it was given back a moment ago
@@ -89,6 +95,11 @@ class LeasedStore:
     async def aexecute(self, command: Command) -> Answer:
         self._check_open()
         answer = self._leased(command)
+        if answer is None and type(command) is Reserve and (asked := self._tender.coming(command)) is not None:
+            from asyncio import wait, wrap_future  # callers without an event loop need not load it
+
+            await wait([wrap_future(asked)], timeout=WAIT_S)
+            answer = self._leased(command)
         if answer is None and type(command) in _ENDS and self._tender.books.holds(command.id):
             # without an fsync, the hop to another thread would take longer than the write
             answer = await self._commits.arun(command) if self.durability == "full" else self._commits.run(command)

@@ -9,6 +9,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ TEND_S = 0.25  # how often booked entries are sent, and a newer policy is looked
 TTL_US = 120_000_000  # of a lease; a live process extends it at a third
 IDLE_US = 3_000_000  # a lease that nobody uses for so long is given back
 PUT_OFF_US = 1_000_000  # until a lease is asked for again that was not to be had, or was not worth it
+WAIT_S = 1.0  # how long a call waits at most for a lease that is being asked for, before it is made without one
 RECOVER_US = 60_000_000  # how often journals of dead processes are looked for
 
 Crossed = Callable[[tuple[Alert, ...], tuple[Account, ...]], None]
@@ -84,6 +86,7 @@ class Tender:
             now_us = self._shared.now_us()
             books.retire(lambda lease: now_us - lease.used_us >= IDLE_US)
             for lease in list(books.leases.values()):
+                self._take(failed)  # callers wait for these
                 with _noted(failed):
                     self._tend(lease, now_us)
             if now_us - self._recovered_us >= RECOVER_US:
@@ -95,11 +98,15 @@ class Tender:
 
     # -- taking
 
+    def coming(self, command: Reserve) -> Future[None] | None:
+        """Done when the lease is there, or cannot be had, that is being asked for calls like this one. None where none is."""
+        return self.books.coming(command) if self._background else None
+
     def _take(self, failed: list[StoreError]) -> None:
         books = self.books
         with books.lock:
             wanted = list(books.wanted.items())
-        for bundle, command in wanted:
+        for bundle, (command, asked) in wanted:
             taken = False
             try:
                 with _noted(failed):
@@ -108,6 +115,7 @@ class Tender:
                 if not taken:
                     books.put_off(bundle, self._shared.now_us() + PUT_OFF_US)
                 books.wanted.pop(bundle, None)
+                asked.set_result(None)
 
     def _ask(self, bundle: Bundle, command: Reserve) -> bool:
         """Ask for a lease for calls like this one."""
@@ -151,8 +159,10 @@ class Tender:
 
     def _tend(self, lease: Lease, now_us: int) -> None:
         self.books.write([(lease, entry) for entry in list(lease.unwritten.values())])
-        while lease.unsent:
-            self._send(lease)
+        with self.books.lock:
+            numbers = list(lease.unsent)  # calls go on meanwhile: theirs are for the next round
+        for start in range(0, len(numbers), MAX_DRAW):
+            self._send(lease, numbers[start : start + MAX_DRAW])
         if lease.over():
             self._give_back(lease)
         elif not lease.ended and now_us - lease.extended_us >= TTL_US // 3:
@@ -162,9 +172,8 @@ class Tender:
             else:
                 self._end(lease)
 
-    def _send(self, lease: Lease) -> None:
+    def _send(self, lease: Lease, numbers: list[int]) -> None:
         with self.books.lock:
-            numbers = list(lease.unsent)[:MAX_DRAW]
             entries = [lease.unsent[number] for number in numbers]
             overruns = lease.overruns()
         untold = {key: over - lease.told.get(key, 0) for key, over in overruns.items()}
@@ -221,7 +230,7 @@ class Tender:
             self._thread.join()
         with self._tending:
             self.books.retire(lambda lease: True)
-            self.books.wanted.clear()
+            self.books.unwant()
             try:
                 self.tend()
             except StoreError as error:

@@ -60,14 +60,14 @@ BEGIN
 END $$;
 
 -- One command.
-CREATE FUNCTION bursar_decide(c jsonb, careful boolean, now_us bigint, given_us bigint, seen_us bigint) RETURNS text
+CREATE FUNCTION bursar_decide(c jsonb, careful boolean, given_us bigint, seen_us bigint) RETURNS text
 LANGUAGE plpgsql AS $$
 BEGIN
     CASE c ->> 'c'
         WHEN 'reserve' THEN
-            RETURN coalesce(bursar_reserve_fast(c, now_us), bursar_reserve(c, careful, given_us, seen_us));
+            RETURN coalesce(bursar_reserve_fast(c, given_us, seen_us), bursar_reserve(c, careful, given_us, seen_us));
         WHEN 'settle' THEN
-            RETURN coalesce(bursar_settle_fast(c, now_us), bursar_settle(c, given_us, seen_us));
+            RETURN coalesce(bursar_settle_fast(c, given_us, seen_us), bursar_settle(c, given_us, seen_us));
         WHEN 'release' THEN RETURN bursar_release(c, given_us, seen_us);
         WHEN 'extend' THEN RETURN bursar_extend(c, given_us, seen_us);
         WHEN 'expire' THEN RETURN bursar_expire(c, given_us, seen_us);
@@ -88,7 +88,8 @@ BEGIN
     FROM (
         SELECT DISTINCT hashtextextended(line ->> 'budget', 1) AS lock
         FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
-        WHERE NOT EXISTS (SELECT FROM accounts WHERE key = line ->> 'key') ORDER BY 1
+        -- not NOT EXISTS, which the server may answer by reading all accounts
+        WHERE (SELECT true FROM accounts WHERE key = line ->> 'key') IS NULL ORDER BY 1
     ) AS ordered;
     SELECT array_agg(key) INTO keys FROM (
         SELECT line ->> 'key' AS key FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
@@ -110,11 +111,11 @@ BEGIN
     IF NOT careful THEN
         PERFORM pg_advisory_xact_lock(hashtextextended(c ->> 'id', 0));
         now_us := bursar_now(given_us, seen_us);
-        answers := ARRAY[bursar_decide(c, false, now_us, given_us, seen_us)];
+        answers := ARRAY[bursar_decide(c, false, given_us, seen_us)];
     ELSE
         PERFORM bursar_lock(commands);
         now_us := bursar_now(given_us, seen_us);
-        SELECT array_agg(bursar_decide(value, true, now_us, given_us, seen_us)) INTO answers
+        SELECT array_agg(bursar_decide(value, true, given_us, seen_us)) INTO answers
         FROM jsonb_array_elements(commands);
     END IF;
     RETURN '{"now_us":' || now_us || ',"answers":[' || array_to_string(answers, ',') || ']}';

@@ -8,7 +8,6 @@ from typing import Any
 from bursar.schema import TAG_COLUMNS
 from bursar.stores import sqlite_rows as rows
 
-NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 DURABILITY = "SELECT current_setting('fsync'), current_setting('synchronous_commit')"
 DUE_RESERVATIONS = "SELECT id FROM reservations WHERE expires_us <= %s ORDER BY expires_us, id LIMIT %s"
 PUBLISH = "INSERT INTO definitions(version, kind, name, definition, published_us) VALUES (%s, %s, %s, %s, %s)"

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import PQGen
 
 from bursar.errors import InvalidInput, StoreError, shown
 from bursar.migrations import HEAD, REVISIONS
+from bursar.stores.postgres.partitions import announce, make_ahead
 
+T = TypeVar("T")
+PATIENCE = 2.0  # how many times the server's limit of a statement its client waits
 MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
+NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 # What a URL does not say: find the primary after a fail-over, and notice within seconds that a host is gone.
 _DEFAULTS = {
     "application_name": "bursar",
@@ -72,13 +78,39 @@ def split(url: str) -> tuple[str, str]:
     return full, schema
 
 
+class Bounded(psycopg.Connection[Any]):
+    """A connection that fails when no answer has come for `patience_s` (0: waits for ever).
+
+    The server's own limit of a statement helps nobody where the server, or what lies before it, has stopped to answer.
+    """
+
+    patience_s = PATIENCE * 10.0
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, *args: Any, **options: Any) -> T:
+        return super().wait(self._patient(gen) if self.patience_s else gen, interval, *args, **options)
+
+    def _patient(self, gen: PQGen[T]) -> PQGen[T]:
+        """The same waiting, which is told at every interval that nothing has come."""
+        until = time.monotonic() + self.patience_s
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > until:
+                    self.close()  # whose transaction it is need not try to undo it
+                    raise psycopg.OperationalError(f"no answer for {self.patience_s:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
 def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) -> psycopg.Connection[Any]:
     """A connection whose statements commit by themselves, with the schema's tables in its path.
 
     `lawful`: for the law's functions, whose plans have to be those for many rows from the first one on, and by indices alone.
     """
     try:
-        connection = psycopg.connect(url, autocommit=True)
+        connection = Bounded.connect(url, autocommit=True)
     except psycopg.ProgrammingError:  # it quotes what it cannot read, which may be the password
         raise _malformed() from None
     try:
@@ -88,6 +120,7 @@ def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) ->
             "set_config('client_encoding', 'UTF8', false)",
             (schema, str(round(timeout_s * 1_000))),
         )
+        connection.patience_s = PATIENCE * timeout_s
         if lawful:
             connection.execute(
                 "SELECT set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false)"
@@ -109,22 +142,32 @@ def _malformed() -> InvalidInput:
 def prepare(url: str, schema: str, timeout_s: float) -> None:
     """Bring the schema's tables and functions up to date. Raises StoreError (newer)."""
     with connect(url, schema, timeout_s=timeout_s) as connection:
-        found = connection.execute("SELECT to_regclass('alembic_version')").fetchone()
-        revision = None
-        if found is not None and found[0] is not None:
-            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-            revision = row[0] if row else None
+        revision, is_lawful = _standing(connection)
         if revision is not None and revision not in REVISIONS:
             raise StoreError(
                 f"The schema {schema} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
                 fault="newer",
             )
-        ready = connection.execute("SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)).fetchone()
-    if revision != HEAD or ready != (True,):
-        _upgrade(url, schema)
+        if revision == HEAD and is_lawful:
+            make_ahead(connection, server_time_us(connection))
+            return
+    _upgrade(url, schema, revision)
 
 
-def _upgrade(url: str, schema: str) -> None:
+def _standing(connection: psycopg.Connection[Any]) -> tuple[str | None, bool]:
+    """The schema's revision, and whether this version's functions are there."""
+    revision = None
+    if _value(connection, "SELECT to_regclass('alembic_version')", ()) is not None:
+        revision = _value(connection, "SELECT version_num FROM alembic_version", ())
+    return revision, bool(_value(connection, "SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)))
+
+
+def server_time_us(connection: psycopg.Connection[Any]) -> int:
+    """What the server's clock says, in microseconds since the epoch."""
+    return int(_value(connection, NOW, ()))
+
+
+def _upgrade(url: str, schema: str, revision: str | None) -> None:
     """Under one lock and in one transaction: processes that open at once wait for each other, one does the work."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import DBAPIError
@@ -132,11 +175,15 @@ def _upgrade(url: str, schema: str) -> None:
     from bursar.migrations import upgrade as migrate
 
     connection = connect(url, schema, timeout_s=0)  # waiting for others may take long
+    if revision is not None and revision < "0003":
+        announce(connection, server_time_us(connection))
     connection.autocommit = False
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection)
     try:
         with engine.begin() as bound:
             bound.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
+            if _standing(connection) == (HEAD, True):
+                return  # of processes that open at once, the others are not held up by work that is done
             if not _value(connection, "SELECT to_regnamespace(%s) IS NOT NULL", (schema,)):
                 connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
             migrate(bound)

@@ -61,13 +61,17 @@ class Wire:
             return True
         return all(rule in self._lines for rule, _ in command.lines)
 
-    def text(self, command: Command, late: Mapping[str, Any] | None = None) -> str:
-        """The command as JSON; `late`: what the server asked for, see `late`."""
+    def text(self, command: Command, late: Mapping[str, Any] | None = None, *, first_time: bool = False) -> str:
+        """The command as JSON; `late`: what the server asked for, see `late`.
+
+        `first_time`: an id without a digest, which nobody else can use, is not looked for among the records.
+        """
         fields = _FIELDS[type(command)](command)
         if late is not None:
             fields["late"] = late
         if type(command) is not Reserve and type(command) is not Charge:
             return rows.dumps(fields)
+        fields["new"] = first_time and not command.digest
         known = [(self._line(rule), amount) for rule, amount in command.lines]
         fields["lines"] = f"[{','.join([f'{line}{amount}}}' for (_, line), amount in known])}]"
         fast = ",".join([f"[{short[0]}{amount}{short[1]}" for (short, _), amount in known])
@@ -99,8 +103,9 @@ class Wire:
                 "spent": 0, "overrun": 0, "refused": 0, "refused_minute": 0, "refused_in_minute": 0,
                 "level": 0, "remainder": 0, "at_us": 0, "buckets": "", "crossed": 0,
             }  # fmt: skip
-            told = (rule.limit, rule.end_us, rule.period_us, rule.enforce, new["marks"])
-            short = f"{rows.dumps(rule.key)},", f",{rows.dumps(told)[1:]}"
+            end_us = "NULL" if rule.end_us is None else rule.end_us
+            numbers = f"{{{rule.limit},{end_us},{rule.enforce:d}}}"
+            short = f"{rows.dumps(rule.key)},", f",{rows.dumps((rule.kind, numbers, new['marks']))[1:]}"
             texts = self._lines[rule] = short, f'{rows.dumps(new)[:-1]},"reserved":'
         return texts
 
@@ -231,13 +236,14 @@ def _granted(command: Reserve, told: Mapping[str, Any]) -> Granted:
 
 
 def _granted_fast(command: Reserve, told: Mapping[str, Any]) -> Granted:
-    """The accounts' rules are those of the command; they come in the order of their keys."""
-    state = {row[0]: row for row in told["accounts"]}
+    """The accounts' rules are those of the command."""
+    state = told["accounts"]
     accounts = []
     for rule, _ in command.lines:
-        row = state[rule.key]
-        buckets = tuple([(index, amount) for index, amount in from_json(row[10])]) if row[10] else ()
-        accounts.append(Account._make((rule, *row[1:10], buckets, row[11])))
+        stands = state[rule.key]
+        text = stands[10] if len(stands) > 10 else ""  # buckets, of what is no plain window
+        buckets = tuple([(index, amount) for index, amount in from_json(text)]) if text else ()
+        accounts.append(Account._make((rule, *stands[:9], buckets, stands[9])))
     held = tuple([(rule.key, rule.unit, amount) for rule, amount in command.lines])
     now_us = told["now_us"]
     fields = (command.id, held, now_us, now_us + command.ttl_us, command.on_expiry, command.digest, command.draft)
@@ -262,8 +268,7 @@ def _settled_fast(command: Settle, told: Mapping[str, Any]) -> Ended:
         told["draft"],
         command.facts,
     )
-    accounts = {row[0]: row for row in told["accounts"]}
-    return Ended(entry, tuple([rows.account(accounts[key]) for key in amounts]))
+    return Ended(entry, tuple([rows.account(row) for row in told["accounts"]]))
 
 
 def _granted_again(command: Reserve, told: Mapping[str, Any]) -> Granted:

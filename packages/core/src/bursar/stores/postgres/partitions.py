@@ -1,0 +1,205 @@
+"""Partitions of the usage records on PostgreSQL: one for each month of the time with which ids begin, made before it comes.
+
+`records` is split by ranges of its key, so that an id stays unique over all of them (I6). `records_timed` takes ids that begin
+with a time, in `records_2026_11` and its like; the months that have no table yet fall into `records_ahead`. `records_other`
+takes every other id: those that callers gave, and whatever was there before there were partitions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from bursar.stores.pruning import Pruned, batch, carried, prunable, put
+
+AHEAD = 2  # months that have their table before they begin
+MAKING = 0x62757273617271  # the advisory lock of whoever makes or drops one
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EXISTING = (
+    "SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid "
+    "WHERE inhparent = to_regclass('records_timed') AND relname <> 'records_ahead' ORDER BY relname"
+)
+
+_FLOOR = (  # months before that lie in `records_other`
+    "SELECT substring(pg_get_expr(relpartbound, oid) from '[0-9a-f]{14}') FROM pg_class "
+    "WHERE oid = to_regclass('records_timed')"
+)
+_LEFT = (  # tables of months that were taken out, by somebody who was cut off before they were dropped
+    "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r' "
+    "AND relname ~ '^records_[0-9]{4}_[0-9]{2}$' AND NOT relispartition"
+)
+MAX_TRIES = 20  # of a third of a second, to get a lock that everybody holds for moments
+
+log = logging.getLogger("bursar")
+
+
+class Month(NamedTuple):
+    """A calendar month in UTC."""
+
+    year: int
+    month: int
+
+    @classmethod
+    def of(cls, at_us: int) -> Month:
+        at = datetime.fromtimestamp(at_us // 1_000_000, UTC)
+        return cls(at.year, at.month)
+
+    def later(self, months: int) -> Month:
+        years, month = divmod(self.month - 1 + months, 12)
+        return Month(self.year + years, month + 1)
+
+    @property
+    def start_us(self) -> int:
+        return int((datetime(self.year, self.month, 1, tzinfo=UTC) - _EPOCH).total_seconds()) * 1_000_000
+
+    @property
+    def first_id(self) -> str:
+        """What no id of the month comes before, and every id of earlier months does."""
+        return f"{self.start_us:014x}"
+
+    @property
+    def table(self) -> str:
+        return f"records_{self.year:04}_{self.month:02}"
+
+
+def existing(connection: psycopg.Connection[Any]) -> list[Month]:
+    """The months that have a table, oldest first."""
+    return [Month(int(name[8:12]), int(name[13:15])) for (name,) in connection.execute(_EXISTING).fetchall()]
+
+
+def make_ahead(connection: psycopg.Connection[Any], now_us: int) -> list[Month]:
+    """Make the tables that are missing for this month and the next ones; those that were made.
+
+    Nothing waits for this: where somebody reads all the time, or this user may not make tables, it is left for the next time,
+    because records of months without a table are safe in `records_ahead` meanwhile.
+    """
+    known = existing(connection)
+    this = Month.of(now_us)
+    ((floor,),) = connection.execute(_FLOOR).fetchall()
+    coming = (this.later(ahead) for ahead in range(AHEAD + 1))
+    missing = [month for month in coming if month not in known and month.first_id >= floor]
+    made: list[Month] = []
+    for month in missing:
+        try:
+            with connection.transaction():
+                _make(connection, month)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.InsufficientPrivilege) as error:
+            log.info("no table for the records of %s yet: %s", month.table, error.diag.message_primary)
+            return made
+        except psycopg.errors.DuplicateTable:
+            continue  # another process was faster
+        made.append(month)
+    return made
+
+
+def _make(connection: psycopg.Connection[Any], month: Month) -> None:
+    """Locks nothing that is in use but `records_ahead`, which reading takes along: for the moment, as it is empty."""
+    bounds = {"low": sql.Literal(month.first_id), "high": sql.Literal(month.later(1).first_id)}
+    names = {"table": sql.Identifier(month.table), "key": sql.Identifier(f"{month.table}_pkey")}
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+    for text in (
+        "SET LOCAL lock_timeout = '300ms'",
+        "CREATE TABLE {table} (LIKE records_ahead INCLUDING ALL)",
+        "LOCK TABLE records_ahead IN ACCESS EXCLUSIVE MODE",
+        "WITH moved AS (DELETE FROM records_ahead WHERE id >= {low} AND id < {high} RETURNING *) "
+        "INSERT INTO {table} SELECT * FROM moved",
+        "ALTER TABLE records_timed ATTACH PARTITION {table} FOR VALUES FROM ({low}) TO ({high})",
+    ):
+        connection.execute(sql.SQL(text).format(**bounds, **names))
+
+
+def announce(connection: psycopg.Connection[Any], now_us: int) -> None:
+    """Before a schema without partitions gets them: prove, while others go on writing, that no record of the months to come is
+    there already. Otherwise the server would look through all records with the table locked.
+
+    The proof is a constraint, which the migration takes away. It begins a week from now at the soonest, so that what is written
+    meanwhile keeps to it.
+    """
+    month = Month.of(now_us + 7 * 86_400_000_000).later(1)
+    bounds = {"low": sql.Literal(month.first_id), "high": sql.Literal("0f")}
+    there = connection.execute(
+        sql.SQL(
+            "SELECT EXISTS (SELECT FROM records WHERE id >= {low} AND id < {high}), EXISTS (SELECT FROM records)"
+        ).format(**bounds)
+    ).fetchone()
+    if there != (False, True):  # then the migration moves them; or nothing is there
+        return
+    try:
+        for text in (
+            "ALTER TABLE records DROP CONSTRAINT IF EXISTS records_timed_elsewhere",
+            "ALTER TABLE records ADD CONSTRAINT records_timed_elsewhere CHECK (id < {low} OR id >= {high}) NOT VALID",
+            "ALTER TABLE records VALIDATE CONSTRAINT records_timed_elsewhere",
+        ):
+            connection.execute(sql.SQL(text).format(**bounds))
+    except psycopg.Error:
+        connection.execute("ALTER TABLE records DROP CONSTRAINT IF EXISTS records_timed_elsewhere")
+        raise
+
+
+def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, facts: Mapping[str, Any]) -> Pruned:
+    """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches.
+
+    A month in which anything has to stay is left as it is.
+    """
+    condition, total = prunable(before_us, now_us), Pruned()
+    for month in existing(connection):
+        if month.later(1).start_us <= before_us:
+            total = total.plus(_drop(connection, month, condition, before_us, facts))
+    for (name,) in connection.execute(_LEFT).fetchall():
+        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(name)))
+    for table in ("records_other", "records_ahead"):
+        while True:
+            with connection.transaction(), connection.cursor() as cursor:
+                cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+                pruned = batch(cursor, "%s", table, condition, before_us, facts)
+            if pruned is None:
+                break
+            total = total.plus(pruned)
+    return total
+
+
+def _drop(
+    connection: psycopg.Connection[Any], month: Month, condition: str, before_us: int, facts: Mapping[str, Any]
+) -> Pruned:
+    """Take a month's table out, in the transaction that writes its sums. The file is deleted after that, when nothing waits."""
+    for last in (*[False] * (MAX_TRIES - 1), True):
+        try:
+            with connection.transaction():
+                pruned = _take_out(connection, sql.Identifier(month.table), month, condition, before_us, facts)
+            return pruned
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            if last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _take_out(
+    connection: psycopg.Connection[Any],
+    table: sql.Identifier,
+    month: Month,
+    condition: str,
+    before_us: int,
+    facts: Mapping[str, Any],
+) -> Pruned:
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+    connection.execute("SET LOCAL lock_timeout = '300ms'")
+    connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))  # what is summed up is what is taken out
+    counted = sql.SQL(
+        "SELECT coalesce(sum(CASE WHEN kind = 'carried' THEN (facts::json ->> 'records')::bigint ELSE 1 END), 0)::bigint, "
+        "coalesce(sum(cost_nanos), 0)::bigint, count(*) FILTER (WHERE NOT ({condition})) FROM {table}"
+    ).format(table=table, condition=sql.SQL(condition))
+    ((records, cost_nanos, staying),) = connection.execute(counted).fetchall()
+    if staying:
+        return Pruned()
+    summed = "SELECT key, sum(value::bigint)::bigint FROM {}, json_each_text(amounts::json) GROUP BY key ORDER BY key"
+    sums = dict(connection.execute(sql.SQL(summed).format(table)).fetchall())
+    pruned = Pruned(records, cost_nanos)
+    connection.execute(sql.SQL("ALTER TABLE records_timed DETACH PARTITION {}").format(table))
+    if records:
+        put(connection.cursor(), "%s", carried(month.table, before_us, sums, pruned, facts))
+    return pruned

@@ -1,0 +1,110 @@
+"""Pruning: old records give way to records of their sums, so that records alone still rebuild every balance (I10)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from pydantic_core import from_json
+
+from bursar.commands import Entry
+from bursar.stores import sqlite_rows as rows
+
+LATE_US = 93 * 86_400_000_000  # how long an expired reservation may still be settled, as in Redis
+BATCH = 2_000  # records of one transaction
+MAX_KEYS = 1_000  # accounts of one record of sums
+TIMED = "0f"  # ids that Bursar makes begin with a time, and come before this
+
+
+class Pruned(NamedTuple):
+    """How many records gave way, and what they had cost."""
+
+    records: int = 0
+    cost_nanos: int = 0
+
+    def plus(self, other: Pruned) -> Pruned:
+        return Pruned(self.records + other.records, self.cost_nanos + other.cost_nanos)
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """A store whose records can be pruned."""
+
+    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        """Put sums in the place of records settled before that time; `facts` go on record with them. Raises StoreError.
+
+        Each step is one transaction, so that whoever is cut off goes on the next time. What can still be settled late stays.
+        """
+        ...
+
+
+def prunable(before_us: int, now_us: int) -> str:
+    """The condition, in SQL, of records that may go. A correction stays as long as what it corrects, which is older."""
+    late_us = now_us - LATE_US
+    return f"settled_us < {before_us} AND (kind NOT IN ('expiry', 'correction', 'reversal') OR settled_us < {late_us})"
+
+
+def carried(
+    name: str, before_us: int, sums: Mapping[str, int], pruned: Pruned, facts: Mapping[str, Any]
+) -> list[Entry]:
+    """The records that stand for what was pruned: sums by account key. `name` tells these from others of the same time."""
+    keys = list(sums)
+    found = []
+    for start in range(0, max(len(keys), 1), MAX_KEYS):
+        records, cost_nanos = pruned if start == 0 else (0, 0)
+        found.append(
+            Entry(
+                f"{before_us:014x}-carried-{name}-{start // MAX_KEYS}",
+                "carried",
+                None,
+                "completed",
+                False,
+                "the sums of records that were pruned",
+                cost_nanos,
+                {},
+                {key: sums[key] for key in keys[start : start + MAX_KEYS]},
+                before_us - 1,
+                before_us - 1,
+                "",
+                {"path": [], "tags": {}},
+                {**facts, "before_us": before_us, "records": records},
+            )
+        )
+    return found
+
+
+def records_in(entry_facts: Mapping[str, Any]) -> int:
+    """For how many records a record stands: itself, or what a record of sums tells."""
+    count = entry_facts.get("records", 1) if "before_us" in entry_facts else 1
+    return count if isinstance(count, int) else 0
+
+
+def batch(
+    cursor: Any, mark: str, table: str, condition: str, before_us: int, facts: Mapping[str, Any]
+) -> Pruned | None:
+    """Prune some records of a table in the transaction that is open; None when none is left. `mark`: the driver's placeholder."""
+    cursor.execute(
+        f"SELECT id, cost_nanos, amounts, facts FROM {table} WHERE {condition} "
+        f"AND (id < {mark} OR id >= {mark}) ORDER BY id LIMIT {BATCH}",
+        (f"{before_us:014x}", TIMED),
+    )
+    found: Sequence[tuple[str, int, str, str]] = cursor.fetchall()
+    if not found:
+        return None
+    sums: dict[str, int] = {}
+    pruned = Pruned()
+    for _, cost_nanos, amounts, told in found:
+        pruned = pruned.plus(Pruned(records_in(from_json(told)), cost_nanos))
+        for key, amount in from_json(amounts).items():
+            sums[key] = sums.get(key, 0) + amount
+    name = hashlib.blake2b(found[0][0].encode(), digest_size=6).hexdigest()
+    cursor.executemany(f"DELETE FROM {table} WHERE id = {mark}", [(row[0],) for row in found])
+    put(cursor, mark, carried(name, before_us, sums, pruned, facts))
+    return pruned
+
+
+def put(cursor: Any, mark: str, entries: Sequence[Entry]) -> None:
+    """Write these records."""
+    marks = ", ".join([mark] * 27)
+    cursor.executemany(f"INSERT INTO records({rows.RECORD}) VALUES ({marks})", [rows.values(one) for one in entries])
