@@ -123,6 +123,24 @@ def test_i7_an_interrupted_attempt_under_an_id_of_the_callers_does_not_give_back
     assert not [command for command in store.seen if type(command) is Release]
 
 
+def test_i7_a_call_that_went_out_before_its_cost_was_worked_out_is_booked_at_its_worst_case(
+    store: Far, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A switch is thrown, and whether it still is cannot be asked."""
+    bursar = opened("open")
+    store.publish({"provider=openai": {"frozen": True, "tags": {"provider": "openai"}, "cause": "frozen"}}, "freeze")
+    bursar._load_policy()
+
+    def away(since: int = 0) -> None:
+        raise StoreError("no way. Try again.", fault="unreachable")
+
+    monkeypatch.setattr(store, "definitions", away)
+    reservation = bursar.reserve("openai", "gpt-4o", **CALL)
+    assert reservation.state == "unguarded"
+    reservation.settle_unknown("timed out")
+    assert costs(bursar) == [("charge", 7_500_000)]
+
+
 @pytest.mark.parametrize("rejected", [False, True])
 def test_i9_a_call_whose_end_was_booked_later_or_rejected_is_extended_no_more(
     store: Far, opened: Open, clock: ManualClock, *, rejected: bool

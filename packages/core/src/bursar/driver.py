@@ -139,6 +139,8 @@ class Driver:
             if error.fault in ("accounts", "closed") or not self.guard.goes_unguarded(call, now_us):
                 raise
             log.error('%s Every budget of this call has on_unreachable="open": it goes out unguarded.', error)
+            if not call.draft:  # what it may cost has not been worked out yet
+                self.guard.amounts.lines(call, self.guard.matched(call, now_us))
             call.state, call.reserved_us = "unguarded", now_us
         if live:
             self.keeper.watch(call)
