@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import NEVER, Points, Survivor, killed_at, pair
 
 from bursar import Budget, Bursar, PriceBook, Usage
+from bursar.policy import Policy
 from bursar.records import UsageRecord
+from bursar.stores.sqlite import SqliteStore
 
 BUDGETS = [
     Budget("run", "1000 USD", per="run"),
@@ -28,23 +31,8 @@ USAGE = Usage(input_tokens=1_000, output_tokens=420)
 PROVIDER, MODEL = "openai", "gpt-4o"
 COST_NANOS = PriceBook.packaged().cost(PROVIDER, MODEL, USAGE, at_us=time.time_ns() // 1_000, tags={}).cost_nanos
 VM_STEPS = 40  # a point at every so many instructions of SQLite's machine, besides one before and one after a statement
-NEVER = 10**9
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-
-
-class Points:
-    """Counts the points that a process passes, and ends it at one of them."""
-
-    passed = 0
-    last = NEVER
-
-    @classmethod
-    def hit(cls) -> int:
-        cls.passed += 1
-        if cls.passed == cls.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return 0
 
 
 class Watched(sqlite3.Connection):
@@ -69,6 +57,12 @@ class Watched(sqlite3.Connection):
             Points.hit()
 
 
+def watch() -> None:
+    """From now on this process's connections pass points."""
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *args, **options: connect(*args, **{"factory": Watched} | options)  # type: ignore[assignment]
+
+
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[Bursar]:
     with Bursar(url, BUDGETS) as bursar, bursar.scope(run="r"):
@@ -86,8 +80,7 @@ def in_child(url: str, id: str, last: int, *, delay_s: float | None = None) -> t
     child = os.fork()
     if child == 0:
         try:
-            connect = sqlite3.connect
-            sqlite3.connect = lambda *args, **options: connect(*args, **{"factory": Watched} | options)  # type: ignore[assignment]
+            watch()
             os.write(writing, b"b")  # begun
             with opened(url) as bursar:
                 Points.passed, Points.last = 0, last
@@ -174,8 +167,45 @@ def run(path: Path, durability: str, kills: int, seed: int) -> None:
     assert total_nanos(url) == (2 + kills + kills // 5) * COST_NANOS
 
 
+def kill_pairs(path: Path, durability: str, kills: int, first: int) -> None:
+    """Kill a reservation and its settlement at each point in turn, from `first` on."""
+    policy = Policy([BUDGETS[0], BUDGETS[1], BUDGETS[3]])
+    store = SqliteStore(path, durability=durability)
+    survivor = Survivor(store)
+    for id in ("first", "second"):  # the first makes the accounts
+        commands = pair(policy, id, store.now_us())
+        acknowledged, points = killed_at(store, commands, NEVER, watch)
+        assert acknowledged == "rs"
+        survivor.goes_on(commands, acknowledged)
+    assert points > 40, "nothing is watched"
+    died = Counter()
+    for number in range(kills):
+        commands = pair(policy, f"call-{number:05}", store.now_us())
+        acknowledged, _ = killed_at(store, commands, 1 + (first + number) % points, watch)
+        survivor.goes_on(commands, acknowledged)
+        died[acknowledged] += 1
+    store.close()
+    assert died[""] + died["r"] >= kills * 0.95, "they were not killed"
+    assert min(died[""], died["r"]) > kills // 10
+    check(path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("durability", "kills"), [("process", 100), ("full", 60)])
+@pytest.mark.parametrize("first", range(0, 1_000, 250))
+def test_i7_1000_kills_at_every_point_of_a_reservation_and_its_settlement(tmp_path: Path, first: int) -> None:
+    kill_pairs(tmp_path / "bursar.db", "full" if first else "process", 250, first)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("durability", ["process", "full"])
+def test_i7_50000_kills_of_a_reservation_and_its_settlement(tmp_path: Path, durability: str) -> None:
+    for round in range(100):
+        kill_pairs(tmp_path / f"{round}.db", durability, 500, 500 * round)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("durability", "kills"), [("process", 60), ("full", 30)])
 def test_i7_kill_at_every_statement(tmp_path: Path, durability: str, kills: int) -> None:
     run(tmp_path / "bursar.db", durability, kills, 1)
 

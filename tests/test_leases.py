@@ -826,6 +826,28 @@ def test_what_cannot_be_is_said(tmp_path: Path, clock: ManualClock) -> None:
         Bursar("postgresql://nowhere/x?durability=process")
 
 
+def test_i5_what_an_operator_took_off_the_books_is_not_corrected_out_of_a_lease(
+    shared: Shared, clock: ManualClock, tmp_path: Path
+) -> None:
+    """The expiry has been sent, so that whoever settles late asks the shared store; the lease goes on."""
+    process = Process(shared, tmp_path, rule())
+    process.warm_up()
+    process.reserve()
+    late = process.last
+    process.reserve()
+    process.store.execute(Extend(process.last, 2_000_000_000))  # the lease has a call in flight
+    clock.advance(600)
+    process.store.sweep()
+    process.store.tend()
+    assert type(shared.execute(Release(late))) is Ended
+    assert process.settle(late, 7) == Rejected("ended", "reversal")
+    assert type(process.settle(process.last, 7)) is Ended
+    process.store.tend()
+    process.store.close()
+    assert audit(shared) == []
+    assert not list(tmp_path.glob("*.journal"))
+
+
 def test_a_journal_has_its_name_when_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever looks for journals of dead processes at that moment would hold it, and its own process could not have it."""
     lock, found = journal.flock, []

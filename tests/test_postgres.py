@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from postgres_server import fresh_url
 
+from bursar import Budget, BudgetExceeded, Bursar
 from bursar.accounts import Rule
 from bursar.clock import Clock
 from bursar.commands import Ended, Granted, Reserve, Settle
@@ -35,6 +36,16 @@ class TestLeasedPostgres(StoreContract):
     def open_store(self, tmp_path: Path) -> Callable[[Clock], Store]:
         url = fresh_url()
         return lambda clock: LeasedStore(PostgresStore(url, clock=clock), tmp_path)
+
+
+def test_tools_are_counted_in_calls_and_slots() -> None:
+    with Bursar(fresh_url(), [Budget("tools", "2 calls"), Budget("flight", "3 slots")]) as bursar:
+        for _ in range(2):
+            with bursar.tool("search", cost="0.001 USD"):
+                pass
+        with pytest.raises(BudgetExceeded), bursar.tool("search"):
+            pass
+        assert [record.cost_nanos for record in bursar.records() if record.kind == "settlement"] == [1_000_000] * 2
 
 
 def test_a_call_on_an_account_that_a_process_has_not_met_reads_no_others() -> None:

@@ -1,14 +1,20 @@
-"""Kill -9 of a client of PostgreSQL at random times: the books stay whole, and the same call, made again, ends the same."""
+"""Kill -9 of a client of PostgreSQL, at every point and at random times: books stay whole, and the same call ends the same."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
+from collections.abc import Generator
+from typing import Any
 
+import psycopg
 import pytest
+from kills import NEVER, Points, Survivor, killed_at, pair
 from postgres_server import connect, fresh_url
-from test_kill import COST_NANOS, NEVER, guarded_call, in_child, opened, total_nanos
+from test_kill import BUDGETS, COST_NANOS, guarded_call, in_child, opened, total_nanos
 
+from bursar.policy import Policy
 from bursar.stores.postgres import PostgresStore
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -53,6 +59,64 @@ def run(kills: int, seed: int) -> None:
         check()
     assert acknowledged < kills, "no call was killed"
     assert total_nanos(url) == kills * COST_NANOS
+
+
+def watch() -> None:
+    """From now on this process passes a point before and after every statement, and whenever one waits for the server."""
+    wait = psycopg.Connection.wait
+
+    def pointed(steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        answer = None
+        try:
+            while True:
+                step = steps.send(answer)
+                Points.hit()  # what there is to send has been sent
+                answer = yield step
+        except StopIteration as stop:
+            return stop.value
+
+    def watched(self: psycopg.Connection[Any], steps: Generator[Any, Any, Any], *options: Any) -> Any:
+        Points.hit()
+        try:
+            return wait(self, pointed(steps), *options)
+        finally:
+            Points.hit()
+
+    psycopg.Connection.wait = watched  # type: ignore[assignment]
+
+
+def kill_pairs(kills: int, first: int) -> None:
+    policy = Policy([BUDGETS[0], BUDGETS[1], BUDGETS[3]])
+    store = PostgresStore(fresh_url())
+    survivor = Survivor(store)
+    for id in ("first", "second"):
+        commands = pair(policy, id, store.now_us())
+        acknowledged, points = killed_at(store, commands, NEVER, watch)
+        assert acknowledged == "rs"
+        survivor.goes_on(commands, acknowledged)
+    died = Counter()
+    for number in range(kills):
+        commands = pair(policy, f"call-{number:05}", store.now_us())
+        acknowledged, _ = killed_at(store, commands, 1 + (first + number) % points, watch)
+        check()
+        survivor.goes_on(commands, acknowledged, at_work=True)
+        died[acknowledged] += 1
+    store.close()
+    assert died[""] + died["r"] >= kills * 0.8, "they were not killed"
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 100])
+def test_i7_200_kills_at_every_point_of_a_reservation_and_its_settlement(first: int) -> None:
+    kill_pairs(100, first)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(0)
+def test_i7_20000_kills_of_a_reservation_and_its_settlement() -> None:
+    for round in range(40):
+        kill_pairs(500, 500 * round)
 
 
 def test_i7_kill_at_random() -> None:

@@ -6,8 +6,9 @@ import os
 import random
 
 import pytest
+from kills import NEVER
 from redis_server import fresh_url
-from test_kill import COST_NANOS, NEVER, guarded_call, in_child, opened, total_nanos
+from test_kill import COST_NANOS, guarded_call, in_child, opened, total_nanos
 
 from bursar.audit import audit
 

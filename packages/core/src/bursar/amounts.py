@@ -25,7 +25,9 @@ class Amounts:
         """The amount that the call may cost, for every account it matches."""
         if call.request is None:
             self.write_draft(call, call.amounts["USD"], {})
-            return tuple((one.rule, call.amounts.get(one.rule.unit, one.rule.unit != "failures")) for one in matched)
+            return tuple(
+                (one.rule, call.amounts.get(one.rule.unit, int(one.rule.unit != "failures"))) for one in matched
+            )
         learned = self._learned(call)
         bound: dict[str, int] = {}
         lines = []

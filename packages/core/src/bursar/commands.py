@@ -138,6 +138,21 @@ class Charge(NamedTuple):
     version: int = 0
 
 
+def settling(charge: Charge) -> Settle:
+    """The same cost, for a reservation that stands under the charge's id."""
+    actuals = {rule.unit: amount for rule, amount in charge.lines}
+    return Settle(
+        charge.id,
+        actuals,
+        charge.cost_nanos,
+        charge.usage,
+        charge.outcome,
+        charge.estimated,
+        charge.reason,
+        charge.facts,
+    )
+
+
 class Draw(NamedTuple):
     """Book entries that a lease's holder has decided by the same law; what they spend comes out of what the lease holds.
 

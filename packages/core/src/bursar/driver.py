@@ -112,10 +112,16 @@ class Driver:
             raise
 
     def _undo(self, call: Call) -> None:
-        """Interrupted or cancelled: the command on its way may hold amounts, and nothing was sent."""
-        self.keeper.forget(call)
+        """Interrupted or cancelled: the command on its way may hold amounts, and nothing was sent.
+
+        Under an id that was given, what is held may be an earlier attempt's, which was sent: that is left to its settlement,
+        or to its expiry.
+        """
+        self.keeper.unwatch(call)
         if call.state in ("asking", "open"):
             call.state = "released"
+            if call.given_id:
+                return
             # The interrupt is what its caller must see; where the store is out of reach, expiry ends what is held.
             with contextlib.suppress(StoreError):
                 self.store.post(Release(call.id, "cancelled", "interrupted before dispatch"))
@@ -133,6 +139,8 @@ class Driver:
             if error.fault in ("accounts", "closed") or not self.guard.goes_unguarded(call, now_us):
                 raise
             log.error('%s Every budget of this call has on_unreachable="open": it goes out unguarded.', error)
+            if not call.draft:  # what it may cost has not been worked out yet
+                self.guard.amounts.lines(call, self.guard.matched(call, now_us))
             call.state, call.reserved_us = "unguarded", now_us
         if live:
             self.keeper.watch(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from bursar.commands import (
     Settle,
     Stepped,
 )
-from bursar.errors import Stopped, StoreError
+from bursar.errors import IdempotencyConflict, Stopped, StoreError
 from bursar.estimate import Learner
 from bursar.ladder import comply
 from bursar.notices import Notices
@@ -289,23 +290,32 @@ class Guard:
         return answer.entry
 
     def _end_unguarded(self, call: Call, command: Settle | Release) -> Generator[Step, Any, Entry | None]:
-        """The store was away when the call went out (policy "open"): what it cost is booked all the same."""
+        """The store was away when the call went out (policy "open"): what it cost is booked all the same.
+
+        Where only the answer was lost, the store has the reservation: then that is ended.
+        """
         if type(command) is not Settle:
+            with contextlib.suppress(StoreError):  # what it may hold will expire
+                yield command
             call.state = "released"
             return None
         tokens = command.usage.get("input_tokens", 0) + command.usage.get("output_tokens", 0)
         amounts = {"USD": command.cost_nanos, "requests": 1, "calls": 1, "tokens": tokens, **command.actuals}
-        return (
-            yield from self.charge(
-                call,
-                amounts,
-                call.reserved_us,
-                usage=command.usage,
-                estimated=command.estimated,
-                outcome=command.outcome,
-                reason="the store was out of reach at dispatch",
+        try:
+            return (
+                yield from self.charge(
+                    call,
+                    amounts,
+                    call.reserved_us,
+                    usage=command.usage,
+                    estimated=command.estimated,
+                    outcome=command.outcome,
+                    reason="the store was out of reach at dispatch",
+                )
             )
-        )
+        except IdempotencyConflict:
+            call.state = "open"
+            return (yield from self._end(call, command))
 
     def charge(
         self,

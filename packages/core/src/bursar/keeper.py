@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 
 from bursar.call import Call
-from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle
+from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle, settling
 from bursar.errors import BursarError, StoreError
 from bursar.guard import log
 from bursar.stores.base import Store
@@ -59,7 +59,13 @@ class Keeper:
         """Extend this call until it is forgotten."""
         self._live[call.id] = (call, call.reserved_us)
 
+    def unwatch(self, call: Call) -> None:
+        """Extend this call no more. What is kept under its id may be the end of an earlier one."""
+        if self._live.get(call.id, (None,))[0] is call:
+            del self._live[call.id]
+
     def forget(self, call: Call) -> None:
+        """This call has ended."""
         self._live.pop(call.id, None)
         self._kept.pop(call.id, None)
 
@@ -98,7 +104,10 @@ class Keeper:
                     self._live[call.id] = (call, now_us)
         for id, command in list(self._kept.items()):
             answer = self._store.execute(command)
+            if type(command) is Charge and isinstance(answer, Rejected) and answer.why == "conflict":
+                answer = self._store.execute(settling(command))  # the store had the reservation: see Guard
             self._kept.pop(id, None)
+            self._live.pop(id, None)
             if isinstance(answer, Rejected):
                 log.error("the kept end of %s was rejected (%s %s)", id, answer.why, answer.detail)
         self._store.sweep()

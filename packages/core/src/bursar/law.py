@@ -495,8 +495,8 @@ def _incurring(
     """As `_standing`, of an account on which a cost has been incurred already."""
     if command.version < (read(POLICY_KEY) or 0) and type(known := read(rule.key)) is Account:  # type: ignore[operator]
         rule = known.rule  # a cost is booked by whatever policy, but an older one changes no limit
-    # what was incurred in a window belongs to it, however late it is told
-    in_window_us = now_us if rule.end_us is None else min(now_us, rule.end_us - 1)
+    # what was incurred in a window belongs to it, however late it is told, or however far the store's clock is behind
+    in_window_us = now_us if rule.end_us is None else max(rule.start_us, min(now_us, rule.end_us - 1))
     return _standing(read, rule, in_window_us, puts, command.max_accounts)
 
 

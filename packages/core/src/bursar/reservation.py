@@ -170,6 +170,10 @@ class Reservation:
         except StopIteration as stop:
             self._driver.keeper.forget(self._call)
             return stop.value  # type: ignore[no-any-return]
+        except BursarError as error:
+            if not isinstance(error, StoreError):  # nobody tries again
+                self._driver.keeper.unwatch(self._call)
+            raise
 
 
 class Block:

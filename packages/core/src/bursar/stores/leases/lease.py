@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bursar.accounts import Account, Rule
-from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Reservation, Reserve, Row
+from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Rejected, Reservation, Reserve, Row
 from bursar.law import decide
 
 _new = tuple.__new__  # see bursar.law
@@ -51,7 +51,7 @@ class Lease:
         self.version = version
         self._lines = tuple(rule._replace(limit=amount, marks=()) for rule, amount in zip(rules, amounts, strict=True))
         self.rows: dict[str, Row] = {rule.key: Account(rule) for rule in self._lines}
-        self.open: set[str] = set()
+        self.open: dict[str, None] = {}
         self.unwritten: dict[str, Entry] = {}
         self.unsent: dict[int, Entry] = {}
         self.drawn: dict[str, int] = {}
@@ -71,7 +71,7 @@ class Lease:
         answer, puts = decide(self.rows.get, own_command, now_us)
         if type(answer) is not Granted:
             return None
-        self.open.add(command.id)
+        self.open[command.id] = None
         self.rows.update(puts)
         self.used_us = now_us
         if not self.made:
@@ -80,15 +80,24 @@ class Lease:
         return answer
 
     def end(self, command: Command, now_us: int) -> Answer:
-        """Settle, release, extend or expire one of its calls."""
+        """Settle, release, extend or expire one of its calls. `Rejected` unknown: the shared store has its expiry, and decides."""
+        if self._is_elsewhere(command.id):
+            return Rejected("unknown", command.id)
         answer, puts = decide(self.rows.get, command, now_us)
         if type(answer) is Ended and not answer.again:
             self.unwritten[answer.entry.id] = answer.entry  # first, so that no interrupt leaves it out
         self.rows.update(puts)
         if type(answer) is Ended:
-            self.open.discard(answer.entry.corrects or answer.entry.id)
+            self.open.pop(answer.entry.corrects or answer.entry.id, None)
             self.used_us = now_us
         return answer
+
+    def _is_elsewhere(self, id: str) -> bool:
+        """Whether the call's expiry has been sent, and nothing that corrects it is here: an operator may have, over there."""
+        row = self.rows.get(id)
+        if type(row) is not Entry or row.kind != "expiry" or f"{id}~" in self.rows or id in self.unwritten:
+            return False
+        return all(entry.id != id for entry in self.unsent.values())
 
     def low(self) -> bool:
         """Whether half of the calls that it was asked for have been made."""

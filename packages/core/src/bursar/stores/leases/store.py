@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from bursar.commands import (
 from bursar.errors import InvalidInput, StoreError
 from bursar.stores.base import Store
 from bursar.stores.group_commit import GroupCommit
-from bursar.stores.leases.tender import WAIT_S, Crossed, Tender
+from bursar.stores.leases.tender import WAIT_S, Crossed, Tender, new_id
 
 _ENDS = frozenset({Settle, Release, Extend, Expire})
 
@@ -39,10 +39,19 @@ class LeasedStore:
     A call on accounts that are all leased is reserved and settled here; every settlement is in the journal before it is
     answered, and in the shared store within a second. `durability` is the journal's, as SQLite has it. All other calls, and
     every other command, go to the shared store at once. `background`: False where nobody but the caller of `tend` does the
-    housekeeping. Raises InvalidInput, and the StoreError of the shared store and of the journal.
+    housekeeping. `ids`: new ones for leases and journals, for simulations. Raises InvalidInput, and the StoreError of the shared
+    store and of the journal.
     """
 
-    def __init__(self, shared: Store, folder: str | Path, *, durability: str = "full", background: bool = True) -> None:
+    def __init__(
+        self,
+        shared: Store,
+        folder: str | Path,
+        *,
+        durability: str = "full",
+        background: bool = True,
+        ids: Callable[[], str] | None = None,
+    ) -> None:
         if durability not in ("full", "process"):
             raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
         path = Path(folder)
@@ -55,7 +64,7 @@ class LeasedStore:
         self.shared = shared
         self.durability = durability
         self.now_us = shared.now_us
-        self._tender = Tender(shared, path, full=durability == "full", background=background)
+        self._tender = Tender(shared, path, full=durability == "full", background=background, ids=ids or new_id)
         self._commits = GroupCommit(self._tender.books.apply)
         self._closed = False
         _watch_forks()

@@ -41,13 +41,14 @@ class Tender:
     `crossed`: called with the alerts of marks that were crossed by what was sent.
     """
 
-    def __init__(self, shared: Store, folder: Path, *, full: bool, background: bool) -> None:
+    def __init__(self, shared: Store, folder: Path, *, full: bool, background: bool, ids: Callable[[], str]) -> None:
         self.crossed: Crossed = nobody
         self.books = Books(shared.now_us, self._wanted)
         self._shared = shared
         self._folder = folder
         self._full = full
         self._background = background
+        self._ids = ids
         self._wake = threading.Event()
         self._stop = False
         self._started = threading.Lock()
@@ -126,7 +127,7 @@ class Tender:
         if size is None:
             return False
         now_us = self._shared.now_us()
-        id = f"{now_us:014x}-{os.urandom(8).hex()}"
+        id = f"{now_us:014x}-{self._ids()}"
         lease = Lease(id, rules, size, calls, command.version, now_us)
         self._journal().begin(id, rules, dict(zip(bundle, size, strict=True)))
         self.books.leases[id] = lease
@@ -150,7 +151,7 @@ class Tender:
 
     def _journal(self) -> Journal:
         if self.books.journal is None:
-            name = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
+            name = f"{socket.gethostname()}-{os.getpid()}-{self._ids()}{SUFFIX}"
             self.books.journal = Journal(self._folder / name, full=self._full)
         return self.books.journal
 
@@ -290,6 +291,11 @@ def _work(held: weakref.ref[Tender], wake: threading.Event) -> None:
         except Exception as error:
             log.warning("leases: %s", error, exc_info=not isinstance(error, BursarError))
         del tender
+
+
+def new_id() -> str:
+    """Nobody else has this one."""
+    return os.urandom(8).hex()
 
 
 def nobody(_alerts: tuple[Alert, ...], _accounts: tuple[Account, ...]) -> None:

@@ -13,12 +13,9 @@ BEGIN
     before := '{}';
     made := '{}';
     FOREACH line IN ARRAY lines LOOP
-        IF now_us < line.start_us AND line.end_us IS NOT NULL THEN
-            rejected := bursar_rejected('moved', line.budget);
-            RETURN;
-        END IF;
-        -- what was incurred in a window belongs to it, however late it is told
-        account := bursar_standing(line, known, least(now_us, line.end_us - 1));
+        -- what was incurred in a window belongs to it, however late it is told, or however far this clock is behind
+        account := bursar_standing(line, known,
+            CASE WHEN line.end_us IS NULL THEN now_us ELSE greatest(line.start_us, least(now_us, line.end_us - 1)) END);
         IF NOT line.key = ANY (SELECT key FROM unnest(known)) OR known IS NULL THEN
             IF NOT bursar_may_make(line, made, (c ->> 'max')::bigint) THEN
                 rejected := bursar_rejected('accounts', line.budget);

@@ -5,8 +5,10 @@ local function incurring(line, rule, command_version, made, max)
   if command_version < version then -- a cost is booked by whatever policy, but an older one changes no limit
     rule = redis.call('HGET', P .. 'a:' .. line.key, 'rule') or rule
   end
-  local till = tonumber((select(7, rule:match(FIGURES)))) -- what was incurred in a window belongs to it, however late it is told
-  local a, why = standing(line.key, rule, till and math.min(now, till - 1) or now, made, max)
+  -- what was incurred in a window belongs to it, however late it is told, or however far this clock is behind
+  local from, till = select(6, rule:match(FIGURES))
+  from, till = tonumber(from), tonumber(till)
+  local a, why = standing(line.key, rule, till and math.max(from, math.min(now, till - 1)) or now, made, max)
   if not a then return nil, rejected(why, cjson.decode(rule)[9]) end
   return a
 end

@@ -190,6 +190,17 @@ class Times(Base):
         assert self.account(store, first).spent == 100
         assert (self.account(store, second).spent, self.account(store, second).reserved) == (0, 100)
 
+    def test_i7_a_charge_in_a_window_that_has_not_begun_by_the_stores_clock_is_booked_in_it(
+        self, store: Store, run: Run, clock: ManualClock
+    ) -> None:
+        """Its process had a clock that was ahead by the time that the store's was set back."""
+        start_us = clock.now_us() + SECOND_US
+        later = rule("org", 100, start_us=start_us, end_us=start_us + 60 * SECOND_US)
+        assert type(run(charge("c1", (later, 30)))) is Ended
+        account = self.account(store, later)
+        assert (account.spent, account.rule.start_us) == (30, start_us)
+        assert run(reserve("r1", (later, 30))) == Rejected("moved", "org")
+
     def test_a_rolling_window_forgets_a_bucket_when_it_is_wholly_outside(
         self, store: Store, run: Run, clock: ManualClock
     ) -> None:
