@@ -25,7 +25,7 @@ from sim.replay import compare
 from sim.wire import Memory, Sqlite
 from sim.world import World
 
-CALLS = 55
+CALLS = 60
 CANARY = -2  # the world that must fail
 
 

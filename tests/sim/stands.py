@@ -5,7 +5,6 @@ Nothing here comes from the law: a budget is read from its published definition,
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal
 from typing import Any
 
@@ -43,13 +42,12 @@ class Stand:
 
     __slots__ = (
         *("at_us", "buckets", "held", "key", "level", "overrun", "refused"),
-        *("rolling_us", "spec", "spent", "start_us", "told", "top"),
+        *("rolling_us", "spec", "spent", "told", "top"),
     )
 
     def __init__(self, key: str, spec: Spec, now_us: int) -> None:
         self.key = key
         self.spec = spec
-        self.start_us = json.loads(key)[4]
         self.rolling_us = int(spec.window[8:-1]) * 60_000_000 if spec.window.startswith("rolling") else 0
         self.held = self.spent = self.overrun = self.told = 0
         self.buckets: dict[int, int] = {}
