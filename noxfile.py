@@ -122,9 +122,10 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session(python=[*OTHERS, HERE], requires=["wheels"])
 def core(session: nox.Session) -> None:
-    """The core's own tests, without the slow ones and those of clients and frameworks, on each Python of this machine."""
+    """The core's own tests, without the slow ones and those of clients, frameworks and servers, on each Python of this machine."""
     _install(session)
     others = ("langchain", "wrap", "run", "examples", "docs", "scenarios", "provider", "own_adapter")
+    others += ("postgres", "redis", "crowds", "chaos", "backups")  # they tell of servers and processes, not of a Python
     _pytest(
         session,
         *("-m", "not slow and not nightly"),

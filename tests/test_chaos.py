@@ -22,7 +22,7 @@ def chaos(kind: str, leased: bool, minutes: float, calls: int, every_s: tuple[fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "leased"), MIXED)
+@pytest.mark.parametrize(("kind", "leased"), [*MIXED[:2], pytest.param(*MIXED[2], marks=pytest.mark.nightly)])
 def test_some_seconds(kind: str, leased: bool) -> None:
     chaos(kind, leased, 0.1, 1_000, (0.5, 2.0))
 

@@ -21,7 +21,9 @@ from bursar.testing.provider import Fault, Provider
 
 provider = scenarios.provider
 THREADS = {4: 13, 16: 4, 64: 1}  # a process's
-LATE = [4, 16, pytest.param(64, marks=pytest.mark.nightly)]
+AT_NIGHT = pytest.mark.nightly
+COUNTS = [4, pytest.param(16, marks=AT_NIGHT), 64]
+LATE = [4, pytest.param(16, marks=AT_NIGHT), pytest.param(64, marks=AT_NIGHT)]
 GIVEN = {"input_tokens": 1_000}
 WAITING = ({"on_exceed": "wait"}, {"messages": MESSAGES})
 # A process has up to three connections while it opens, two afterwards.
@@ -77,7 +79,7 @@ def test_sixteen_open_an_empty_store_at_once(url: str) -> None:
         assert sent(members) == 0
 
 
-@pytest.mark.parametrize("count", THREADS)
+@pytest.mark.parametrize("count", COUNTS)
 def test_ten_are_billed(url: str, provider: Provider, count: int) -> None:
     ten_are_billed(url, provider, count, {}, GIVEN)
 
