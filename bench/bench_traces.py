@@ -15,9 +15,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -27,7 +27,7 @@ from crowd import crowd
 from measure import at_most, table
 from postgres_server import Running
 
-from bursar import Budget, Bursar, Usage
+from bursar import Budget, Bursar, PriceBook, StoreError, Usage
 from bursar.audit import audit
 from bursar.reservation import Reservation
 from bursar.stores.postgres import PostgresStore
@@ -37,6 +37,7 @@ SPEED = 40  # times as fast as recorded
 MOST_OUTPUT = 2_000  # what a caller sets who does not know what will come: the longest answer of the traces
 CALLS_OF_A_RUN = 20
 SAMPLE_S = 2.0
+TRIES = 100
 BUDGETS = [
     Budget("everybody", "1000000000 USD"),
     Budget("team", "100000000 USD", window="year", per="team"),
@@ -44,14 +45,21 @@ BUDGETS = [
 ]
 
 
-class Played(NamedTuple):
-    """What one process has done: calls, their cost, a sum over their ids, its memory in MB over time, how late it came at most."""
+@dataclass
+class Played:
+    """What one process has done.
 
-    calls: int
-    cost_nanos: int
-    ids: int
-    memory_mb: list[float]
-    late_s: float
+    `calls` that were made, what they cost by the price book, a sum over their ids; `turned_away`: those that got no answer within
+    the limit of a statement; `kept`: settlements that were kept for another try; memory over time; how late it came at most.
+    """
+
+    calls: int = 0
+    cost_nanos: int = 0
+    ids: int = 0
+    turned_away: int = 0
+    kept: int = 0
+    memory_mb: list[float] = field(default_factory=list)
+    late_s: float = 0.0
 
 
 def sum_of(ids: Iterator[str]) -> tuple[int, int]:
@@ -83,46 +91,69 @@ def play(pipe: Connection, url: str, folder: str, name: str, number: int, of: in
     with Bursar(url, BUDGETS, detectors="off") as bursar:
         pipe.send(None)
         begun, seconds = pipe.recv()
-        played = _play(bursar, name, arrivals, begun, seconds)
+        played = Player(bursar, name, begun).play(arrivals, seconds)
     pipe.send(played)
 
 
-def _play(bursar: Bursar, name: str, arrivals: Sequence[Arrival], begun: float, seconds: float) -> Played:
-    open_calls: list[tuple[float, int, Reservation, Arrival]] = []
-    calls = cost_nanos = total = 0
-    memory: list[float] = []
-    late_s = 0.0
+class Player:
+    """One process's calls, each reserved when it arrives and settled when it has ended."""
 
-    def end_until(until: float) -> None:
-        nonlocal calls, cost_nanos, total
-        while open_calls and open_calls[0][0] <= until:
-            _, _, reservation, arrival = heapq.heappop(open_calls)
+    def __init__(self, bursar: Bursar, name: str, begun: float) -> None:
+        self.played = Played()
+        self._bursar, self._name, self._begun = bursar, name, begun
+        self._prices = PriceBook.packaged()
+        self._open: list[tuple[float, int, Reservation, Arrival]] = []
+
+    def play(self, arrivals: Sequence[Arrival], seconds: float) -> Played:
+        for number, (at_s, arrival) in enumerate(again_and_again(arrivals)):
+            now_s = self._wait(min(at_s, seconds))
+            if now_s >= seconds:
+                break
+            self.played.late_s = max(self.played.late_s, now_s - at_s)
+            if now_s >= SAMPLE_S * len(self.played.memory_mb):
+                self.played.memory_mb.append(memory_mb())
+            self._begin(number, arrival, now_s)
+        self._end_until(float("inf"))
+        for _ in range(TRIES):
+            try:
+                self._bursar.tend()  # what was kept
+                break
+            except StoreError:
+                continue
+        return self.played
+
+    def _wait(self, at_s: float) -> float:
+        """Until that time, while calls end; the time then."""
+        while (now_s := time.monotonic() - self._begun) < at_s:
+            self._end_until(now_s)
+            time.sleep(max(0.0, min(at_s, self._open[0][0] if self._open else at_s) - now_s))
+        self._end_until(now_s)
+        return now_s
+
+    def _begin(self, number: int, arrival: Arrival, now_s: float) -> None:
+        try:
+            with self._bursar.scope(team=self._name, run=f"r{number // CALLS_OF_A_RUN}"):
+                reservation = self._bursar.reserve(
+                    "openai", "gpt-4o", input_tokens=arrival.input_tokens, max_output_tokens=MOST_OUTPUT
+                )
+        except StoreError:
+            self.played.turned_away += 1
+        else:
+            heapq.heappush(self._open, (now_s + arrival.busy_us / 1e6 / SPEED, number, reservation, arrival))
+
+    def _end_until(self, until: float) -> None:
+        while self._open and self._open[0][0] <= until:
+            _, _, reservation, arrival = heapq.heappop(self._open)
             usage = Usage(input_tokens=arrival.input_tokens, output_tokens=arrival.output_tokens)
-            record = reservation.settle(usage)
-            assert record is not None
-            calls, cost_nanos = calls + 1, cost_nanos + record.cost_nanos
-            total += sum_of(iter((record.id,)))[1]
-
-    for number, (at_s, arrival) in enumerate(again_and_again(arrivals)):
-        now_s = time.monotonic() - begun
-        while now_s < at_s and now_s < seconds:
-            end_until(now_s)
-            next_s = min(at_s, seconds, open_calls[0][0] if open_calls else at_s)
-            time.sleep(max(0.0, next_s - now_s))
-            now_s = time.monotonic() - begun
-        if now_s >= seconds:
-            break
-        end_until(now_s)
-        late_s = max(late_s, now_s - at_s)
-        if now_s >= SAMPLE_S * len(memory):
-            memory.append(memory_mb())
-        with bursar.scope(team=name, run=f"r{number // CALLS_OF_A_RUN}"):
-            reservation = bursar.reserve(
-                "openai", "gpt-4o", input_tokens=arrival.input_tokens, max_output_tokens=MOST_OUTPUT
-            )
-        heapq.heappush(open_calls, (now_s + arrival.busy_us / 1e6 / SPEED, number, reservation, arrival))
-    end_until(float("inf"))
-    return Played(calls, cost_nanos, total, memory, late_s)
+            try:
+                reservation.settle(usage)
+            except StoreError:  # Bursar goes on trying by itself
+                self.played.kept += 1
+            self.played.calls += 1
+            self.played.cost_nanos += self._prices.cost(
+                "openai", "gpt-4o", usage, at_us=time.time_ns() // 1_000, tags={}
+            ).cost_nanos
+            self.played.ids += sum_of(iter((reservation.id,)))[1]
 
 
 def play_all(url: str, folder: Path, seconds: float) -> list[Played]:
@@ -188,9 +219,11 @@ def main(minutes: float, folder: Path) -> None:
             ("calls", calls, ""),
             ("calls/s, to the last record sent", f"{calls / took_s:.0f}", ""),
             ("the most that a call was begun late, s", f"{max(one.late_s for one in played):.1f}", ""),
+            ("turned away, since the store was too busy", sum(one.turned_away for one in played), ""),
+            ("settlements that were tried again", sum(one.kept for one in played), ""),
             ("leases", leases, ""),
-            ("answered settlements that are not the records", abs(records - calls), "met" if is_same else "MISSED"),
-            ("nano-dollars that are answered and not spent", cost_nanos - spent, at_most(abs(cost_nanos - spent), 0)),
+            ("calls that are not the records", abs(records - calls), "met" if is_same else "MISSED"),
+            ("nano-dollars that were cost and not spent", cost_nanos - spent, at_most(abs(cost_nanos - spent), 0)),
             ("still held, and journals left behind", held + left, at_most(held + left, 0)),
             ("balances that the audit rebuilds otherwise", len(wrong), at_most(len(wrong), 0)),
             ("memory of a process, first third, MB", f"{first:.1f}", ""),

@@ -30,12 +30,13 @@ PriceBook.packaged()  # once, in the parent
 
 def _begin() -> None:
     """Start the parent, with this folder in its path: what Python itself hands over reaches only its children."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{os.path.dirname(__file__)}{os.pathsep}{before}"
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.path.dirname(__file__), before)))
     try:
         forkserver.ensure_running()
     finally:
-        os.environ["PYTHONPATH"] = before
+        del os.environ["PYTHONPATH"]
+        os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
 class Member(NamedTuple):

@@ -71,6 +71,12 @@ def ten_are_billed(url: str, provider: Provider, count: int, options: dict[str, 
         assert audit(guard.store) == []
 
 
+def test_sixteen_open_an_empty_store_at_once(url: str) -> None:
+    with crowd(caller, 16, url, 0, {}, GIVEN, 0) as members:
+        told(members, "ready")
+        assert sent(members) == 0
+
+
 @pytest.mark.parametrize("count", THREADS)
 def test_ten_are_billed(url: str, provider: Provider, count: int) -> None:
     ten_are_billed(url, provider, count, {}, GIVEN)

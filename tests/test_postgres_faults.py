@@ -17,13 +17,14 @@ import psycopg
 import pytest
 from postgres_server import SCHEMA, connect, fresh_url, server
 
-from bursar import Budget, Bursar, InvalidInput, StoreError, Usage
+from bursar import Budget, Bursar, InvalidInput, StoreError, Usage, migrations
 from bursar.accounts import Mark, Rule
 from bursar.clock import SystemClock
 from bursar.commands import Ended, Granted, Refused, Rejected, Release, Reserve, Tell
 from bursar.signing import OperatorKey
 from bursar.stores import open_store
 from bursar.stores.postgres import PostgresStore
+from bursar.stores.postgres.server import _upgrade, split
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, charge, reserve, rule, settle
 
@@ -132,6 +133,15 @@ def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> 
     assert "hunter2" not in str(caught.value)
     with fails("unreachable", "Check the server, and the store's URL"):
         PostgresStore(server().get_uri(database="missing"))
+
+
+def test_who_has_waited_for_a_migration_does_not_make_it_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else dozens of processes that open at once hold each other up for so long that some give up."""
+    PostgresStore(url).close()
+    made: list[object] = []
+    monkeypatch.setattr(migrations, "upgrade", made.append)
+    _upgrade(*split(url), None)
+    assert not made
 
 
 def test_a_schema_is_a_plain_name(url: str) -> None:

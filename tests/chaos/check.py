@@ -38,15 +38,13 @@ class _Call:
 def check(store: Store, served: Iterable[Served], acknowledged: Iterable[str], limit_nanos: int) -> Found:
     """Of a store in which everything has ended or expired."""
     calls: dict[str, _Call] = defaultdict(_Call)
-    refusals = 0
+    figures: Counter[str] = Counter()
     for entry in store.entries():
-        if entry.kind == "refusal":
-            refusals += 1
-        else:
+        figures[f"records: {entry.kind}"] += 1
+        if entry.kind != "refusal":
             calls[entry.corrects or entry.id].add(entry)
     leases = {id: call for id, call in calls.items() if call.process}
     wrong: list[str] = []
-    figures: Counter[str] = Counter(blocked=refusals)
     billed_by_team: Counter[str] = Counter()
     by_lease: Counter[str] = Counter()  # what the leases of processes that died have to stand for
     sent = set()

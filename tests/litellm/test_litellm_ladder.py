@@ -110,8 +110,11 @@ def ask(name: str, provider: Provider, each: Callable[[], None] | None = None, *
     async def run() -> None:
         parts = await answer
         if each is not None:
-            async for _ in parts:
-                each()
+            try:
+                async for _ in parts:
+                    each()
+            finally:
+                await asyncio.to_thread(provider.wait_idle)  # the end of the event loop would close what was left open
 
     if asyncio.iscoroutine(answer):
         asyncio.run(run())

@@ -34,7 +34,9 @@ RATES = {
     "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000),
     "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600),
     "claude-sonnet-4-5": Rates(input_nanos=3_000, output_nanos=15_000),
+    "claude-haiku-4-5": Rates(input_nanos=1_000, output_nanos=5_000),
 }
+CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-5": "claude-haiku-4-5"}
 DEAR = Answer(input_tokens=1_000, output_tokens=500)
 
 CONFIG = """
@@ -81,6 +83,16 @@ on_exceed = "wait 60s"
 name = "broke"
 limit = "0.000001 USD"
 match = { team = "broke" }
+
+[[budget]]
+name = "changes"
+limit = "1 USD"
+per = "team"
+match = { team = "changes-*" }
+thresholds = [
+  { at = "0.5%", action = "downgrade", models = { gpt-4o = "gpt-4o-mini", claude-sonnet-4-5 = "claude-haiku-4-5" } },
+  { at = "0.5%", action = "clamp", max_output_tokens = 50 },
+]
 
 [[budget]]
 name = "ladder"
@@ -297,6 +309,20 @@ def test_the_ladder_from_end_to_end(proxy: Proxy) -> None:
     assert {record.model_asked for record in records[8:]} == {"gpt-4o"}
 
 
+@pytest.mark.parametrize("name", ["pass-through", "pass-through-stream", "anthropic-pass-through"])
+def test_a_request_that_is_passed_on_is_changed_too(name: str, proxy: Proxy) -> None:
+    path, body = (CALLS | OTHER_CALLS)[name]
+    with proxy.client(f"changes-{name}") as client:
+        assert client.post(path, json=body).status_code == 200
+        proxy.settled(f"changes-{name}", 1)
+        assert client.post(path, json=body).status_code == 200
+    first, second = proxy.settled(f"changes-{name}", 2)
+    assert (second.model_asked, second.model) == (first.model, CHEAPER[first.model])
+    served = proxy.provider.account[-1]
+    assert (served.model, served.output_tokens) == (second.model, 50)
+    assert (second.estimated, second.cost_nanos) == (False, served.cost_nanos)
+
+
 def test_a_stream_is_stopped_where_it_is(proxy: Proxy) -> None:
     """Its last event says why, as any error that LiteLLM's proxy meets in mid-stream."""
     path, body = CALLS["stream"]
@@ -310,6 +336,7 @@ def test_a_stream_is_stopped_where_it_is(proxy: Proxy) -> None:
     assert (error["type"], error["code"]) == ("budget_exceeded", "402")
     (record,) = proxy.settled("stopped", 1)
     assert record.reason == "stopped in mid-stream (frozen)"
+    proxy.provider.wait_idle()
     assert proxy.provider.account[-1].client_gone
 
 

@@ -256,7 +256,8 @@ class Decision(NamedTuple):
 class Definition(NamedTuple):
     """What somebody decided, as the store holds it; the newest version of a name is the one in force.
 
-    Kinds: `budget`, `freeze`, `approval`, `raise`, `prune` and `operator` (the key that signs what only an operator may decide).
+    Kinds: `budget`, `freeze`, `approval`, `raise`, `prune`, `erase`, and `operator` (the key that signs what only an operator may
+    decide).
     """
 
     version: int

@@ -21,6 +21,7 @@ from bursar.scope import check_tags
 from bursar.signing import OperatorKey, content, prune_name, short_id, switch_name
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.stores.erasing import Erasable, Erased, Erasure
 from bursar.stores.pruning import Pruned
 from bursar.texts import printable
 
@@ -177,6 +178,28 @@ class Operator:
         if self._held("prune", name) is None:
             self._publish("prune", name, {"before_us": until.before_us, "why": why}, signed=known)
         return store.prune(until.before_us, {"by": self._by}), until
+
+    def erase(self, tag: str, value: str, *, marker: str, why: str = "") -> Erased:
+        """Put `marker` in the place of a tag's value, wherever the store names it; no amount changes. `marker` has to be new.
+
+        Needs the key once the store knows an operator; decisions that named the value are signed anew. Raises InvalidInput.
+        """
+        if not isinstance(self.store, Erasable):
+            raise InvalidInput(
+                "Only stores on SQLite and PostgreSQL can erase a tag's value. Drain the records of Redis into such a store, "
+                "erase there, and let the budgets in Redis run out.",
+                argument="store",
+            )
+        for one in (value, marker):
+            check_tags({tag: one})
+        known = self._held("operator", "operator") is not None
+        self._publish("erase", marker, {"tag": tag, "why": why}, signed=known)
+        key = self._key
+
+        def sign(kind: str, name: str, definition: dict[str, Any], public: str) -> dict[str, Any] | None:
+            return key.sign(kind, name, definition) if key is not None and key.public == public else None
+
+        return self.store.erase(Erasure(tag, value, marker), sign)
 
     def publish_budgets(self, budgets: Iterable[Budget]) -> list[str]:
         """Put budgets in force, changed ones included, all or none; the names of those that the store had otherwise, or not.

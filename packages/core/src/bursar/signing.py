@@ -149,7 +149,7 @@ def switch_name(target: Mapping[str, Any]) -> str:
     if target.get("account") is not None:
         return short_id("kill", {"account": target["account"]})
     pairs = sorted((target.get("tags") or {}).items())
-    return " ".join(f"{tag}={_worded(value)}" for tag, value in pairs) or "everything"
+    return " ".join(f"{tag}={worded(value)}" for tag, value in pairs) or "everything"
 
 
 def prune_name(before_us: int) -> str:
@@ -157,7 +157,7 @@ def prune_name(before_us: int) -> str:
     return f"before {before_us}"
 
 
-def _worded(value: str) -> str:
+def worded(value: str) -> str:
     """A tag's value, in quotes where the switch of other tags could be meant."""
     return json.dumps(value, ensure_ascii=False) if re.search('[ ="]', value) else value
 
@@ -170,7 +170,7 @@ def _needs(kind: str, name: str, definition: Mapping[str, Any], before: Definiti
         return not definition.get("frozen") or name != switch_name(definition)
     if kind == "budget":  # further budgets only limit more
         return before is not None and public is not None
-    if kind in ("operator", "prune"):
+    if kind in ("operator", "prune", "erase"):
         return public is not None
     return kind == "raise"
 

@@ -14,7 +14,7 @@ from bursar import Bursar
 from bursar.errors import InvalidInput
 from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.logger import BursarLogger, check_bounded
-from bursar_litellm.request import ask_for_usage_in, kind_of, read_tags
+from bursar_litellm.request import LIMIT_NAMES, ask_for_usage_in, changeable, kind_of, read_tags, write
 
 _ROUTE_MODEL = re.compile(r"/models?/([^/:?]+)")  # Google's and AWS's paths name the model
 _PROMPTS = ("messages", "contents", "prompt", "input", "inputText", "system")
@@ -46,15 +46,16 @@ class ProxyLogger(BursarLogger):
         with self.gate.admission(attempt):
             attempt.provider, model = _seller(route, str(model or ""))
             body = {name: value for name, value in data.items() if not name.startswith("litellm_")}
-            attempt.reservation = await self.bursar.areserve(
-                attempt.provider,
-                model,
-                body=body,
-                endpoint=route,
-                resize=False,
-                changeable=(),
-                default_tags=read_tags({"metadata": _identity(user_api_key_dict)}, self.tags),
-            )
+            request = {
+                "provider": attempt.provider,
+                "model": model,
+                "body": body,
+                "endpoint": route,
+                "resize": False,
+                "changeable": _changeable(attempt.provider, model, body),
+                "default_tags": read_tags({"metadata": _identity(user_api_key_dict)}, self.tags),
+            }
+            data = write("completion", data, model, await attempt.areserve(request))
         if "chat/completions" in route or attempt.provider in ("openai", _GATEWAY):
             ask_for_usage_in(data)
         return data
@@ -79,6 +80,15 @@ class ProxyLogger(BursarLogger):
         attempt = self.gate.find(_call_id(request_data))
         if attempt is not None and attempt.door is None:
             await self.gate.aend(attempt, read_error(attempt.provider, original_exception, None))
+
+
+def _changeable(provider: str, model: str, body: Mapping[str, Any]) -> tuple[str, ...]:
+    """What can be changed of a request that is passed on: of a chat that names its model, that and the maximum that it sets."""
+    if "messages" not in body:
+        return ()
+    can_change = changeable("completion", provider, model, body)
+    is_limited = any(body.get(name) for name in LIMIT_NAMES)
+    return tuple(name for name in can_change if name == "model" or is_limited)
 
 
 def _told(response_obj: Any) -> Any:

@@ -58,7 +58,7 @@ _DEPLOYMENTS = frozenset({"azure", "azure_text", "sagemaker", "sagemaker_chat"})
 _SETTINGS = frozenset(all_litellm_params) | frozenset(
     ("messages", "metadata", "user", "timeout", "base_url", "extra_headers", "organization", "file", "image", "mask")
 )
-_LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 # LiteLLM drives these by their SDK, which tries twice more where nothing else is said; the others by plain HTTP.
 _SDK_RETRIES = 2
 _SDKS = frozenset({"openai", "azure", "text-completion-openai"})
@@ -96,7 +96,7 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
     named = _plain(model)
-    changeable = _changeable(kind, provider, named, kwargs)
+    can_change = changeable(kind, provider, named, kwargs)
     request = {
         "provider": provider,
         "model": _base_model(kwargs) or named,
@@ -104,13 +104,13 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
-        "resize": "max_output_tokens" in changeable and not any(kwargs.get(name) for name in _LIMIT_NAMES),
-        "changeable": changeable,
+        "resize": "max_output_tokens" in can_change and not any(kwargs.get(name) for name in LIMIT_NAMES),
+        "changeable": can_change,
     }
     return request | read_media(kind, request, kwargs.get("file"))
 
 
-def _changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+def changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     """What `write` can change in these arguments, in the words of `Bursar.call`."""
     if kind not in LIMITS:
         return ()  # vectors of another model could not be compared with those that are there
@@ -122,7 +122,7 @@ def _changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any])
     is_name = str(kwargs.get("model")).endswith(model) and provider not in _DEPLOYMENTS
     fixed = {
         "model": not is_name or _base_model(kwargs) is not None or "model" in over,
-        "max_output_tokens": bool(thinks) or any(name in over for name in _LIMIT_NAMES),
+        "max_output_tokens": bool(thinks) or any(name in over for name in LIMIT_NAMES),
     }
     return tuple(name for name, is_fixed in fixed.items() if not is_fixed)
 
@@ -133,7 +133,7 @@ def write(kind: str, kwargs: dict[str, Any], asked: str, granted: Reservation) -
     if granted.model != asked:
         changed["model"] = str(kwargs["model"]).removesuffix(asked) + granted.model
     if granted.capped:
-        names = [name for name in _LIMIT_NAMES if kwargs.get(name)] or [LIMITS[kind]]
+        names = [name for name in LIMIT_NAMES if kwargs.get(name)] or [LIMITS[kind]]
         changed.update(dict.fromkeys(names, granted.max_output_tokens))
     return changed
 
@@ -162,7 +162,7 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, {**optional, **settings}),
-        "resize": is_limited and not any(body.get(name) for name in _LIMIT_NAMES),
+        "resize": is_limited and not any(body.get(name) for name in LIMIT_NAMES),
         "changeable": ("max_output_tokens",) if is_limited else (),  # LiteLLM has written the body for this very model
     }
     return request | read_media(kind, request, sound)
@@ -184,7 +184,7 @@ def limit_output(kind: str, details: Mapping[str, Any], tokens: int) -> None:
     body = wire_body(details)
     name = _limit_name(kind, str(details.get("custom_llm_provider") or ""), body)
     assert name is not None, "a smaller maximum was granted where none can be set"
-    names = [one for one in _LIMIT_NAMES if body.get(one)] or [name]
+    names = [one for one in LIMIT_NAMES if body.get(one)] or [name]
     body.update(dict.fromkeys(names, tokens))
 
 

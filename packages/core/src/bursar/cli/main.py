@@ -17,6 +17,7 @@ _OWN = {
         for name in (
             "audit",
             "drain",
+            "erase",
             "policy",
             "price",
             "prices",

@@ -35,6 +35,7 @@ from bursar.migrations import HEAD, REVISIONS
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores import sqlite_schema as schema
+from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import Pruned, batch, prunable
 
@@ -312,6 +313,14 @@ class SqliteStore:
             if pruned is None:
                 return total
             total = total.plus(pruned)
+
+    def erase(self, erasure: Erasure, sign: Sign) -> Erased:
+        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
+            connection.execute("PRAGMA secure_delete=ON")
+            connection.execute("BEGIN IMMEDIATE")
+            erased = erase(connection.cursor(), "?", "instr({}, ?) > 0", erasure, sign)
+            connection.execute("COMMIT")
+        return erased
 
     def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> list[Any]:
         """One transaction on a connection of its own; what the statement returns."""

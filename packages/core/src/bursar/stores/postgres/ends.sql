@@ -1,5 +1,16 @@
 -- How reservations end: bursar.law's `_settle`, `_release`, `_extend` and `_expire`.
 
+-- Why an account is missing that a reservation or a record names: its key may have been changed while this waited for it.
+CREATE FUNCTION bursar_missing(id_ text, key_ text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM reservations, json_array_elements(held::json) AS one WHERE id = id_ AND one ->> 0 = key_)
+        OR EXISTS (SELECT FROM records, json_object_keys(amounts::json) AS one WHERE id = id_ AND one = key_)
+    THEN
+        RAISE EXCEPTION 'I2 broken: % is missing', key_ USING ERRCODE = 'BU002';
+    END IF;
+    RAISE EXCEPTION 'the accounts of % were renamed', id_ USING ERRCODE = '40001';
+END $$;
+
 -- Replace an open reservation by its record, and move every account of it. `entry` tells what the command says.
 CREATE FUNCTION bursar_end(reservation reservations, entry records, actuals bigint[], given_us bigint, seen_us bigint)
 RETURNS text LANGUAGE plpgsql AS $$
@@ -17,7 +28,7 @@ BEGIN
     now_us := bursar_now(given_us, seen_us);
     FOR number IN 1 .. cardinality(keys) LOOP
         IF known[number].key IS DISTINCT FROM keys[number] THEN
-            RAISE EXCEPTION 'I2 broken: % is missing', keys[number] USING ERRCODE = 'BU002';
+            PERFORM bursar_missing(reservation.id, keys[number]);
         ELSIF known[number].reserved < held[number] THEN
             RAISE EXCEPTION 'I2 broken: % holds less than its reservations', keys[number] USING ERRCODE = 'BU002';
         END IF;
@@ -98,7 +109,8 @@ BEGIN
     PERFORM bursar_locked(keys);
     known := bursar_accounts(keys);
     IF coalesce(cardinality(known), 0) < cardinality(keys) THEN
-        RAISE EXCEPTION 'I2 broken at %', expired.id USING ERRCODE = 'BU002';
+        PERFORM bursar_missing(expired.id, key) FROM unnest(keys) AS key
+        WHERE key <> ALL (SELECT one.key FROM unnest(known) AS one);
     END IF;
     now_us := bursar_now(given_us, seen_us);
     moved := bursar_move(entry.id, expired.draft, known, array_fill(0::bigint, ARRAY[cardinality(keys)]), amounts,

@@ -142,21 +142,24 @@ def _malformed() -> InvalidInput:
 def prepare(url: str, schema: str, timeout_s: float) -> None:
     """Bring the schema's tables and functions up to date. Raises StoreError (newer)."""
     with connect(url, schema, timeout_s=timeout_s) as connection:
-        found = connection.execute("SELECT to_regclass('alembic_version')").fetchone()
-        revision = None
-        if found is not None and found[0] is not None:
-            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-            revision = row[0] if row else None
+        revision, is_lawful = _standing(connection)
         if revision is not None and revision not in REVISIONS:
             raise StoreError(
                 f"The schema {schema} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
                 fault="newer",
             )
-        ready = connection.execute("SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)).fetchone()
-        if revision == HEAD and ready == (True,):
+        if revision == HEAD and is_lawful:
             make_ahead(connection, server_time_us(connection))
             return
     _upgrade(url, schema, revision)
+
+
+def _standing(connection: psycopg.Connection[Any]) -> tuple[str | None, bool]:
+    """The schema's revision, and whether this version's functions are there."""
+    revision = None
+    if _value(connection, "SELECT to_regclass('alembic_version')", ()) is not None:
+        revision = _value(connection, "SELECT version_num FROM alembic_version", ())
+    return revision, bool(_value(connection, "SELECT to_regproc(%s) IS NOT NULL", (LAW + "apply",)))
 
 
 def server_time_us(connection: psycopg.Connection[Any]) -> int:
@@ -179,6 +182,8 @@ def _upgrade(url: str, schema: str, revision: str | None) -> None:
     try:
         with engine.begin() as bound:
             bound.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
+            if _standing(connection) == (HEAD, True):
+                return  # of processes that open at once, the others are not held up by work that is done
             if not _value(connection, "SELECT to_regnamespace(%s) IS NOT NULL", (schema,)):
                 connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
             migrate(bound)

@@ -34,6 +34,7 @@ from bursar.commands import (
 from bursar.errors import StoreError
 from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
+from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
 from bursar.stores.postgres.partitions import make_ahead, prune
@@ -57,6 +58,7 @@ from bursar.stores.server_clock import ServerClock
 SWEEP_BATCH = 500
 MAX_STATEMENT = 64  # commands of one statement: each holds a lock of the server's table of locks
 MAX_DRAWS = 8
+MAX_ERASURES = 50
 DAY_US = 86_400_000_000
 _DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
 _COPY = f"COPY records({rows.RECORD}) FROM STDIN"
@@ -305,6 +307,19 @@ class PostgresStore:
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
         with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
             return prune(connection, before_us, self.now_us(), facts)
+
+    def erase(self, erasure: Erasure, sign: Sign) -> Erased:
+        with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:
+            for last in (*[False] * MAX_ERASURES, True):
+                try:
+                    with connection.transaction(), connection.cursor() as cursor:
+                        # shorter than the time after which the server looks for deadlocks: calls never have to give way
+                        cursor.execute("SET LOCAL lock_timeout = '300ms'")
+                        return erase(cursor, "%s", "strpos({}, %s) > 0", erasure, sign, lock=" FOR UPDATE")
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                    if last:
+                        raise
+        raise AssertionError("unreachable")
 
     def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """One statement beside the commands; what it returns. Made again on a new connection where the old one was lost."""
