@@ -86,7 +86,7 @@ def peers(rows: Rows) -> Any:
     axes.set_yticks(range(len(rows)), [row["peer"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("calls that were billed; the cap is ten")
-    axes.legend()
+    axes.legend(loc="lower right")
     return figure
 
 
