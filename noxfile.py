@@ -124,12 +124,12 @@ def wheels(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core's own tests, without the slow ones and those of clients, frameworks and servers, on each Python of this machine."""
     _install(session)
-    others = ("langchain", "wrap", "run", "examples", "docs", "scenarios", "provider", "own_adapter")
-    others += ("postgres", "redis", "crowds", "chaos", "backups")  # they tell of servers and processes, not of a Python
+    frameworks = ("langchain", "wrap", "run", "examples", "docs", "scenarios", "provider", "own_adapter")
+    servers = ("postgres", "redis", "crowds", "chaos", "backups")  # they tell nothing of a Python
     _pytest(
         session,
         *("-m", "not slow and not nightly"),
-        *(f"--ignore-glob=*/test_{name}*" for name in others),
+        *(f"--ignore-glob=*/test_{name}*" for name in (*frameworks, *servers)),
         *(f"--ignore=tests/{name}" for name in APART),
     )
 
