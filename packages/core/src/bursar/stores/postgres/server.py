@@ -208,8 +208,11 @@ def is_lost(error: psycopg.Error) -> bool:
 
 
 def is_passing(error: psycopg.Error) -> bool:
-    """Whether the same command, made again at once, may well succeed."""
-    return (error.sqlstate or "")[:2] == "40"
+    """Whether the same command, made again at once, may well succeed.
+
+    A function that a migration makes again while a command is in the midst of it "cannot be looked up": all of it is undone.
+    """
+    return (error.sqlstate or "")[:2] == "40" or (error.sqlstate == "XX000" and "cache lookup failed" in str(error))
 
 
 def concerns_one(error: psycopg.Error) -> bool:
