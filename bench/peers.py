@@ -7,6 +7,7 @@ is none. `client` is OpenAI's; a call that is refused raises.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -107,7 +108,6 @@ def veronica(client: Any, cap: float) -> Iterator[Call]:
 
 
 def _litellm(client: Any) -> Any:
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     import litellm  # type: ignore[import-not-found]
 
     return litellm, {**SAID, "client": client}
@@ -116,6 +116,7 @@ def _litellm(client: Any) -> Any:
 def _manager(cap: float) -> Any:
     from litellm import BudgetManager
 
+    os.chdir(tempfile.mkdtemp(dir="."))  # its file, which a thread still writes, is read half written by the next one
     manager = BudgetManager(project_name="bench")
     manager.create_budget(total_budget=cap, user=USER)
     return manager
