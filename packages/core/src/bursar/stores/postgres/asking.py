@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -24,6 +25,8 @@ class Asking:
         self._patience_s: float = getattr(connection, "patience_s", 0.0)  # as the connection's own waiting has it
         self._names: dict[str, bytes] = {}
         self._made = 0
+        self._has_said = _watch(self._server.socket, writing=False)
+        self._takes_more = _watch(self._server.socket, writing=True)
 
     def value(self, statement: str, *values: str | int | None) -> bytes | None:
         """The first value of the first row. `statement` has its parameters as $1, $2. Raises psycopg.Error."""
@@ -50,10 +53,10 @@ class Asking:
     def _answer(self) -> PGresult:
         server, until = self._server, time.monotonic() + self._patience_s
         while server.flush():  # more than the socket takes at once
-            self._wait(until, writing=True)
+            self._wait(until, self._takes_more)
             server.consume_input()
         while server.is_busy():
-            self._wait(until)
+            self._wait(until, self._has_said)
             server.consume_input()
         result = server.get_result()
         while server.get_result() is not None:  # a connection that is lost says so twice
@@ -72,16 +75,17 @@ class Asking:
         self._names[statement] = name
         return name
 
-    def _wait(self, until: float, *, writing: bool = False) -> None:
-        """Until the server has said something, or takes more. Raises OperationalError when patience is at an end."""
-        socket = self._server.socket
-        left_s = max(0.0, until - time.monotonic()) if self._patience_s else None
-        if hasattr(select, "poll"):
-            poll = select.poll()
-            poll.register(socket, select.POLLIN | (select.POLLOUT if writing else 0))
-            ready = bool(poll.poll(None if left_s is None else left_s * 1_000))
-        else:
-            ready = any(select.select([socket], [socket] if writing else [], [], left_s))
-        if not ready:
+    def _wait(self, until: float, ready: Callable[[float | None], bool]) -> None:
+        """Until the socket is ready. Raises OperationalError when patience is at an end."""
+        if not ready(max(0.0, until - time.monotonic()) if self._patience_s else None):
             self._connection.close()
             raise psycopg.OperationalError(f"no answer for {self._patience_s:g} s")
+
+
+def _watch(socket: int, *, writing: bool) -> Callable[[float | None], bool]:
+    """Waits so many seconds, or for ever, until the socket has something to read, or takes more if it is for writing."""
+    if not hasattr(select, "poll"):
+        return lambda wait_s: any(select.select([socket], [socket] if writing else [], [], wait_s))
+    poll = select.poll()
+    poll.register(socket, select.POLLIN | (select.POLLOUT if writing else 0))
+    return lambda wait_s: bool(poll.poll(None if wait_s is None else wait_s * 1_000))

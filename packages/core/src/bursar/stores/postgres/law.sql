@@ -62,12 +62,25 @@ END $$;
 -- One command.
 CREATE FUNCTION bursar_decide(c jsonb, careful boolean, given_us bigint, seen_us bigint) RETURNS text
 LANGUAGE plpgsql AS $$
+DECLARE
+    f jsonb := c -> 'fast';
+    told text;
 BEGIN
     CASE c ->> 'c'
         WHEN 'reserve' THEN
-            RETURN coalesce(bursar_reserve_fast(c, given_us, seen_us), bursar_reserve(c, careful, given_us, seen_us));
+            IF f IS NOT NULL THEN
+                told := bursar_reserve_fast(f ->> 0, f ->> 1, (f ->> 2)::bigint, f ->> 3, f ->> 4, (f ->> 5)::bigint,
+                    (f ->> 6)::text[], (f ->> 7)::text[], (f ->> 8)::bigint[], (f ->> 9)::bigint[], (f ->> 10)::boolean[],
+                    (f ->> 11)::text[], (f ->> 12)::bigint[], given_us, seen_us);
+            END IF;
+            RETURN coalesce(to_json(told)::text, bursar_reserve(c, careful, given_us, seen_us));
         WHEN 'settle' THEN
-            RETURN coalesce(bursar_settle_fast(c, given_us, seen_us), bursar_settle(c, given_us, seen_us));
+            IF f IS NOT NULL THEN
+                told := bursar_settle_fast(f ->> 0, f ->> 1, (f ->> 2)::text[], (f ->> 3)::bigint[], (f ->> 4)::boolean[],
+                    (f ->> 5)::text[], (f ->> 6)::bigint[], (f ->> 7)::bigint[], f ->> 8, (f ->> 9)::text[], f ->> 10,
+                    (f ->> 11)::boolean, f ->> 12, (f ->> 13)::bigint, f ->> 14, f ->> 15, f ->> 16, given_us, seen_us);
+            END IF;
+            RETURN coalesce(to_json(told)::text, bursar_settle(c, given_us, seen_us));
         WHEN 'release' THEN RETURN bursar_release(c, given_us, seen_us);
         WHEN 'extend' THEN RETURN bursar_extend(c, given_us, seen_us);
         WHEN 'expire' THEN RETURN bursar_expire(c, given_us, seen_us);
@@ -93,8 +106,11 @@ BEGIN
     ) AS ordered;
     SELECT array_agg(key) INTO keys FROM (
         SELECT line ->> 'key' AS key FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
-        UNION SELECT one ->> 0 FROM reservations, json_array_elements(held::json) AS one WHERE id = ANY (ids)
-        UNION SELECT named FROM records, json_object_keys(amounts::json) AS named WHERE id = ANY (ids) AND kind = 'expiry'
+        UNION SELECT one ->> 0 FROM unnest(ids) AS wanted(id),
+            LATERAL (SELECT held FROM reservations WHERE id = wanted.id LIMIT 1) AS open, json_array_elements(held::json) AS one
+        UNION SELECT named FROM unnest(ids) AS wanted(id),
+            LATERAL (SELECT amounts FROM records WHERE id = wanted.id AND kind = 'expiry' LIMIT 1) AS expired,
+            json_object_keys(amounts::json) AS named
     ) AS touched;
     PERFORM bursar_locked(keys);
 END $$;

@@ -21,20 +21,22 @@ CREATE FUNCTION bursar_count(made text[]) RETURNS void LANGUAGE sql AS $$
     ON CONFLICT (budget) DO UPDATE SET accounts = account_counts.accounts + excluded.accounts
 $$;
 
--- The accounts of these keys, locked in the order of keys.
+-- The accounts of these keys, locked in the order of keys. One by one, here and elsewhere, since a plan that was made while there
+-- were few rows would read all of them when there are many.
 CREATE FUNCTION bursar_locked(keys text[]) RETURNS accounts[] LANGUAGE plpgsql AS $$
 DECLARE
     known accounts[];
 BEGIN
     SELECT array_agg(each.account) INTO known
-    FROM (SELECT account FROM accounts AS account WHERE key = ANY (keys) ORDER BY key FOR NO KEY UPDATE) AS each;
+    FROM (SELECT key COLLATE "C" AS key FROM unnest(keys) AS key GROUP BY 1 ORDER BY 1) AS wanted,
+        LATERAL (SELECT account FROM accounts AS account WHERE key = wanted.key FOR NO KEY UPDATE) AS each;
     RETURN known;
 END $$;
 
 -- The accounts of these keys, in their order.
 CREATE FUNCTION bursar_accounts(keys text[]) RETURNS accounts[] LANGUAGE sql AS $$
-    SELECT array_agg(account ORDER BY number)
-    FROM unnest(keys) WITH ORDINALITY AS wanted(key, number) JOIN accounts AS account USING (key)
+    SELECT array_agg(each.account ORDER BY number) FROM unnest(keys) WITH ORDINALITY AS wanted(key, number),
+        LATERAL (SELECT account FROM accounts AS account WHERE key = wanted.key LIMIT 1) AS each
 $$;
 
 CREATE FUNCTION bursar_rejected(why text, detail text) RETURNS text LANGUAGE sql IMMUTABLE AS $$

@@ -28,7 +28,6 @@ from bursar.commands import (
     Rejected,
     Release,
     Reservation,
-    Reserve,
     Settle,
 )
 from bursar.errors import StoreError
@@ -38,6 +37,7 @@ from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
 from bursar.stores.postgres.asking import Asking
+from bursar.stores.postgres.fast import STATEMENTS, Fast
 from bursar.stores.postgres.partitions import make_ahead, prune
 from bursar.stores.postgres.server import (
     LAW,
@@ -63,10 +63,6 @@ MAX_ERASURES = 50
 DAY_US = 86_400_000_000
 _DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
 _COPY = f"COPY records({rows.RECORD}) FROM STDIN"
-_FAST = {
-    one: f"SELECT {LAW}{name}_fast($1::jsonb, $2::bigint, $3::bigint)"
-    for one, name in ((Reserve, "reserve"), (Settle, "settle"))
-}
 _APPLY = f"SELECT {LAW}apply($1::jsonb, $2::boolean, $3::bigint, $4::bigint)"
 
 
@@ -87,7 +83,7 @@ class PostgresStore:
         self._asking: Asking  # over that connection
         self._reader: psycopg.Connection[Any] | None = None
         self._closed = False
-        self._wire = Wire()
+        self._wire, self._fast = Wire(), Fast()
         with _faults():
             prepare(self._url, self._schema, timeout_s)
         try:
@@ -123,6 +119,8 @@ class PostgresStore:
 
     def _apply(self, commands: Sequence[Command], first_time: bool) -> list[Answer | BaseException]:
         """A statement may be made again: the law gives a command that comes twice the same answer (I6)."""
+        if len(commands) == 1:
+            return self._apply_some(commands, first_time)
         answers: list[Answer | BaseException] = []
         for draws, some in groupby(commands, lambda command: type(command) is Draw):
             together = list(some)
@@ -153,25 +151,37 @@ class PostgresStore:
         if type(commands[0]) is Draw:
             return [self._draw(commands[0])]
         careful = len(commands) > 1 or not self._wire.knows(commands[0])
-        texts = [self._wire.text(command, first_time=first_time) for command in commands]
-        fast = None if careful else self._call_fast(type(commands[0]), texts[0])
-        told = [fast] if fast is not None else self._call(texts, careful=careful)
-        if told[0]["t"] == "careful":
-            told = self._call(texts, careful=True)
-        answers: list[Answer | BaseException] = []
-        for command, one in zip(commands, told, strict=True):
-            if one["t"] == "late":
-                assert type(command) is Settle or type(command) is Release
-                (one,) = self._call([self._wire.text(command, late(command, one))], careful=False)
-            answers.append(answer_of(command, one))
-        return answers
+        ways = [self._fast.values(command, first_time=first_time) for command in commands]
+        if not careful and ways[0] is not None:
+            told = self._ask(STATEMENTS[type(commands[0])], *ways[0])
+            if told is not None:
+                return [self._answer(commands[0], told.decode())]
+        texts = [self._wire.text(command, fast=fast) for command, fast in zip(commands, ways, strict=True)]
+        answers = self._call(texts, careful=careful)
+        if answers[0] == {"t": "careful"}:
+            answers = self._call(texts, careful=True)
+        return [self._answer(command, one) for command, one in zip(commands, answers, strict=True)]
+
+    def _answer(self, command: Command, told: Mapping[str, Any] | str) -> Answer:
+        """What the server says to a command: a text where it went the fast way."""
+        if isinstance(told, str):
+            answer, now_us = self._fast.answer(command, told)
+            self._learn(now_us)
+            return answer
+        self._fast.forget(command)
+        if told["t"] == "late":
+            assert type(command) is Settle or type(command) is Release
+            (told,) = self._call([self._wire.text(command, late=late(command, told))], careful=False)
+            assert not isinstance(told, str)
+        return answer_of(command, told)
 
     def _draw(self, command: Draw) -> Answer:
         """In one transaction: the sums by a call of the law, the entries by COPY, which takes a fifth of an insert's time."""
         new = command
         for _ in range(MAX_DRAWS):
             try:
-                with self._speaking() as (connection, times), connection.transaction():
+                times, connection = self._times(), self._speak()
+                with connection.transaction():
                     row = connection.execute(_DRAW, (self._wire.draw(new), *times), prepare=True).fetchone()
                     assert row is not None
                     if new.entries:
@@ -185,53 +195,54 @@ class PostgresStore:
                 if conflict is not None:
                     return Rejected("conflict", conflict)
                 new = command._replace(entries=tuple(one for one in command.entries if one.id not in known))
+            except BaseException as error:
+                self._end_speech(error)
+                raise
         raise StoreError(
             "Others write the same records all the time. Recover a journal by one process.", fault="locked"
         )
 
-    def _call_fast(self, kind: type, text: str) -> dict[str, Any] | None:
-        """The common way of a command, as one statement of its own; None where it has to be decided by the whole law."""
-        if kind not in _FAST:
-            return None
-        with self._speaking() as (_, times):
-            answer = self._asking.value(_FAST[kind], text, *times)
-        if answer is None:
-            return None
-        told: dict[str, Any] = from_json(answer)
-        if self._server is not None:
-            self._server.learn(told["now_us"])
-        return told
-
-    def _call(self, texts: list[str], *, careful: bool) -> list[dict[str, Any]]:
-        """One statement on the connection for commands."""
-        with self._speaking() as (_, times):
-            answer = self._asking.value(_APPLY, f"[{','.join(texts)}]", careful, *times)
-        assert answer is not None
-        told = from_json(answer)
-        if self._server is not None:
-            self._server.learn(told["now_us"])
-        answers: list[dict[str, Any]] = told["answers"]
+    def _call(self, texts: list[str], *, careful: bool) -> list[dict[str, Any] | str]:
+        """One statement by the whole law."""
+        told = self._ask(_APPLY, f"[{','.join(texts)}]", careful)
+        assert told is not None
+        answer = from_json(told)
+        self._learn(answer["now_us"])
+        answers: list[dict[str, Any] | str] = answer["answers"]
         return answers
 
-    @contextlib.contextmanager
-    def _speaking(self) -> Iterator[tuple[psycopg.Connection[Any], tuple[int | None, int | None]]]:
-        """The connection for commands, and what a command is told of the time; one that is interrupted is not used again."""
-        times: tuple[int | None, int | None]
-        if self._server is None:
-            times = self.now_us(), None
-        else:
-            self._server.check()
-            times = None, self._server.seen_us
+    def _ask(self, statement: str, *values: str | int | None) -> bytes | None:
         try:
-            if self._connection is None:
-                self._connection = self._connect(lawful=True)
-                self._asking = Asking(self._connection)
-            yield self._connection, times
+            times = self._times()
+            self._speak()
+            return self._asking.value(statement, *values, *times)
         except BaseException as error:
-            if self._connection is not None and not _still_good(error):
-                self._connection.close()
-                self._connection = None
+            self._end_speech(error)
             raise
+
+    def _times(self) -> tuple[int | None, int | None]:
+        """What a command is told of the time: the one that is given, or what has been seen of the server's."""
+        if self._server is None:
+            return self.now_us(), None
+        self._server.check()
+        return None, self._server.seen_us
+
+    def _learn(self, now_us: int) -> None:
+        if self._server is not None:
+            self._server.learn(now_us)
+
+    def _speak(self) -> psycopg.Connection[Any]:
+        """The connection for commands."""
+        if self._connection is None:
+            self._connection = self._connect(lawful=True)
+            self._asking = Asking(self._connection)
+        return self._connection
+
+    def _end_speech(self, error: BaseException) -> None:
+        """A connection that was interrupted is not used again."""
+        if self._connection is not None and not _still_good(error):
+            self._connection.close()
+            self._connection = None
 
     def sweep(self) -> int:
         if self.now_us() >= self._months_due_us:

@@ -35,8 +35,7 @@ from bursar.commands import (
 from bursar.law import difference
 from bursar.signing import verifies
 from bursar.stores import sqlite_rows as rows
-
-MAX_KNOWN = 50_000  # rules whose JSON is remembered
+from bursar.stores.postgres.fast import MAX_KNOWN, Values
 
 _ACCOUNT = itemgetter(
     "key", "budget", "scope", "unit", "kind", "limit", "start_us", "end_us", "period_us", "enforce", "spent", "reserved",
@@ -53,7 +52,7 @@ class Wire:
     """Writes commands. A line travels as the row that its account would be if it were new, its amount as `reserved`."""
 
     def __init__(self) -> None:
-        self._lines: dict[Rule, tuple[tuple[str, str], str]] = {}
+        self._lines: dict[Rule, str] = {}
 
     def knows(self, command: Command) -> bool:
         """Whether every account of the command has been met before, so that the server need not make one."""
@@ -61,21 +60,16 @@ class Wire:
             return True
         return all(rule in self._lines for rule, _ in command.lines)
 
-    def text(self, command: Command, late: Mapping[str, Any] | None = None, *, first_time: bool = False) -> str:
-        """The command as JSON; `late`: what the server asked for, see `late`.
-
-        `first_time`: an id without a digest, which nobody else can use, is not looked for among the records.
-        """
+    def text(self, command: Command, *, late: Mapping[str, Any] | None = None, fast: Values | None = None) -> str:
+        """The command as JSON; `late`: what the server asked for, see `late`; `fast`: the values of its fast way."""
         fields = _FIELDS[type(command)](command)
         if late is not None:
             fields["late"] = late
-        if type(command) is not Reserve and type(command) is not Charge:
-            return rows.dumps(fields)
-        fields["new"] = first_time and not command.digest
-        known = [(self._line(rule), amount) for rule, amount in command.lines]
-        fields["lines"] = f"[{','.join([f'{line}{amount}}}' for (_, line), amount in known])}]"
-        fast = ",".join([f"[{short[0]}{amount}{short[1]}" for (short, _), amount in known])
-        return f'{rows.dumps(fields)[:-1]},"fast":[{fast}]}}'
+        if fast is not None:
+            fields["fast"] = fast
+        if type(command) is Reserve or type(command) is Charge:
+            fields["lines"] = f"[{','.join([f'{self._line(rule)}{amount}}}' for rule, amount in command.lines])}]"
+        return rows.dumps(fields)
 
     def draw(self, command: Draw) -> str:
         """As `text`, of a draw whose entries are all new: their sums. Its entries travel beside it, see `copied`."""
@@ -88,14 +82,14 @@ class Wire:
             "overruns": command.overruns,
             "version": command.version,
             "max": command.max_accounts,
-            "lines": f"[{','.join([f'{self._line(rule)[1]}{amount}}}' for rule, amount in sums.items()])}]",
+            "lines": f"[{','.join([f'{self._line(rule)}{amount}}}' for rule, amount in sums.items()])}]",
         }
         return rows.dumps(fields)
 
-    def _line(self, rule: Rule) -> tuple[tuple[str, str], str]:
-        """The texts around a line's amount: of a short line, which tells what may have changed, and of a whole one."""
-        texts = self._lines.get(rule)
-        if texts is None:
+    def _line(self, rule: Rule) -> str:
+        """The text before a line's amount."""
+        text = self._lines.get(rule)
+        if text is None:
             if len(self._lines) >= MAX_KNOWN:
                 self._lines.clear()
             new = dict(zip(Rule._fields, rule, strict=True)) | {
@@ -103,11 +97,8 @@ class Wire:
                 "spent": 0, "overrun": 0, "refused": 0, "refused_minute": 0, "refused_in_minute": 0,
                 "level": 0, "remainder": 0, "at_us": 0, "buckets": "", "crossed": 0,
             }  # fmt: skip
-            end_us = "NULL" if rule.end_us is None else rule.end_us
-            numbers = f"{{{rule.limit},{end_us},{rule.enforce:d}}}"
-            short = f"{rows.dumps(rule.key)},", f",{rows.dumps((rule.kind, numbers, new['marks']))[1:]}"
-            texts = self._lines[rule] = short, f'{rows.dumps(new)[:-1]},"reserved":'
-        return texts
+            text = self._lines[rule] = f'{rows.dumps(new)[:-1]},"reserved":'
+        return text
 
 
 def _reserve(command: Reserve) -> dict[str, Any]:
@@ -235,42 +226,6 @@ def _granted(command: Reserve, told: Mapping[str, Any]) -> Granted:
     return Granted(reservation, _accounts(told), shadowed)
 
 
-def _granted_fast(command: Reserve, told: Mapping[str, Any]) -> Granted:
-    """The accounts' rules are those of the command."""
-    state = told["accounts"]
-    accounts = []
-    for rule, _ in command.lines:
-        stands = state[rule.key]
-        text = stands[10] if len(stands) > 10 else ""  # buckets, of what is no plain window
-        buckets = tuple([(index, amount) for index, amount in from_json(text)]) if text else ()
-        accounts.append(Account._make((rule, *stands[:9], buckets, stands[9])))
-    held = tuple([(rule.key, rule.unit, amount) for rule, amount in command.lines])
-    now_us = told["now_us"]
-    fields = (command.id, held, now_us, now_us + command.ttl_us, command.on_expiry, command.digest, command.draft)
-    return Granted(Reservation(*fields), tuple(accounts))
-
-
-def _settled_fast(command: Settle, told: Mapping[str, Any]) -> Ended:
-    amounts = told["amounts"]
-    entry = Entry(
-        command.id,
-        "settlement",
-        None,
-        command.outcome,
-        command.estimated,
-        command.reason,
-        command.cost_nanos,
-        command.usage,
-        amounts,
-        told["reserved_us"],
-        told["now_us"],
-        told["digest"],
-        told["draft"],
-        command.facts,
-    )
-    return Ended(entry, tuple([rows.account(row) for row in told["accounts"]]))
-
-
 def _granted_again(command: Reserve, told: Mapping[str, Any]) -> Granted:
     if "entry" in told:
         ended = rows.entry(_ENTRY(told["entry"]))
@@ -294,8 +249,6 @@ def _ended(_command: Command, told: Mapping[str, Any]) -> Ended:
 _ANSWERS: dict[str, Any] = {
     "granted": _granted,
     "granted again": _granted_again,
-    "granted fast": _granted_fast,
-    "settled fast": _settled_fast,
     "refused": _refused,
     "ended": _ended,
     "drawn": lambda command, told: Drawn(len(command.entries), told["left"], _accounts(told), _alerts(told)),
