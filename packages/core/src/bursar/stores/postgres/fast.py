@@ -12,7 +12,7 @@ from bursar.commands import Command, Ended, Entry, Granted, Release, Reservation
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.postgres.server import LAW
 
-MAX_KNOWN = 50_000  # rules whose texts are remembered
+MAX_KNOWN = 4_096  # rules whose texts are remembered
 MAX_OPEN = 4_096  # reservations that are remembered
 _RECORD, _UNIT = "\x1e", "\x1f"  # separate the parts of an answer, and those of an account in it
 Values = tuple[str | int | None, ...]

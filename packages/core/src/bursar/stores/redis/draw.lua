@@ -49,7 +49,8 @@ end
 -- draft, held. The amounts of `held` are the sums of the entries; where some are on the books already, the answer tells which.
 local function draw(c)
   local known, left, row, lines = {}, nil, row_of(c[2]), {}
-  for _, entry in ipairs(c[6]) do
+  local overruns, entries = cjson.decode(c[5]), cjson.decode(c[6])
+  for _, entry in ipairs(entries) do
     local there = redis.call('HGETALL', P .. 'i:' .. entry[1])
     if #there > 0 then known[#known + 1] = {entry[1], there} end
   end
@@ -60,7 +61,7 @@ local function draw(c)
   end
   local accounts, texts, alerts, made = {}, {}, {}, {}
   for at, line in ipairs(lines_of(c[7])) do
-    if #c[6] == 0 then
+    if #entries == 0 then
       local a = account(line.key)
       if a then texts[#texts + 1] = ready(a) end
     else
@@ -69,18 +70,18 @@ local function draw(c)
       local held = left and left[line.key]
       local paid = held and (less(held, line.amount) and held or line.amount) or 0
       local over = most(0, sub(sub(line.amount, paid), most(0, available(a))))
-      if c[5][line.key] then over = most(over, num(c[5][line.key])) end
-      local last = c[6][#c[6]]
+      if overruns[line.key] then over = most(over, num(overruns[line.key])) end
+      local last = entries[#entries]
       move(a, paid, line.amount, now, over, last[1], last[6], alerts)
       if held then left[line.key] = sub(held, paid) end
       accounts[at], texts[at] = a, ready(a)
     end
   end
-  if #c[6] > 0 then
+  if #entries > 0 then
     redis.call('ZREM', P .. 'due', '') -- as in charge
     for _, a in ipairs(accounts) do put(a) end
     make(accounts)
-    for _, entry in ipairs(c[6]) do
+    for _, entry in ipairs(entries) do
       record(entry[1], entry[2], entry[3], 'held', entry[7], 'reserved_us', entry[4], 'digest', entry[5], 'draft', entry[6])
     end
     for _, alert in ipairs(alerts) do put_out(alert) end

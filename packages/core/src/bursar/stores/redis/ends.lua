@@ -27,11 +27,11 @@ end
 
 -- Settle or release what has expired: a further entry of the amounts that the caller has worked out from the expiry.
 local function correct(c, kind, row)
-  local id, accounts, texts, amounts, alerts = c[2] .. '~', {}, {}, {}, {}
+  local id, accounts, texts, amounts, alerts, booked = c[2] .. '~', {}, {}, {}, {}, cjson.decode(c[5])
   for at, line in ipairs(lines_of(row.held)) do
     local a = account(line.key)
     if not a then error('I2 broken at ' .. line.key, 0) end
-    amounts[at] = num(c[5][at])
+    amounts[at] = num(booked[at])
     move(a, 0, amounts[at], tonumber(row.reserved_us), most(0, amounts[at]), id, row.draft, alerts)
     accounts[at], texts[at] = a, ready(a)
   end
@@ -50,17 +50,18 @@ local function row_of(id)
   return row
 end
 
--- c: "settle", id, head, facts, amounts, operator, actuals (by unit). `amounts`: of a correction, else null.
+-- c: "settle", id, head, facts, amounts, operator, actuals (by unit). `amounts`: of a correction, else empty.
 local function settle(c)
   local row = row_of(c[2])
   if not row then return rejected('unknown', c[2]) end
   if row.kind then
-    local corrects = c[5] ~= cjson.null and row.kind == 'expiry' and redis.call('EXISTS', P .. 'i:' .. c[2] .. '~') == 0
+    local corrects = c[5] ~= '' and row.kind == 'expiry' and redis.call('EXISTS', P .. 'i:' .. c[2] .. '~') == 0
     return corrects and correct(c, 'correction', row) or found(c[2])
   end
+  local actuals = cjson.decode(c[7])
   return finish(c, 'settlement', row, function(line)
     if line.unit == 'slots' then return 0 end
-    local actual = c[7][line.unit]
+    local actual = actuals[line.unit]
     return actual and num(actual) or line.amount
   end)
 end
@@ -70,12 +71,13 @@ local function release(c)
   local row = row_of(c[2])
   if not row then return rejected('unknown', c[2]) end
   if row.kind then
-    local corrects = c[5] ~= cjson.null and row.kind == 'expiry' and redis.call('EXISTS', P .. 'i:' .. c[2] .. '~') == 0
+    local corrects = c[5] ~= '' and row.kind == 'expiry' and redis.call('EXISTS', P .. 'i:' .. c[2] .. '~') == 0
       and (redis.call('HGET', P .. 'policy', 'operator') or '') == c[6]
     return corrects and correct(c, 'reversal', row) or found(c[2])
   end
+  local actuals = cjson.decode(c[7])
   return finish(c, 'release', row, function(line)
-    local actual = c[7][line.unit]
+    local actual = actuals[line.unit]
     return actual and num(actual) or 0
   end)
 end
@@ -86,8 +88,9 @@ local function expire(c)
   if not row then return rejected('unknown', c[2]) end
   if row.kind then return found(c[2]) end
   if now < tonumber(row.expires_us) then return rejected('live', c[2]) end
-  if c[5] == cjson.null then return found(c[2]) end
-  return finish(c, 'expiry', row, function(_, at) return num(c[5][at]) end)
+  if c[5] == '' then return found(c[2]) end
+  local booked = cjson.decode(c[5])
+  return finish(c, 'expiry', row, function(_, at) return num(booked[at]) end)
 end
 
 -- c: "extend", id, ttl_us.

@@ -36,7 +36,7 @@ from bursar.errors import InvalidInput
 from bursar.law import OPERATOR_KEY
 from bursar.stores.sqlite_rows import dumps
 
-MAX_KNOWN = 50_000  # rules whose text is remembered
+MAX_KNOWN = 4_096  # rules whose text is remembered
 
 Fields = Mapping[str, str]
 
@@ -48,49 +48,49 @@ class Wire:
         self._texts: dict[Rule, tuple[str, str]] = {}
         self._rules: dict[str, tuple[list[Any], Rule]] = {}
 
-    def text(self, command: Command, entry: Entry | None = None, operator: str | None = None) -> str:
-        """The command as JSON. `entry`: what the law has made of a row that the server told, see `rows`."""
+    def texts(self, command: Command, entry: Entry | None = None, operator: str | None = None) -> list[str]:
+        """The command, its parts as texts. `entry`: what the law has made of a row that the server told, see `rows`."""
         if type(command) is Reserve:
-            fields: tuple[Any, ...] = (
+            fields = [
                 "reserve", command.id, command.digest, str(command.ttl_us), command.on_expiry, str(command.version),
                 str(command.max_accounts), "1" if command.quiet else "", command.behind, dumps(command.draft),
                 dumps(command.complied) if command.complied else "{}",
-            )  # fmt: skip
+            ]  # fmt: skip
             return self._with_lines(fields, command.lines)
         if type(command) is Charge:
-            fields = (
+            fields = [
                 "charge", command.id, command.digest, _head("charge", None, command), dumps(command.facts),
                 str(command.version), str(command.max_accounts), dumps(command.draft),
-            )  # fmt: skip
+            ]  # fmt: skip
             return self._with_lines(fields, command.lines)
         if type(command) is Draw:
             sums = [sum(one.amounts.get(rule.key, 0) for one in command.entries) for rule in command.rules]
-            overruns = {key: str(amount) for key, amount in command.overruns.items()}
-            entries = [_written(one) for one in command.entries]
-            fields = ("draw", command.id, str(command.version), str(command.max_accounts), overruns, entries)
+            overruns = dumps({key: str(amount) for key, amount in command.overruns.items()})
+            entries = dumps([_written(one) for one in command.entries])
+            fields = ["draw", command.id, str(command.version), str(command.max_accounts), overruns, entries]
             return self._with_lines(fields, tuple(zip(command.rules, sums, strict=True)))
         if entry is not None:
-            amounts = [str(amount) for amount in entry.amounts.values()]
+            amounts = dumps([str(amount) for amount in entry.amounts.values()])
             head, facts = _head(entry.kind, entry.corrects, entry), dumps(entry.facts)
-            return dumps((_NAMES[type(command)], command.id, head, facts, amounts, operator or "", {}))
+            return [_NAMES[type(command)], command.id, head, facts, amounts, operator or "", "{}"]
         if type(command) is Settle or type(command) is Release:
-            actuals = {unit: str(amount) for unit, amount in command.actuals.items()}
+            actuals = dumps({unit: str(amount) for unit, amount in command.actuals.items()})
             head = _head("settlement" if type(command) is Settle else "release", None, command)
-            return dumps((_NAMES[type(command)], command.id, head, dumps(command.facts), None, "", actuals))
+            return [_NAMES[type(command)], command.id, head, dumps(command.facts), "", "", actuals]
         if type(command) is Extend:
-            return dumps(("extend", command.id, str(command.ttl_us)))
+            return ["extend", command.id, str(command.ttl_us)]
         if type(command) is Expire:
-            return dumps(("expire", command.id, "", "", None))
+            return ["expire", command.id, "", "", ""]
         assert type(command) is Tell
-        return dumps(("tell", command.id, command.kind, dumps(command.facts)))
+        return ["tell", command.id, command.kind, dumps(command.facts)]
 
-    def _with_lines(self, fields: tuple[Any, ...], lines: tuple[tuple[Rule, int], ...]) -> str:
+    def _with_lines(self, fields: list[str], lines: tuple[tuple[Rule, int], ...]) -> list[str]:
         known = [(self._line(rule), amount) for rule, amount in lines]
-        held = "".join([f"{line}{amount}\\n" for (line, _), amount in known])
-        return ",".join([dumps(fields)[:-1], f'"{held}"', *[rule for (_, rule), _ in known]]) + "]"
+        held = "".join([f"{line}{amount}\n" for (line, _), amount in known])
+        return [*fields, held, *[rule for (_, rule), _ in known]]
 
     def _line(self, rule: Rule) -> tuple[str, str]:
-        """The JSON of a line before its amount, without quotes, and of its rule."""
+        """The text of a line before its amount, and of its rule."""
         texts = self._texts.get(rule)
         if texts is None:
             if "\n" in rule.key or "\n" in rule.unit:
@@ -104,7 +104,7 @@ class Wire:
                 rule.kind, rule.limit, rule.period_us, len(marks), int(rule.enforce), rule.start_us, rule.end_us, rule.key,
                 rule.budget, rule.scope, rule.unit, marks,
             )  # fmt: skip
-            texts = self._texts[rule] = dumps(f"{rule.key}\n{rule.unit}\n")[1:-1], dumps(dumps(told))
+            texts = self._texts[rule] = f"{rule.key}\n{rule.unit}\n", dumps(told)
         return texts
 
     # -- answers
