@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -137,8 +137,12 @@ class Books:
         """The shared store has all of it: forget it, and its calls."""
         with self.lock:
             self.leases.pop(lease.id, None)
-            for id in lease.rows:
-                self._holders.pop(id, None)
+            self.forget(lease.rows)
+
+    def forget(self, calls: Iterable[str]) -> None:
+        """The shared store has all of these calls, and answers whoever asks for them again."""
+        for id in calls:
+            self._holders.pop(id, None)
 
     def due(self) -> list[Expire]:
         """The ends of calls whose time has come."""
