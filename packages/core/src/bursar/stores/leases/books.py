@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from bursar.stores.leases.lease import Lease
 from bursar.stores.leases.sizing import Demand, leasable
 
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
-MAX_BUNDLES = 10_000  # whose demand is known
+MAX_BUNDLES = 1_024  # whose demand is known, those of the last calls
 
 
 class Wanted(NamedTuple):
@@ -40,7 +41,7 @@ class Books:
         self._wake = wake
         self._queues: dict[Bundle, list[Lease]] = {}
         self._holders: dict[str, Lease] = {}
-        self._demand: dict[Bundle, Demand] = {}
+        self._demand: OrderedDict[Bundle, Demand] = OrderedDict()
 
     def holds(self, id: str) -> bool:
         """Whether this call was made out of a lease."""
@@ -59,9 +60,10 @@ class Books:
             now_us = self._now_us()
             demand = self._demand.get(bundle)
             if demand is None:
-                if len(self._demand) >= MAX_BUNDLES:
-                    self._demand.clear()
                 demand = self._demand[bundle] = Demand(now_us)
+                if len(self._demand) > MAX_BUNDLES:
+                    self._demand.popitem(last=False)
+            self._demand.move_to_end(bundle)
             demand.note(now_us)
             queue = self._queues.get(bundle, ())
             while queue:

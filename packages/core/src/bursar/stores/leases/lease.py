@@ -15,10 +15,10 @@ _NOTHING: dict[str, int] = {}
 class Lease:
     """What one process holds of the accounts of `rules`. Not safe for threads: its owner has the lock.
 
-    `rows`: its accounts, and the calls of which the shared store lacks something; `open`: the ids of those in flight. `unwritten`:
-    entries that the journal lacks. `unsent`: those that the shared store lacks, by their numbers in the journal. `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by
-    account key. `retired`: nothing more is reserved out of it. `ended`: the reservation behind it is over (its time had come
-    while the store was out of reach).
+    `rows`: its accounts, and the calls of which the shared store lacks something; `open`: the ids of those in flight.
+    `unwritten`: entries that the journal lacks. `unsent`: those that the shared store lacks, by their numbers in the journal.
+    `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by account key. `retired`: nothing more is
+    reserved out of it. `ended`: the reservation behind it is over (its time had come while the store was out of reach).
     """
 
     __slots__ = (
