@@ -920,3 +920,30 @@ def test_a_call_that_is_settled_late_while_its_expiry_is_sent_is_not_forgotten(
     process.store.close()
     assert sum(entry.cost_nanos for entry in shared.entries() if entry.id.startswith(late)) == 7
     assert audit(shared) == []
+
+
+@pytest.mark.parametrize(("pause_s", "leased"), [(0.0, True), (0.1, True), (2.0, False), (60.0, False)])
+def test_calls_that_are_seldom_because_they_wait_for_the_store_get_a_lease(
+    clock: ManualClock, tmp_path: Path, pause_s: float, leased: bool
+) -> None:
+    """A store that takes 0.3 s lets nobody make five calls a second. Who would make few with a fast one takes no lease."""
+
+    class Busy(Shared):
+        def execute(self, command: Command) -> Answer:
+            clock.advance(0.3)
+            return super().execute(command)
+
+    one = Process(Busy(clock), tmp_path, rule())
+    taken = 0
+    for _ in range(40):
+        one.call()
+        clock.advance(pause_s)
+        one.store.tend()
+        taken = max(taken, len(one.store._tender.books.leases))
+    assert bool(taken) is leased
+    for _ in range(3):  # nobody who has become quiet takes one
+        clock.advance(60)
+        one.store.tend()
+        one.call()
+        assert not one.store._tender.books.wanted
+    one.store.close()

@@ -105,6 +105,12 @@ class Books:
         demand = self._demand.get(bundle)
         return 0 if demand is None else demand.calls()
 
+    def waited(self, command: Reserve, us: int) -> None:
+        """So long this call has waited for the shared store."""
+        demand = self._demand.get(tuple([rule.key for rule, _ in command.lines]))
+        if demand is not None:
+            demand.waited(us)
+
     def put_off(self, bundle: Bundle, until_us: int) -> None:
         """Want no lease of these accounts before that time."""
         if bundle in self._demand:
@@ -113,6 +119,8 @@ class Books:
     def add(self, bundle: Bundle, lease: Lease) -> None:
         """Use this lease once those before it are used up."""
         with self.lock:
+            if bundle in self._demand:
+                self._demand[bundle].slow = 0  # they wait no longer: how fast they come now will tell
             if lease.version < self.version:
                 lease.retired = True
             else:
