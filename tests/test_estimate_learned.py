@@ -218,6 +218,14 @@ def test_memory_is_bounded_in_models_runs_and_branches() -> None:
     assert len(learner._runs["one"]) == MAX_BRANCHES
 
 
+def test_a_run_whose_calls_nothing_can_continue_is_not_remembered() -> None:
+    """Their input is the caller's count, or unknown: no estimate looks at the run."""
+    learner = Learner()
+    for request in (Request("openai", "gpt-4o", input_tokens=9), Request("openai", "gpt-4o")):
+        learner.observe(request, Usage(input_tokens=9, output_tokens=9), run="r")
+    assert not learner._runs
+
+
 def test_threads_share_one_learner() -> None:
     learner, failures = Learner(), []
 

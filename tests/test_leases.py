@@ -25,6 +25,7 @@ from bursar.cli import main
 from bursar.commands import (
     Answer,
     Command,
+    Draw,
     Ended,
     Extend,
     Granted,
@@ -38,6 +39,7 @@ from bursar.errors import InvalidInput, StoreError
 from bursar.foresight.past import read_past
 from bursar.stores import open_store
 from bursar.stores.leases import LeasedStore, journal, recover
+from bursar.stores.leases.books import MAX_BUNDLES
 from bursar.stores.leases.journal import Journal
 from bursar.stores.leases.sizing import MIN_CALLS, SHARE, Demand
 from bursar.stores.leases.tender import IDLE_US, PUT_OFF_US, TTL_US
@@ -860,3 +862,88 @@ def test_a_journal_has_its_name_when_it_is_locked(tmp_path: Path, monkeypatch: p
     Journal(tmp_path / f"mine{journal.SUFFIX}", full=False).close(delete=True)
     assert found == [[]]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_shared_store_has_is_forgotten(shared: Shared, clock: ManualClock, tmp_path: Path) -> None:
+    """A lease that is used for long keeps its accounts and the calls in flight; who asks for others again is answered as before."""
+    one = Process(shared, tmp_path, rule())
+    one.warm_up()
+    assert type(one.reserve()) is Granted
+    in_flight = one.last
+    ended = [one.call(cost=3) for _ in range(10)]
+    one.store.tend()
+    books = one.store._tender.books
+    (lease,) = books.leases.values()
+    assert {id for id in lease.rows if id[0] not in "[#"} == {in_flight} == set(books._holders)
+    again = one.settle(ended[0], 3)
+    assert type(again) is Ended
+    assert again.again
+    assert one.settle(ended[1], 4) == Rejected("conflict", ended[1])
+    assert type(one.settle(in_flight, 5)) is Ended
+    one.store.close()
+    shared._closed = False
+    assert account(shared).spent == 41 * CALL + 10 * 3 + 5
+    assert audit(shared) == []
+
+
+def test_bundles_whose_demand_is_known_are_the_last_ones(clock: ManualClock, start: Callable[..., Process]) -> None:
+    one = start()
+    for number in range(MAX_BUNDLES + 10):
+        one.rules = (rule(f"run {number}"),)
+        one.call()
+    demand = one.store._tender.books._demand
+    assert len(demand) == MAX_BUNDLES
+    assert (one.rules[0].key,) in demand
+
+
+def test_a_call_that_is_settled_late_while_its_expiry_is_sent_is_not_forgotten(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    class Slow(Shared):
+        def execute(self, command: Command) -> Answer:
+            if type(command) is Draw and any(entry.id == late for entry in command.entries):
+                answers.append(process.settle(late, 7))
+            return super().execute(command)
+
+    answers: list[Answer] = []
+    late = ""
+    shared = Slow(clock)
+    process = Process(shared, tmp_path, rule())
+    process.warm_up()
+    process.reserve()
+    late = process.last
+    clock.advance(600)
+    process.store.sweep()
+    process.store.tend()
+    answers.append(process.settle(late, 7))
+    assert [type(answer) is Ended and answer.again for answer in answers] == [False, True]
+    process.store.close()
+    assert sum(entry.cost_nanos for entry in shared.entries() if entry.id.startswith(late)) == 7
+    assert audit(shared) == []
+
+
+@pytest.mark.parametrize(("pause_s", "leased"), [(0.0, True), (0.1, True), (2.0, False), (60.0, False)])
+def test_calls_that_are_seldom_because_they_wait_for_the_store_get_a_lease(
+    clock: ManualClock, tmp_path: Path, pause_s: float, leased: bool
+) -> None:
+    """A store that takes 0.3 s lets nobody make five calls a second. Who would make few with a fast one takes no lease."""
+
+    class Busy(Shared):
+        def execute(self, command: Command) -> Answer:
+            clock.advance(0.3)
+            return super().execute(command)
+
+    one = Process(Busy(clock), tmp_path, rule())
+    taken = 0
+    for _ in range(40):
+        one.call()
+        clock.advance(pause_s)
+        one.store.tend()
+        taken = max(taken, len(one.store._tender.books.leases))
+    assert bool(taken) is leased
+    for _ in range(3):  # nobody who has become quiet takes one
+        clock.advance(60)
+        one.store.tend()
+        one.call()
+        assert not one.store._tender.books.wanted
+    one.store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,38 @@ def test_ancestors_accounts_hold_for_inner_scopes() -> None:
     policy = Policy([Budget("b", "5 USD", per="run")])
     found = matched(policy, {"run": "outer", "team": "a"}, {"run": "inner"}, {"agent": "x"})
     assert scopes(found) == [{"run": "inner"}, {"run": "outer"}]
+
+
+def test_what_was_matched_before_is_what_would_be_matched_now() -> None:
+    """A call takes what is known of an earlier one only where no budget tells them apart."""
+    budgets = [
+        Budget("team", "5 USD", per="team", match={"team": ["a", "b"]}),
+        Budget("run", "5 USD", per=["run", "user"], match={"team": "a"}),
+        Budget("model", "5 USD", per="model", match={"org": "b"}),
+    ]
+    default = Budget("default", "5 USD", per="agent")
+    values = [
+        {},
+        *({"team": one} for one in "ab"),
+        {"user": "b"},
+        {"org": "b"},
+        {"run": "a"},
+        {"agent": "a"},
+        {"team": "(none)"},
+    ]
+    paths = [path for depth in (1, 2, 3) for path in product(values, repeat=depth)]
+    policy = Policy(budgets, default=default)
+    for path in paths:
+        for model in ("gpt-4o", "gpt-4"):
+            fresh = Policy(budgets, default=default)
+            assert matched(policy, *path, model=model) == matched(fresh, *path, model=model), path
+
+
+def test_calls_that_no_budget_tells_apart_are_matched_once() -> None:
+    policy = Policy([Budget("b", "5 USD", per="team")])
+    for run in range(100):
+        matched(policy, {"team": "a", "run": f"r-{run}"})
+    assert len(policy._cache) == 1
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
 class Policy:
     """All budgets in force, in the version that the store gave them."""
 
-    CACHE = 4_096
+    CACHE = 1_024  # calls that differ in what budgets ask for
 
     def __init__(
         self,
@@ -149,7 +149,9 @@ class Policy:
         self._default = None if default is None else _Compiled(default, parse_limit(default, self.rates), decisions)
         # the most granular budget first: refusals name the first account that is short
         self._compiled = sorted(compiled, key=lambda one: (-len(one.per) - len(one.matches), one.budget.name))
-        self._cache: dict[tuple[str, ...], tuple[int, int, tuple[Matched, ...]]] = {}
+        every = self._compiled if self._default is None else [*self._compiled, self._default]
+        self._tags = tuple({tag for one in every for tag in (*one.per, *(name for name, _ in one.matches))})
+        self._cache: dict[tuple[object, ...], tuple[int, int, tuple[Matched, ...]]] = {}
 
     def match(
         self,
@@ -162,7 +164,9 @@ class Policy:
         connection: str = "",
     ) -> tuple[Matched, ...]:
         """The accounts of a call in this scope that count any of `units`, ancestors' accounts included."""
-        key = (scope.key, provider, model, tool, connection, *units)
+        # only what budgets ask for: else every run would be matched anew
+        asked = scope.key if scope.limits else tuple([tags.get(tag) for tags in scope.path for tag in self._tags])
+        key = (asked, provider, model, tool, connection, units)
         held = self._cache.get(key)
         if held is not None and held[0] <= now_us < held[1]:
             return held[2]

@@ -169,7 +169,7 @@ def _amount(key: str, count: int) -> dict[str, Any]:
     return {"budget": budget, "scope": dict(scope), "unit": unit, "window_start": start_us, "amount": count}
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=256)
 def _account(key: str) -> tuple[Any, ...]:
     """What an account's key says: budget, unit, window, scope, start. Every call's record names the same few."""
     return tuple(json.loads(key))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 LONGEST = 20
 
 
@@ -20,18 +18,24 @@ class Cycles:
 
     def __init__(self, repetitions: int) -> None:
         self.repetitions = repetitions
-        self._steps: deque[int] = deque(maxlen=LONGEST)  # newest first
+        self._steps: list[int] = []  # the last ones; a deque would take four times the memory
         self._equal: dict[int, int] = {}
 
     def add(self, symbol: int) -> tuple[int, int] | None:
         """Take the next step; give (repetitions, period) of the shortest round that was repeated often enough."""
-        equal = self._equal
-        if not equal and symbol not in self._steps:  # most steps of most runs
-            self._steps.appendleft(symbol)
-            return None
+        steps = self._steps
         found = None
+        if self._equal or symbol in steps:  # else as with most steps of most runs
+            found = self._repeated(symbol)
+        steps.append(symbol)
+        if len(steps) > LONGEST:
+            del steps[0]
+        return found
+
+    def _repeated(self, symbol: int) -> tuple[int, int] | None:
+        equal, found = self._equal, None
         self._equal = {}
-        for period, step in enumerate(self._steps, 1):
+        for period, step in enumerate(reversed(self._steps), 1):
             count = equal.get(period, 0)
             if step == symbol:
                 count += 1
@@ -41,16 +45,15 @@ class Cycles:
                 count -= max(2, period // 2) if period > 1 else count
             if count > 0:
                 self._equal[period] = count
-        self._steps.appendleft(symbol)
         return found
 
-    def next_would_repeat(self, symbol: int, calls: deque[int]) -> tuple[int, int] | None:
+    def next_would_repeat(self, symbol: int, calls: list[int]) -> tuple[int, int] | None:
         """As `add`, for a step whose calls are known and whose results are not: taken to be those of a round ago.
 
-        `calls` holds the symbols of the calls of the last steps, newest first.
+        `calls` holds the symbols of the calls of the last steps.
         """
         for period, count in self._equal.items():
-            if count + 1 >= self._needed(period) and len(calls) >= period and calls[period - 1] == symbol:
+            if count + 1 >= self._needed(period) and len(calls) >= period and calls[-period] == symbol:
                 return -(-(count + 1) // period), period
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from typing import NamedTuple
 
 from bursar.detect.cycles import LONGEST, Cycles
@@ -66,8 +65,8 @@ class Track:
         self._settings = settings
         self._likeness = likeness
         self._views = tuple(Cycles(settings.repetitions * times) for times in (1, LOOSE, EXACT))
-        self._calls: deque[int] = deque(maxlen=LONGEST)  # newest first
-        self._labels: deque[str] = deque(maxlen=LONGEST)
+        self._calls: list[int] = []  # of the last steps, as the labels are
+        self._labels: list[str] = []
         self._states: dict[int, None] = {}  # newest last
         self._stale = 0
         self._stale_input = 0
@@ -77,8 +76,10 @@ class Track:
         """A step is over: what it shows. `input_tokens`: of the request that comes after it, 0 where unknown."""
         symbols = self._symbols(calls, results)
         rounds = [view.add(symbol) for view, symbol in zip(self._views, symbols, strict=True)]
-        self._calls.appendleft(self._of_calls(calls))
-        self._labels.appendleft(", ".join(dict.fromkeys(name[:100] or "a text" for name, _ in calls[:4])) or "unknown")
+        self._calls.append(self._of_calls(calls))
+        self._labels.append(", ".join(dict.fromkeys(name[:100] or "a text" for name, _ in calls[:4])) or "unknown")
+        if len(self._calls) > LONGEST:
+            del self._calls[0], self._labels[0]
         findings = [self._loop(*each, view) for view, each in enumerate(rounds) if each is not None]
         return [*findings[:1], *self._progress(symbols.loose, input_tokens)]
 
@@ -124,7 +125,7 @@ class Track:
         return _Symbols(*(hash(tuple(sorted(view))) for view in (strict, loose, exact)))
 
     def _loop(self, repetitions: int, period: int, view: int) -> Finding | None:
-        steps = ", ".join(reversed([label for label, _ in zip(self._labels, range(period), strict=False)]))
+        steps = ", ".join(self._labels[-period:])
         what = f"the step ({steps})" if period == 1 else f"a round of {period} steps ({steps})"
         how = (
             "with the same arguments, but for small edits, and the same results",

@@ -15,8 +15,8 @@ from bursar.estimate.strict import Estimate, output_bound, text_bound
 from bursar.usage import Usage
 
 WINDOW = 64  # observations kept per model and size class
-MAX_MODELS = 1024  # the least recently used are forgotten
-MAX_RUNS = 4096
+MAX_MODELS = 256  # the least recently used are forgotten
+MAX_RUNS = 1024  # whose conversations are known
 MAX_BRANCHES = 8  # conversations kept per run
 # A continued conversation: what was added is taken at the cold estimate's factor, the rest as it was billed.
 _RUN_FACTOR = 1.02
@@ -30,6 +30,7 @@ _TOOLS = FEATURES.index("schema")
 class _Model:
     """What was observed of one model: per size class the ratios of actual to expected input, and the outputs."""
 
+    key: tuple[str, str, str]
     ratios: dict[int, deque[float]] = field(default_factory=dict)
     outputs: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     unmeasured: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -60,7 +61,7 @@ class Learner:
         self._priors = priors
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[str, str, str], _Model] = OrderedDict()
-        self._runs: OrderedDict[str, deque[_Call]] = OrderedDict()
+        self._runs: OrderedDict[str, tuple[_Call, ...]] = OrderedDict()
 
     def renew_lock(self) -> None:
         """After a fork, in the child, where a thread of the parent's may have held it. What was learned stays."""
@@ -79,7 +80,7 @@ class Learner:
         cold, expected = self._cold(request)
         with self._lock:
             model = self._models.get(key)
-            calls = tuple(self._runs.get(run, ())) if run is not None else ()
+            calls = self._runs.get(run, ()) if run is not None else ()
             ratios = tuple(model.ratios.get(_size_class(expected), ())) if model else ()
             outputs = tuple(model.outputs) if model else ()
             unmeasured = max(model.unmeasured) * (1 + 1 / len(model.unmeasured)) if model and model.unmeasured else None
@@ -111,14 +112,10 @@ class Learner:
         limit = request.max_output_tokens
         # An answer cut off at its limit says only that it would have been longer.
         learned_output = math.inf if limit is not None and output >= limit else float(output)
-        last_mark = request.marks[-1] if request.marks else 0
-        call = _Call(
-            key, len(request.marks), last_mark, request.features[_TOOLS], expected, actual, usage.output_tokens
-        )
         with self._lock:
             model = self._models.get(key)
             if model is None:
-                model = self._models[key] = _Model()
+                model = self._models[key] = _Model(key)
                 if len(self._models) > MAX_MODELS:
                     self._models.popitem(last=False)
             self._models.move_to_end(key)
@@ -127,9 +124,11 @@ class Learner:
                 model.ratios.setdefault(_size_class(expected), deque(maxlen=WINDOW)).append(actual / expected)
             else:
                 model.unmeasured.append(actual)
-            if run is not None:
-                calls = self._runs.setdefault(run, deque(maxlen=MAX_BRANCHES))
-                calls.append(call)
+            if run is not None and _may_continue(request):
+                messages, mark = len(request.marks), request.marks[-1] if request.marks else 0
+                tools = request.features[_TOOLS]
+                call = _Call(model.key, messages, mark, tools, expected, actual, usage.output_tokens)
+                self._runs[run] = (*self._runs.get(run, ())[1 - MAX_BRANCHES :], call)
                 self._runs.move_to_end(run)
                 if len(self._runs) > MAX_RUNS:
                     self._runs.popitem(last=False)
@@ -164,6 +163,13 @@ def _key(request: Request) -> tuple[str, str, str]:
 
 def _size_class(expected: float) -> int:
     return int(expected).bit_length()
+
+
+def _may_continue(request: Request) -> bool:
+    """Whether another call of the run may continue this one's conversation: see `_continued`."""
+    if request.input_tokens is not None or not request.measured:
+        return False
+    return bool(request.marks) or request.kind == "stored"
 
 
 def _continued(

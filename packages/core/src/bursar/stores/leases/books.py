@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from bursar.stores.leases.lease import Lease
 from bursar.stores.leases.sizing import Demand, leasable
 
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
-MAX_BUNDLES = 10_000  # whose demand is known
+MAX_BUNDLES = 1_024  # whose demand is known, those of the last calls
 
 
 class Wanted(NamedTuple):
@@ -40,7 +41,7 @@ class Books:
         self._wake = wake
         self._queues: dict[Bundle, list[Lease]] = {}
         self._holders: dict[str, Lease] = {}
-        self._demand: dict[Bundle, Demand] = {}
+        self._demand: OrderedDict[Bundle, Demand] = OrderedDict()
 
     def holds(self, id: str) -> bool:
         """Whether this call was made out of a lease."""
@@ -59,9 +60,10 @@ class Books:
             now_us = self._now_us()
             demand = self._demand.get(bundle)
             if demand is None:
-                if len(self._demand) >= MAX_BUNDLES:
-                    self._demand.clear()
                 demand = self._demand[bundle] = Demand(now_us)
+                if len(self._demand) > MAX_BUNDLES:
+                    self._demand.popitem(last=False)
+            self._demand.move_to_end(bundle)
             demand.note(now_us)
             queue = self._queues.get(bundle, ())
             while queue:
@@ -103,6 +105,12 @@ class Books:
         demand = self._demand.get(bundle)
         return 0 if demand is None else demand.calls()
 
+    def waited(self, command: Reserve, us: int) -> None:
+        """So long this call has waited for the shared store."""
+        demand = self._demand.get(tuple([rule.key for rule, _ in command.lines]))
+        if demand is not None:
+            demand.waited(us)
+
     def put_off(self, bundle: Bundle, until_us: int) -> None:
         """Want no lease of these accounts before that time."""
         if bundle in self._demand:
@@ -111,6 +119,8 @@ class Books:
     def add(self, bundle: Bundle, lease: Lease) -> None:
         """Use this lease once those before it are used up."""
         with self.lock:
+            if bundle in self._demand:
+                self._demand[bundle].slow = 0  # they wait no longer: how fast they come now will tell
             if lease.version < self.version:
                 lease.retired = True
             else:
@@ -137,8 +147,12 @@ class Books:
         """The shared store has all of it: forget it, and its calls."""
         with self.lock:
             self.leases.pop(lease.id, None)
-            for id in lease.rows:
-                self._holders.pop(id, None)
+            self.forget(lease.rows)
+
+    def forget(self, calls: Iterable[str]) -> None:
+        """The shared store has all of these calls, and answers whoever asks for them again."""
+        for id in calls:
+            self._holders.pop(id, None)
 
     def due(self) -> list[Expire]:
         """The ends of calls whose time has come."""

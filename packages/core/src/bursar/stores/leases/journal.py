@@ -24,6 +24,7 @@ log = logging.getLogger("bursar")
 SUFFIX = ".journal"
 # The log is folded into the file rarely: what has been sent is deleted soon, so the file stays small.
 CHECKPOINT_PAGES = 8_000
+CACHE_KB = 256  # of pages in memory: entries are written at the end, and read only after a crash
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases(
     id TEXT PRIMARY KEY, rules TEXT NOT NULL, granted TEXT NOT NULL, drawn TEXT NOT NULL) WITHOUT ROWID;
@@ -93,6 +94,7 @@ class Journal:
         # not even at a checkpoint: where the machine's end may lose all, nobody shall wait for the disk
         connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'OFF'}")
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        connection.execute(f"PRAGMA cache_size=-{CACHE_KB}")
         return connection
 
     @contextlib.contextmanager

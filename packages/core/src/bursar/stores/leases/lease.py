@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bursar.accounts import Account, Rule
-from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Rejected, Reservation, Reserve, Row
+from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Reservation, Reserve, Row
 from bursar.law import decide
 
 _new = tuple.__new__  # see bursar.law
@@ -15,10 +15,10 @@ _NOTHING: dict[str, int] = {}
 class Lease:
     """What one process holds of the accounts of `rules`. Not safe for threads: its owner has the lock.
 
-    `open`: the ids of the calls in flight. `unwritten`: entries that the journal lacks. `unsent`: those that the shared store
-    lacks, by their numbers in the journal. `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by
-    account key. `retired`: nothing more is reserved out of it. `ended`: the reservation behind it is over (its time had come
-    while the store was out of reach).
+    `rows`: its accounts, and the calls of which the shared store lacks something; `open`: the ids of those in flight.
+    `unwritten`: entries that the journal lacks. `unsent`: those that the shared store lacks, by their numbers in the journal.
+    `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by account key. `retired`: nothing more is
+    reserved out of it. `ended`: the reservation behind it is over (its time had come while the store was out of reach).
     """
 
     __slots__ = (
@@ -80,24 +80,24 @@ class Lease:
         return answer
 
     def end(self, command: Command, now_us: int) -> Answer:
-        """Settle, release, extend or expire one of its calls. `Rejected` unknown: the shared store has its expiry, and decides."""
-        if self._is_elsewhere(command.id):
-            return Rejected("unknown", command.id)
+        """Settle, release, extend or expire one of its calls."""
         answer, puts = decide(self.rows.get, command, now_us)
         if type(answer) is Ended and not answer.again:
             self.unwritten[answer.entry.id] = answer.entry  # first, so that no interrupt leaves it out
         self.rows.update(puts)
         if type(answer) is Ended:
-            self.open.pop(answer.entry.corrects or answer.entry.id, None)
+            self.open.pop(_call(answer.entry), None)
             self.used_us = now_us
         return answer
 
-    def _is_elsewhere(self, id: str) -> bool:
-        """Whether the call's expiry has been sent, and nothing that corrects it is here: an operator may have, over there."""
-        row = self.rows.get(id)
-        if type(row) is not Entry or row.kind != "expiry" or f"{id}~" in self.rows or id in self.unwritten:
-            return False
-        return all(entry.id != id for entry in self.unsent.values())
+    def sent(self, numbers: Iterable[int]) -> list[str]:
+        """The shared store has these entries: it decides from now on about the calls that have ended; the ids of these."""
+        done = [_call(self.unsent.pop(number)) for number in numbers]
+        busy = {_call(entry) for entry in (*self.unsent.values(), *self.unwritten.values())}
+        over = [id for id in done if id not in busy and self.rows.pop(id, None) is not None]
+        for id in over:
+            self.rows.pop(f"{id}~", None)
+        return over
 
     def low(self) -> bool:
         """Whether half of the calls that it was asked for have been made."""
@@ -117,6 +117,11 @@ class Lease:
 
     def _accounts(self) -> list[Account]:
         return [account for rule in self._lines if type(account := self.rows[rule.key]) is Account]
+
+
+def _call(entry: Entry) -> str:
+    """The id of the call that it is about."""
+    return entry.corrects or entry.id
 
 
 def sums(rules: Sequence[Rule], entries: Sequence[Entry], before: dict[str, int]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,10 @@ class LeasedStore:
             answer = self._commits.run(command)
             if type(answer) is Rejected and answer.why == "unknown":  # it was given back a moment ago
                 answer = None
-        return self.shared.execute(command) if answer is None else answer
+        if answer is None:
+            with self._waiting(command):
+                answer = self.shared.execute(command)
+        return answer
 
     async def aexecute(self, command: Command) -> Answer:
         self._check_open()
@@ -105,7 +108,20 @@ class LeasedStore:
             answer = await self._commits.arun(command) if self.durability == "full" else self._commits.run(command)
             if type(answer) is Rejected and answer.why == "unknown":
                 answer = None
-        return await self.shared.aexecute(command) if answer is None else answer
+        if answer is None:
+            with self._waiting(command):
+                answer = await self.shared.aexecute(command)
+        return answer
+
+    @contextmanager
+    def _waiting(self, command: Command) -> Iterator[None]:
+        """Note how long a call waits for the shared store."""
+        begun_us = self.now_us()
+        try:
+            yield
+        finally:
+            if type(command) is Reserve:
+                self._tender.books.waited(command, self.now_us() - begun_us)
 
     def _leased(self, command: Command) -> Answer | None:
         return self._tender.books.reserve(command) if type(command) is Reserve and command.lines else None

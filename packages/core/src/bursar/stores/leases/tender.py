@@ -188,8 +188,7 @@ class Tender:
         self.books.journal.sent(lease.id, numbers, drawn)
         with self.books.lock:
             lease.drawn, lease.told = drawn, overruns
-            for number in numbers:
-                del lease.unsent[number]
+            self.books.forget(lease.sent(numbers))
         if answer.left is None:
             self._end(lease)
         if answer.alerts:
