@@ -81,6 +81,7 @@ class Request:
         "size",
         "stored",
         "token_ids",
+        "usual",
     )
 
     def __init__(
@@ -132,6 +133,7 @@ class Request:
         self.measured = messages is not None or session or bool(meter.messages or meter.text_bytes or self.media)
         self.features = _features(meter, fields, self.additions)
         self.kind = self._kind()
+        self.usual: tuple[object, float, float] | None = None  # the learner's: what its priors say of this request
 
     def for_model(self, model: str) -> Request:
         """The same request to another model of the same provider."""
@@ -140,6 +142,7 @@ class Request:
         other.family = family_of(self.provider, model)
         other.line = line_of(other.family, self.provider, model, self.embeds)
         other.kind = other._kind()
+        other.usual = None
         return other
 
     def _kind(self) -> str:
