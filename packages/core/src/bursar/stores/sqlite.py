@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,8 @@ class SqliteStore:
     def execute(self, command: Command) -> Answer:
         return self._commits.run(command)
 
-    async def aexecute(self, command: Command) -> Answer:
-        return await self._commits.arun(command)
+    def aexecute(self, command: Command) -> Coroutine[Any, Any, Answer]:
+        return self._commits.arun(command)
 
     def post(self, command: Command) -> None:
         self._commits.post(command)

@@ -15,8 +15,8 @@ from bursar.law import OPERATOR_KEY, POLICY_KEY
 
 PAGE = 1_000  # entries read at a time
 MAX_ROWS = 50_000  # rows that a connection remembers
-# How long SQLite's own busy handler waits, time after time, for another connection's lock; then 0.1 each time.
-_DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05, 0.05)
+# How long SQLite's own busy handler waits for another connection's lock, time after time; the last again and again.
+_DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05, 0.05, 0.1)
 
 _ACCOUNT = (
     'key, budget, scope, unit, kind, "limit", start_us, end_us, period_us, enforce, '
@@ -208,16 +208,16 @@ class Rows(dict[str, Row | None]):
         self._puts.update(puts)
 
     def _patiently(self, sql: str, wait_s: float) -> None:
-        delays_s = iter(_DELAYS_S)
+        waits = 0
         while True:
             try:
                 self._execute(sql)
                 return
             except sqlite3.OperationalError as error:
-                delay_s = min(next(delays_s, 0.1), wait_s)
+                delay_s = min(_DELAYS_S[min(waits, len(_DELAYS_S) - 1)], wait_s)
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or delay_s <= 0:
                     raise
-            wait_s -= delay_s
+            waits, wait_s = waits + 1, wait_s - delay_s
             time.sleep(delay_s)
 
     def commit(self, wait_s: float) -> None:
