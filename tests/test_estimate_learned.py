@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
 
 from bursar import Usage
 from bursar.errors import UnboundedEstimate
 from bursar.estimate import Learner, Request, strict
-from bursar.estimate.learned import MAX_BRANCHES, MAX_MODELS, MAX_RUNS
+from bursar.estimate.learned import MAX_BRANCHES, MAX_MODELS, MAX_RUNS, WINDOW, _Window
+from bursar.estimate.plain import plain
 from bursar.estimate.priors import packaged
 from bursar.estimate.request import FEATURES
 
@@ -243,3 +245,41 @@ def test_threads_share_one_learner() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@given(st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, float("inf")]), max_size=4 * WINDOW))
+def test_the_dearest_of_the_last_observations_is_known_without_a_look(values: list[float]) -> None:
+    window = _Window()
+    for number, value in enumerate(values, 1):
+        window.add(value)
+        last = values[max(0, number - WINDOW) : number]
+        assert window.seen == (max(last), len(last))
+
+
+class _Said(BaseModel):
+    content: str = "field"
+
+
+class _Extra(_Said):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Property(_Said):
+    @property
+    def name(self) -> str:
+        return "property"
+
+
+class _Late(_Said):
+    def __getattr__(self, name: str) -> str:
+        if name == "name":
+            return "late"
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [(_Said(), None), (_Extra(name="extra"), "extra"), (_Property(), "property"), (_Late(), "late")],  # type: ignore[call-arg]
+)
+def test_a_message_of_a_framework_is_read_wherever_it_keeps_its_parts(said: BaseModel, name: str | None) -> None:
+    assert plain(said) == {"role": "None", "content": "field"} | ({} if name is None else {"name": name})

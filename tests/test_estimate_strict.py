@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bursar.errors import InvalidInput, UnboundedEstimate
-from bursar.estimate import Request, strict
+from bursar.estimate import Request, additions, strict
+from bursar.estimate.additions import read_additions
 from bursar.estimate.media import picture_size
 from bursar.estimate.request import FEATURES
 
@@ -401,3 +402,21 @@ def test_a_deep_nest_does_not_exhaust_the_stack() -> None:
     assert chat({"role": "user", "content": nest(200)}).size > 2_000
     with pytest.raises(InvalidInput, match="cannot be sent as JSON"):
         chat({"role": "user", "content": nest(100_000)})
+
+
+def test_a_body_is_looked_through_only_where_it_may_say_something() -> None:
+    """All names that are asked for are among those that tell whether to ask."""
+    asked: set[str] = set()
+
+    class Body(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            asked.add(name)
+            return super().get(name, default)
+
+    for provider, model in (("perplexity", "sonar"), ("anthropic", "claude"), ("openai", "gpt-4o-search-preview")):
+        additions._read(provider, model, "", Body(web_search_options={}))
+    assert {"tools", "max_tool_calls", "max_turns", "models"} <= asked
+    assert asked <= additions._LOOKED_AT
+    assert read_additions("perplexity", "sonar", "", {"max_turns": 3}).rounds == 4
+    read_additions("openai", "gpt-4o", "", {}).server.append("its own")
+    assert read_additions("openai", "gpt-4o", "", {}).server == []

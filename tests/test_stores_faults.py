@@ -110,6 +110,76 @@ def test_a_locked_store_says_so_and_goes_on_afterwards(store: SqliteStore, path:
     assert spent(store) == (10, 0)
 
 
+@pytest.mark.parametrize("durability", ["process", "full"])
+def test_an_event_loop_goes_on_while_another_process_holds_the_lock(path: Path, durability: str) -> None:
+    async def everything() -> None:
+        with lock(path):
+            task = asyncio.ensure_future(store.aexecute(reserve("a")))
+            for _ in range(100):  # turns of the loop that go by meanwhile
+                await asyncio.sleep(0.0005)
+            assert not task.done()
+        assert type(await task) is Granted
+
+    with contextlib.closing(SqliteStore(path, durability=durability, busy_timeout_s=60)) as store:
+        asyncio.run(everything())
+        assert spent(store) == (0, 10)
+
+
+def test_a_thread_waits_for_the_lock_of_another_process(patient: SqliteStore, path: Path) -> None:
+    with lock(path):
+        thread = threading.Thread(target=patient.execute, args=(reserve("a"),))
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+    thread.join(20)
+    assert spent(patient) == (0, 10)
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_a_commit_waits_for_no_reader_but_on_a_disk_that_cannot_have_a_log(path: Path, mode: str) -> None:
+    """There it waits as for a lock, without holding up the event loop."""
+
+    async def everything() -> None:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM records").fetchone()
+            task = asyncio.ensure_future(store.aexecute(reserve("a")))
+            for _ in range(100):
+                await asyncio.sleep(0.0005)
+            assert task.done() == (mode == "wal")
+        assert type(await task) is Granted
+
+    with contextlib.closing(SqliteStore(path, durability="process", busy_timeout_s=60)) as store:
+        assert store._connection is not None
+        assert store._connection.execute(f"PRAGMA journal_mode={mode}").fetchone() == (mode,)
+        asyncio.run(everything())
+        assert spent(store) == (0, 10)
+
+
+def test_the_log_is_folded_by_no_event_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the commit made there that begins the log anew: each of them waits for the disk."""
+    monkeypatch.setattr("bursar.stores.sqlite.FOLD_COMMITS", 10)
+    seen: list[tuple[str, bool]] = []
+
+    async def everything() -> None:
+        for number in range(50):
+            await store.aexecute(reserve(f"{number}"))
+            await asyncio.sleep(0)
+
+    with contextlib.closing(SqliteStore(path, durability="process")) as store:
+        assert store._connection is not None
+        loop = threading.get_ident()
+        store._connection.set_trace_callback(lambda sql: seen.append((sql, threading.get_ident() == loop)))
+        asyncio.run(everything())
+        folded, log, done = store._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    folds = [index for index, (sql, _) in enumerate(seen) if "wal_checkpoint" in sql]
+    assert len(folds) == 5  # with that of this test
+    assert all(not in_loop for fold in folds[:-1] for _, in_loop in (seen[fold], seen[fold + 1]))
+    assert sum(in_loop for sql, in_loop in seen if sql == "COMMIT") > 20
+    assert (folded, done) == (0, log)
+    assert log < 100
+
+
 def test_a_store_that_is_locked_while_it_is_made_says_so(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("PRAGMA journal_mode=WAL")

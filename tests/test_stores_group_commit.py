@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import random
+import signal
 import sys
 import threading
 import time
@@ -36,6 +40,10 @@ class Log:
             self.cut_off = False
             raise KeyboardInterrupt
         return [Extended(len(self.batches)) for _ in commands]
+
+    def apply_at_once(self, command: Command) -> Answer | BaseException | None:
+        (answer,) = self.apply((command,), True)
+        return answer
 
 
 @pytest.fixture
@@ -182,3 +190,123 @@ def test_i9_who_comes_while_the_store_is_closed_is_answered(
     assert log.batches[-1][0] == ["late"]
     with pytest.raises(StoreError):
         commits.post(Release("later"))
+
+
+# -- in the event loop itself ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager(log: Log) -> Iterator[GroupCommit]:
+    """Its store can apply a command at once."""
+    made = GroupCommit(log.apply, log.apply_at_once)
+    yield made
+    log.go.set()
+    made.close()
+
+
+def test_a_lone_task_meets_no_other_thread(eager: GroupCommit, log: Log) -> None:
+    async def everything() -> None:
+        for id in "abc":
+            await eager.arun(Release(id))
+            await asyncio.sleep(0)
+
+    before = threading.active_count()
+    asyncio.run(everything())
+    assert log.batches == [([id], True) for id in "abc"]
+    assert threading.active_count() == before
+
+
+def test_tasks_that_come_together_share_a_batch(eager: GroupCommit, log: Log) -> None:
+    """The first of them is applied at once; a loop that was closed meanwhile keeps the next one from nothing."""
+
+    async def everything() -> None:
+        await asyncio.gather(*(eager.arun(Release(f"{number}")) for number in range(200)))
+
+    for loop in (asyncio.new_event_loop(), asyncio.new_event_loop()):
+        while eager._queue or eager._turn.locked():
+            time.sleep(0)  # the worker has answered, and is not done yet
+        log.batches.clear()
+        loop.run_until_complete(everything())
+        loop.close()
+        assert log.batches[0] == (["0"], True)
+        assert sum(len(ids) for ids, _ in log.batches) == 200
+        assert len(log.batches) <= 20
+
+
+def test_a_task_waits_for_no_thread(eager: GroupCommit, log: Log) -> None:
+    """Neither for one that has its turn, nor where the store would wait; and its own turn keeps no thread waiting."""
+    log.go.clear()
+    first = start(eager, "a")
+    assert log.begun.acquire(timeout=20)
+
+    async def everything() -> None:
+        task = asyncio.ensure_future(eager.arun(Release("b")))
+        while len(eager._queue) < 1:
+            await asyncio.sleep(0)
+        log.go.set()
+        await task
+        eager._apply_at_once = lambda command: None
+        await eager.arun(Release("c"))
+
+        def apply(command: Command) -> Answer | BaseException | None:
+            threads.append(start(eager, "e"))
+            queued(eager, 1)
+            return log.apply_at_once(command)
+
+        while eager._queue or eager._served or eager._turn.locked():
+            await asyncio.sleep(0)
+        eager._apply_at_once = apply
+        await eager.arun(Release("d"))
+
+    threads = [first]
+    asyncio.run(everything())
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert [ids for ids, _ in log.batches] == [["a"], ["b"], ["c"], ["d"], ["e"]]
+
+
+def test_i7_a_command_that_is_cut_off_in_the_loop_is_seen_through(eager: GroupCommit, log: Log) -> None:
+    log.cut_off = True
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(eager.arun(Release("a")))
+    eager.close()
+    assert log.batches == [(["a"], True), (["a"], False)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_i9_no_interrupt_in_the_loop_takes_the_turn_away() -> None:
+    """In a child, because the alarm of this process is the test runner's."""
+    child = os.fork()
+    if child == 0:
+        os._exit(turns_lost(2_000))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def turns_lost(interrupts: int) -> int:
+    """1 where one of so many interrupts left the turn with nobody; 2 where they were too few."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def apply(command: Command) -> Answer | BaseException | None:
+        return Extended(1)
+
+    commits = GroupCommit(lambda commands, _: [Extended(1) for _ in commands], apply)
+    signal.signal(signal.SIGALRM, interrupt)
+    at_random = random.Random(7)
+    interrupted = 0
+    for _ in range(20 * interrupts):
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, at_random.uniform(1e-6, 2e-5))
+            for _ in range(50):
+                commits._run_at_once(Release("a"), apply)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            interrupted -= 1
+        if not commits._turn.acquire(timeout=5):  # the worker may have it for what was cut off
+            return 1
+        commits._turn.release()
+        if interrupted == interrupts:
+            return 0
+    return 2

@@ -101,6 +101,7 @@ class Call:
     """
 
     __slots__ = (
+        "_tags",
         "actions",
         "amounts",
         "attempts",
@@ -174,6 +175,7 @@ class Call:
         self.stopped: Stopped | None = None
         self.looked = -1  # the version of the policy whose switches it was last held against
         self.state = "new"
+        self._tags: tuple[tuple[object, ...], dict[str, str]] = (), {}  # of what, and the tags
 
     @property
     def run(self) -> str:
@@ -185,8 +187,11 @@ class Call:
         return {tag: value for tag, value in own.items() if value}
 
     def tags(self) -> dict[str, str]:
-        """The scope's tags and the call's own."""
-        return {**self.scope.tags, **self.own_tags()}
+        """The scope's tags and the call's own; not to be changed."""
+        own = self.scope, self.provider, self.model, self.tool, self.connection
+        if self._tags[0] != own:
+            self._tags = own, {**self.scope.tags, **self.own_tags()}
+        return self._tags[1]
 
     def digest(self, *more: object) -> str:
         """What must be the same when an id is used again (I6); nothing where nobody can use it again."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from bursar.call import Step
     from bursar.reservation import Reservation
     from bursar.usage import Usage
@@ -57,13 +58,21 @@ def failed(error: BaseException, known: Usage | None = None) -> Ending:
     return Ending("settle_error", (error,), {"known": known})
 
 
-@contextmanager
-def told_only() -> Iterator[None]:
+class told_only:
     """What goes wrong while a call is ended is logged: raised, it would cost the caller the answer that was paid for.
 
     After a store's failure the guard goes on trying by itself.
     """
-    try:
-        yield
-    except Exception as error:  # raised, it would replace the answer or the call's own error
-        log.error("while ending a call: %s", error, exc_info=not hasattr(error, "fields"))
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error("while ending a call: %s", error, exc_info=None if hasattr(error, "fields") else error)
+        return True

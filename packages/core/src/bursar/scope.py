@@ -66,7 +66,7 @@ class Scope:
     `limits` are (tags at the level, limit text) of scopes that were opened with a budget of their own.
     """
 
-    __slots__ = ("_key", "_like", "limits", "path", "tags")
+    __slots__ = ("_key", "_like", "_runs", "limits", "path", "tags")
 
     def __init__(self, tags: dict[str, str], parent: Scope | None = None, limit: str | None = None) -> None:
         self.tags: dict[str, str] = tags if parent is None else {**parent.tags, **tags}
@@ -78,6 +78,7 @@ class Scope:
             self.limits = (*self.limits, (self.tags, limit))
         self._key = ""
         self._like: Scope | None = None
+        self._runs: tuple[str, ...] | None = None
 
     def with_tags(self, tags: dict[str, str], defaults: Mapping[str, str]) -> Scope:
         """The same scope with more tags at its innermost level: `tags` win over its own, `defaults` do not."""
@@ -91,7 +92,7 @@ class Scope:
             scope.path = (*self.path[:-1], leaf)
             scope.limits = self.limits
             scope._key = ""
-            scope._like = None
+            scope._like = scope._runs = None
             self._like = scope
         return scope
 
@@ -114,7 +115,8 @@ class Scope:
                 f"{str(text)[:60]!r} is no scope of another process. Hand on what `scope_environ()` or `scope_headers()` gave.",
                 argument="carried",
             ) from None
-        scope.tags, scope._key, scope._like = scope.path[-1], "", None
+        scope.tags, scope._key = scope.path[-1], ""
+        scope._like = scope._runs = None
         return scope
 
     @property
@@ -128,7 +130,10 @@ class Scope:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs along the path, outermost first, each once."""
-        return tuple(dict.fromkeys(tags["run"] for tags in self.path if "run" in tags))
+        runs = self._runs
+        if runs is None:
+            runs = self._runs = tuple(dict.fromkeys(tags["run"] for tags in self.path if "run" in tags))
+        return runs
 
 
 current: ContextVar[Scope | None] = ContextVar("bursar_scope", default=None)

@@ -90,6 +90,13 @@ def _normalised(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> Usage 
         return None
     inputs, outputs = metadata.get("input_token_details") or {}, metadata.get("output_token_details") or {}
     tier = next((one for one in _TIERS if one in inputs or one in outputs), None)
+    if not any(inputs.values()) and not any(outputs.values()):
+        return Usage(
+            input_tokens=metadata["input_tokens"],
+            output_tokens=metadata.get("output_tokens") or 0,
+            model=_model(facts),
+            service_tier=tier or facts.get("service_tier"),
+        )
 
     def part(details: Mapping[str, Any], name: str) -> int:
         value = details.get(name) or (details.get(f"{tier}_{name}") if tier else None)

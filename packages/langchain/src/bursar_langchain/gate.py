@@ -6,8 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from queue import SimpleQueue
@@ -21,6 +20,8 @@ from bursar_langchain.errors import langchain_error
 from bursar_langchain.runs import Runs
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from bursar import Bursar, Reservation
 
 
@@ -82,6 +83,26 @@ class Slot:
 current_slot: ContextVar[Slot | None] = ContextVar("bursar_langchain_slot", default=None)
 
 
+class Admission:
+    """Around the reserving: a refusal takes the call, and those announced with it, out again, and is made LangChain's."""
+
+    __slots__ = ("_gate", "_key", "_opened")
+
+    def __init__(self, gate: Gate, key: int, opened: Open) -> None:
+        self._gate, self._key, self._opened = gate, key, opened
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._gate.refused(self._key, self._opened)
+            if isinstance(error, BudgetExceeded):
+                raise langchain_error(error) from error
+
+
 class Gate:
     """One per guard, whatever number of handlers and middlewares there are: a run id is reserved for once and ended once."""
 
@@ -122,21 +143,18 @@ class Gate:
         opened.watch = weakref.ref(run_id, partial(_forsaken, self, key))
         return opened
 
-    @contextmanager
-    def admission(self, run_id: UUID, opened: Open) -> Iterator[None]:
-        """Around the reserving: a refusal takes the call, and those announced with it, out again, and is made LangChain's."""
-        try:
-            yield
-        except BaseException as error:
-            self._open.pop(run_id.int, None)
-            self._count_end()
-            if opened.batch is not None:
-                # One refusal ends the whole of `generate([a, b])` before anything is sent.
-                for key, _ in self.siblings(opened):
-                    self.end_now(key, released("refused with another prompt of its batch"))
-            if isinstance(error, BudgetExceeded):
-                raise langchain_error(error) from error
-            raise
+    def admission(self, run_id: UUID, opened: Open) -> Admission:
+        """To be entered around the reserving."""
+        return Admission(self, run_id.int, opened)
+
+    def refused(self, key: int, opened: Open) -> None:
+        """Take the call out again: it will not be sent."""
+        self._open.pop(key, None)
+        self._count_end()
+        if opened.batch is not None:
+            # One refusal ends the whole of `generate([a, b])` before anything is sent.
+            for other, _ in self.siblings(opened):
+                self.end_now(other, released("refused with another prompt of its batch"))
 
     def admitted(self, run_id: UUID, opened: Open, reservation: Reservation, slot: Slot | None = None) -> None:
         """The reservation was granted, for a call that is sent as it was announced."""

@@ -168,4 +168,6 @@ class RunWatch:
 
 def _worst(findings: list[Finding | None]) -> Finding | None:
     """The finding with the strictest action; the first of equals."""
+    if not any(findings):
+        return None
     return max(filter(None, findings), key=lambda finding: _SEVERITY.index(finding.action), default=None)

@@ -13,22 +13,28 @@ _SMOOTH = 16  # the baseline moves a sixteenth of the way at each minute that co
 # Google, "The Site Reliability Workbook", chapter 5: a budget of 30 days burns 2 % in an hour at 14.4 times the even rate,
 # 5 % in six hours at 6 times. The shorter window says that it still goes on. (minutes, minutes, rate x 10)
 _BURNS = (("fast", 60, 5, 144), ("slow", 360, 30, 60))
+_LEAST_BURN_X10 = min(
+    short * rate_x10 for _, _, short, rate_x10 in _BURNS
+)  # minutes of even spending within any of them
 
 
 class Buckets:
     """Sums over the last `count` stretches of `width_us` each. Times may not run back; what is older counts as newest."""
 
-    __slots__ = ("_newest", "_values", "_width_us")
+    __slots__ = ("_newest", "_values", "_width_us", "most")
 
     def __init__(self, width_us: int, count: int) -> None:
         self._width_us = width_us
         self._values = array("q", bytes(8 * count))
         self._newest = 0
+        self.most = 0  # what any sum is at most: that of all buckets, with those that have left since it was made
 
     def add(self, amount: int, now_us: int) -> None:
-        self._turn(now_us)
+        if now_us >= (self._newest + 1) * self._width_us:
+            self._turn(now_us)
         index = self._newest % len(self._values)
         self._values[index] = min(self._values[index] + amount, 2**62)
+        self.most += amount
 
     def sum(self, now_us: int, last: int | None = None) -> int:
         """The sum of the last buckets, the one under way included; of all of them without `last`."""
@@ -49,6 +55,7 @@ class Buckets:
         if newest > self._newest + count:
             self._values = array("q", bytes(8 * count))
         self._newest = newest
+        self.most = sum(self._values)
 
 
 class Velocity:
@@ -100,6 +107,8 @@ class Velocity:
         """
         if period_us < 24 * 60 * MINUTE_US or limit_nanos <= 0:
             return None
+        if self._spent.most * period_us * 10 <= _LEAST_BURN_X10 * limit_nanos * MINUTE_US:
+            return None  # as good as always
         for name, long, short, rate_x10 in _BURNS:
             fastest = rate_x10 * limit_nanos * MINUTE_US
             # the short window first: its sum is the cheaper, and mostly the only one that is made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from bursar.estimate.measure import OBJECT, words
@@ -24,6 +25,10 @@ _SETTINGS = words(
 )
 _STORED = ("previous_response_id", "conversation", "cachedContent", "cached_content", "container", "variables")
 _SEARCHING = ("-search-preview", "-search-api", "deep-research", "sonar", "compound", ":online")
+# All that is looked at in a body: most have nothing of it, and then the names say everything.
+_LOOKED_AT = frozenset((*_TOOL_LISTS, *_SETTINGS, *_STORED)) | words(
+    "context_management reasoning prompt models max_tool_calls max_turns"
+)
 _ROUTED = ("auto", "openrouter/auto", "model-router", "switchpoint/router", "openrouter/fusion", "openrouter/free")
 
 
@@ -47,6 +52,20 @@ class Additions:
 
 def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, Any]) -> Additions:
     """Find all by which the provider would put more into the prompt, or run the model more than once."""
+    if not _LOOKED_AT.isdisjoint(body):
+        return _read(provider, model, endpoint, body)
+    named = _by_name(provider, model, endpoint)
+    return Additions(
+        server=[*named.server], rounds=named.rounds, uses=named.uses, stored=named.stored, routed=named.routed
+    )
+
+
+@lru_cache(maxsize=4_096)
+def _by_name(provider: str, model: str, endpoint: str) -> Additions:
+    return _read(provider, model, endpoint, {})
+
+
+def _read(provider: str, model: str, endpoint: str, body: Mapping[str, Any]) -> Additions:
     found = Additions()
     uses: list[int | None] = []
     anthropic = "anthropic" in provider or "claude" in model

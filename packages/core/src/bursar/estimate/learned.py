@@ -26,14 +26,49 @@ _LEAST_RATIO, _MOST_RATIO = 1.8, 2.5
 _TOOLS = FEATURES.index("schema")
 
 
+class _Seen(NamedTuple):
+    """The dearest of so many observations; with none, `dearest` means nothing."""
+
+    dearest: float
+    number: int
+
+    @property
+    def widened(self) -> float:
+        """What the next one may be: few observations say little."""
+        return self.dearest * (1 + 1 / self.number)
+
+
+_NOTHING_SEEN = _Seen(0.0, 0)
+
+
+class _Window:
+    """The last observations, and which of them is the dearest: looked for only when that one leaves."""
+
+    __slots__ = ("_values", "seen")
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=WINDOW)
+        self.seen = _NOTHING_SEEN
+
+    def add(self, value: float) -> None:
+        values, (dearest, count) = self._values, self.seen
+        leaves_dearest = count == WINDOW and values[0] >= dearest
+        values.append(value)
+        if not count or value >= dearest:
+            dearest = value
+        elif leaves_dearest:
+            dearest = max(values)
+        self.seen = _Seen(dearest, len(values))
+
+
 @dataclass(slots=True)
 class _Model:
     """What was observed of one model: per size class the ratios of actual to expected input, and the outputs."""
 
     key: tuple[str, str, str]
-    ratios: dict[int, deque[float]] = field(default_factory=dict)
-    outputs: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    unmeasured: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    ratios: dict[int, _Window] = field(default_factory=dict)
+    outputs: _Window = field(default_factory=_Window)
+    unmeasured: _Window = field(default_factory=_Window)
 
 
 class _Call(NamedTuple):
@@ -78,12 +113,14 @@ class Learner:
         """What `request` will probably use. Raises UnboundedEstimate where nothing is known of its input or output."""
         key = _key(request)
         cold, expected = self._cold(request)
+        ratios = outputs = unmeasured = _NOTHING_SEEN
         with self._lock:
-            model = self._models.get(key)
             calls = self._runs.get(run, ()) if run is not None else ()
-            ratios = tuple(model.ratios.get(_size_class(expected), ())) if model else ()
-            outputs = tuple(model.outputs) if model else ()
-            unmeasured = max(model.unmeasured) * (1 + 1 / len(model.unmeasured)) if model and model.unmeasured else None
+            model = self._models.get(key)
+            if model is not None:
+                outputs, unmeasured = model.outputs.seen, model.unmeasured.seen
+                of_size = model.ratios.get(_size_class(expected))
+                ratios = of_size.seen if of_size is not None else ratios
         output = self._output(request, outputs, max_output_tokens, context_window)
         if request.input_tokens is not None:
             tokens, basis = float(request.input_tokens), "the caller's count"
@@ -119,11 +156,15 @@ class Learner:
                 if len(self._models) > MAX_MODELS:
                     self._models.popitem(last=False)
             self._models.move_to_end(key)
-            model.outputs.append(learned_output)
+            model.outputs.add(learned_output)
             if request.measured:
-                model.ratios.setdefault(_size_class(expected), deque(maxlen=WINDOW)).append(actual / expected)
+                size = _size_class(expected)
+                of_size = model.ratios.get(size)
+                if of_size is None:
+                    of_size = model.ratios[size] = _Window()
+                of_size.add(actual / expected)
             else:
-                model.unmeasured.append(actual)
+                model.unmeasured.add(actual)
             if run is not None and _may_continue(request):
                 messages, mark = len(request.marks), request.marks[-1] if request.marks else 0
                 tools = request.features[_TOOLS]
@@ -138,19 +179,20 @@ class Learner:
         priors = self._priors
         if priors is None:
             priors = self._priors = packaged()
+        if request.usual is not None and request.usual[0] is priors:
+            return request.usual[1:]
         line = priors.line(request)
         expected = line.expected(request)
         added = priors.additions.get(request.kind, 0)
-        return line.factor * expected + line.margin + added, expected
+        request.usual = priors, line.factor * expected + line.margin + added, expected
+        return request.usual[1:]
 
     @staticmethod
-    def _output(
-        request: Request, outputs: tuple[float, ...], max_output_tokens: int | None, context_window: int | None
-    ) -> int:
+    def _output(request: Request, outputs: _Seen, max_output_tokens: int | None, context_window: int | None) -> int:
         """Per answer. The request's own maximum is believed here, for xAI's reasoning too: what was observed corrects it."""
         if request.embeds:
             return 0
-        learned = max(outputs) * (1 + 1 / len(outputs)) if outputs else math.inf
+        learned = outputs.widened if outputs.number else math.inf
         limit = request.max_output_tokens if request.max_output_tokens is not None else max_output_tokens
         if math.isinf(learned):
             return output_bound(request, max_output_tokens, context_window) if limit is None else limit
@@ -192,17 +234,18 @@ def _continued(
     return None
 
 
-def _learned(expected: float, cold: float, ratios: tuple[float, ...]) -> tuple[float, str]:
-    if not ratios:
+def _learned(expected: float, cold: float, ratios: _Seen) -> tuple[float, str]:
+    if not ratios.number:
         return cold, "the packaged prior"
-    seen = expected * max(ratios)
-    spread = seen * (1 + 1 / len(ratios))
+    seen = expected * ratios.dearest
+    spread = seen * (1 + 1 / ratios.number)
     # Few observations widen what was seen, but not beyond the prior, which many answers stand behind.
-    return max(seen * (1 + 1 / WINDOW), min(spread, cold)), f"the dearest of the last {len(ratios)} calls"
+    return max(seen * (1 + 1 / WINDOW), min(spread, cold)), f"the dearest of the last {ratios.number} calls"
 
 
-def _unmeasured(request: Request, learned: float | None, context_window: int | None) -> tuple[float, str]:
-    if learned is not None:
+def _unmeasured(request: Request, seen: _Seen, context_window: int | None) -> tuple[float, str]:
+    if seen.number:
+        learned = seen.widened
         return (learned if context_window is None else min(learned, context_window)), "the dearest of the last calls"
     if context_window is not None:
         return float(context_window), "the model's context window"

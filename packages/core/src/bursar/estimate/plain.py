@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -24,13 +25,13 @@ def json_bytes(value: Any) -> int:
 
 def plain(value: Any) -> Any:
     """A message or tool object of an SDK as plain data: LangChain, LlamaIndex, pydantic models, dataclasses."""
-    content = getattr(value, "content", None)
-    blocks = getattr(value, "blocks", None)
-    role = getattr(value, "type", None) or getattr(value, "role", None)
+    content = _part(value, "content")
+    blocks = _part(value, "blocks")
+    role = _part(value, "type") or _part(value, "role")
     if content is not None or blocks is not None:
         message = {"role": str(getattr(role, "value", role)), "content": content if not blocks else _blocks(blocks)}
         for name in ("tool_calls", "name", "tool_call_id"):
-            part = getattr(value, name, None)
+            part = _part(value, name)
             if name == "tool_calls":
                 part = _untold(part, content)
             if part:
@@ -42,6 +43,32 @@ def plain(value: Any) -> Any:
             return method()
     schema = getattr(value, "args_schema", None) or getattr(value, "__dict__", None)
     return schema if isinstance(schema, Mapping) else str(value)
+
+
+def _part(value: Any, name: str) -> Any:
+    """An attribute, or None; without the detour by which pydantic's objects say that they have no such."""
+    names = _names(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    if (
+        names is not None
+        and name not in names
+        and name not in value.__dict__
+        and not getattr(value, "__pydantic_extra__", None)
+    ):
+        return None
+    return getattr(value, name, None)
+
+
+@lru_cache(maxsize=1_024)
+def _names(kind: type) -> frozenset[str] | None:
+    """What the objects of a pydantic class have beside their fields and extras; None for other classes."""
+    if not hasattr(kind, "__pydantic_fields__") or "__getattr__" in _own_names(kind):
+        return None
+    return frozenset(_own_names(kind))
+
+
+def _own_names(kind: type) -> set[str]:
+    """The names that a class and its bases have, but for those of pydantic itself."""
+    return {name for base in kind.__mro__ if not base.__module__.startswith("pydantic") for name in vars(base)}
 
 
 def _blocks(blocks: Any) -> list[Any]:

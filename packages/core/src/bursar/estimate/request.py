@@ -23,6 +23,7 @@ _NESTED_LIMITS = (
     ("textGenerationConfig", ("maxTokenCount",)),
     ("options", ("num_predict",)),
 )
+_ANSWERS = frozenset(("n", "best_of", "num_generations", "generationConfig", "generation_config", "prompt"))
 _GENERATES = re.compile(r"images|audio/|speech|transcri|videos|dall-e|gpt-image|imagen|whisper|tts|sora-|veo-")
 _EMPTY_FORMAT = 24  # {"type": "json_object"} describes nothing
 _NO_OUTPUT_MODELS, _NO_OUTPUT_ENDPOINTS = ("embed", "rerank"), ("embed", "rerank", "moderation", "count")
@@ -81,6 +82,7 @@ class Request:
         "size",
         "stored",
         "token_ids",
+        "usual",
     )
 
     def __init__(
@@ -120,8 +122,9 @@ class Request:
             self.additions.server.append("its search in attached files")
             self.additions.rounds = None
         self.input_tokens = _count("input_tokens", input_tokens)
-        self.max_output_tokens = _count("max_output_tokens", max_output_tokens, _output_limit(fields))
-        self.n = max(1, _count("n", n) or 1, _answers(fields))
+        limit = _output_limit(fields) if max_output_tokens is None else None
+        self.max_output_tokens = _count("max_output_tokens", max_output_tokens, limit)
+        self.n = max(1, _count("n", n) or 1, 1 if _ANSWERS.isdisjoint(fields) else _answers(fields))
         self.retries = _count("retries", retries) or 0
         self.prediction_bytes = json_bytes(fields["prediction"]) if fields.get("prediction") else 0
         self.media = tuple(meter.media)
@@ -132,6 +135,7 @@ class Request:
         self.measured = messages is not None or session or bool(meter.messages or meter.text_bytes or self.media)
         self.features = _features(meter, fields, self.additions)
         self.kind = self._kind()
+        self.usual: tuple[object, float, float] | None = None  # the learner's: what its priors say of this request
 
     def for_model(self, model: str) -> Request:
         """The same request to another model of the same provider."""
@@ -140,6 +144,7 @@ class Request:
         other.family = family_of(self.provider, model)
         other.line = line_of(other.family, self.provider, model, self.embeds)
         other.kind = other._kind()
+        other.usual = None
         return other
 
     def _kind(self) -> str:

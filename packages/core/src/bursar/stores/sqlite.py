@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,11 @@ from bursar.stores.pruning import Pruned, batch, prunable
 log = logging.getLogger("bursar")
 
 SWEEP_BATCH = 500
-# The log is folded into the file, with two fsyncs, when it is 16 MiB rather than 4: a fifth of a pair's time on a slow disk.
-CHECKPOINT_PAGES = 4_000
+# The log is folded into the file, with three fsyncs, by whoever may wait, after so many transactions: it is 13 MiB then, for
+# each writes some 3 pages. SQLite's own 4 MiB take a fifth of a pair's time on a slow disk. Should they write more, or
+# processes fold in turns, whoever commits has to do it at 8,000 pages.
+FOLD_COMMITS = 1_000
+CHECKPOINT_PAGES = 8_000
 OPENING = 4  # a store that many processes make at once is worth waiting for so many times as long as for a command
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)
@@ -112,8 +115,12 @@ class SqliteStore:
         self._connection, self._rows = connection, rows.Rows(connection)
         self._clock = StoreClock(clock or SystemClock(), last or 0)
         self.now_us = self._clock.now_us
-        self._commits = GroupCommit(self._apply)
+        self._unfolded = 0  # commits since the log was folded into the file
+        self._commits = self._new_commits()
         _opened.add(self)
+
+    def _new_commits(self) -> GroupCommit:
+        return GroupCommit(self._apply, self._apply_at_once if self.durability == "process" else None)
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.lexists(self.path) and self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK):
@@ -180,24 +187,36 @@ class SqliteStore:
     def execute(self, command: Command) -> Answer:
         return self._commits.run(command)
 
-    async def aexecute(self, command: Command) -> Answer:
-        return await self._commits.arun(command)
+    def aexecute(self, command: Command) -> Coroutine[Any, Any, Answer]:
+        return self._commits.arun(command)
 
     def post(self, command: Command) -> None:
         self._commits.post(command)
 
-    def _apply(self, commands: Sequence[Command], trusting: bool) -> list[Answer | BaseException]:
+    def _apply_at_once(self, command: Command) -> Answer | BaseException | None:
+        """None, with nothing done, where that would wait: for another process's lock, or for the disk."""
+        if self._connection is None or self._unfolded >= FOLD_COMMITS:
+            return None
+        (answer,) = self._apply((command,), True, wait_s=0.0)
+        return None if isinstance(answer, StoreError) and answer.fault == "locked" else answer
+
+    def _apply(
+        self, commands: Sequence[Command], trusting: bool, wait_s: float | None = None
+    ) -> list[Answer | BaseException]:
+        """The answers, or what became of it instead; `wait_s`: for another process's lock, rather than as the store does."""
+        if wait_s is None:
+            wait_s = self._busy_timeout_s
         try:
             with self._using:
-                return self._commit(commands, trusting=trusting)
+                return self._commit(commands, wait_s, trusting=trusting)
         except Exception as error:  # noqa: BLE001 - no caller may be left without an answer, nor take the blame of another
             if len(commands) > 1 and not _concerns_all(error):
-                return [answer for command in commands for answer in self._apply([command], trusting)]
+                return [answer for command in commands for answer in self._apply([command], trusting, wait_s)]
             if not _is_constraint(error):
                 return [self._failure(error, commands[0]) for _ in commands]
         try:
             with self._using:  # an id that was to be fresh is not
-                return self._commit(commands, trusting=False)
+                return self._commit(commands, wait_s, trusting=False)
         except Exception as error:  # noqa: BLE001 - as above
             return [self._failure(error, commands[0])]
 
@@ -222,15 +241,19 @@ class SqliteStore:
         failure.__cause__ = error
         return failure
 
-    def _commit(self, commands: Sequence[Command], *, trusting: bool) -> list[Answer | BaseException]:
+    def _commit(self, commands: Sequence[Command], wait_s: float, *, trusting: bool) -> list[Answer | BaseException]:
         """One transaction: read the touched rows once, apply the law in memory, write each row once, commit.
 
         `trusting`: an id without a digest was made to be unique, so it is not looked up. Where that proves wrong at the
         insert the transaction fails with a constraint, and has to be made again without trust.
         """
         connection, known = self._writer()
+        if self._unfolded >= FOLD_COMMITS:
+            self._unfolded = 0
+            with contextlib.suppress(sqlite3.Error):  # as SQLite does: the log holds all, and the next fold may go well
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         try:
-            known.begin()
+            known.begin(wait_s)
             now_us = self._clock.now_us()  # with the lock held: no other process can be ahead of this
             answers: list[Answer | BaseException] = []
             for command in commands:
@@ -240,12 +263,13 @@ class SqliteStore:
                 if puts:
                     known.put(puts)
                 answers.append(answer)
-            known.commit()
+            known.commit(wait_s)
         except BaseException:
             known.forget()
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._unfolded += 1
         return answers
 
     def _writer(self) -> tuple[sqlite3.Connection, rows.Rows]:
@@ -384,7 +408,7 @@ class SqliteStore:
 
     def _in_child(self) -> None:
         self._after_fork()
-        self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
+        self._commits = self._new_commits()  # the parent's callers and its worker do not exist here
 
 
 def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from bursar.law import OPERATOR_KEY, POLICY_KEY
 
 PAGE = 1_000  # entries read at a time
 MAX_ROWS = 50_000  # rows that a connection remembers
+# How long SQLite's own busy handler waits for another connection's lock, time after time; the last again and again.
+_DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05, 0.05, 0.1)
 
 _ACCOUNT = (
     'key, budget, scope, unit, kind, "limit", start_us, end_us, period_us, enforce, '
@@ -138,11 +141,13 @@ class Rows(dict[str, Row | None]):
     """What a connection knows of the file: rows that it read or wrote, by key; one that it lacks is read when asked for.
 
     They stay true until another connection writes, which SQLite tells at the begin of each transaction (`PRAGMA
-    data_version`), so a process alone with its file hardly ever reads.
+    data_version`), so a process alone with its file hardly ever reads. The connection waits for locks here, and nowhere
+    else: some callers have no time to.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         super().__init__()
+        connection.execute("PRAGMA busy_timeout=0")
         self._execute = connection.execute
         self._many = connection.executemany
         self._data_version = -1
@@ -150,9 +155,9 @@ class Rows(dict[str, Row | None]):
         self._drafts: dict[str, str] = {}  # of reservations in the table: the JSON of their drafts
         self._puts: dict[str, Row] = {}
 
-    def begin(self) -> None:
-        """Begin a transaction, and forget what another connection may have changed."""
-        self._execute("BEGIN IMMEDIATE")
+    def begin(self, wait_s: float) -> None:
+        """Begin a transaction, and forget what another connection may have changed; wait so long for its lock."""
+        self._patiently("BEGIN IMMEDIATE", wait_s)
         data_version = self._execute("PRAGMA data_version").fetchone()[0]
         if data_version != self._data_version or len(self) > MAX_ROWS:
             self.forget()
@@ -202,8 +207,21 @@ class Rows(dict[str, Row | None]):
         self.update(puts)
         self._puts.update(puts)
 
-    def commit(self) -> None:
-        """Write every row that was put, each once, and commit."""
+    def _patiently(self, sql: str, wait_s: float) -> None:
+        waits = 0
+        while True:
+            try:
+                self._execute(sql)
+                return
+            except sqlite3.OperationalError as error:
+                delay_s = min(_DELAYS_S[min(waits, len(_DELAYS_S) - 1)], wait_s)
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or delay_s <= 0:
+                    raise
+            waits, wait_s = waits + 1, wait_s - delay_s
+            time.sleep(delay_s)
+
+    def commit(self, wait_s: float) -> None:
+        """Write every row that was put, each once, and commit. It waits for readers on disks that cannot have a log."""
         moved, new, opened, ended, entries, alerts = [], [], [], [], [], []
         stored, drafts = self._stored, self._drafts
         for key, row in self._puts.items():
@@ -246,7 +264,7 @@ class Rows(dict[str, Row | None]):
             self._many(_PUT_ENTRY, entries)
         if alerts:
             self._many(_PUT_ALERT, alerts)
-        self._execute("COMMIT")
+        self._patiently("COMMIT", wait_s)
         self._puts.clear()
 
 
