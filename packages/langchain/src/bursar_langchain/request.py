@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 
@@ -114,20 +115,26 @@ def _provider(
     params: Mapping[str, Any],
     metadata: Mapping[str, Any],
 ) -> str:
+    path = (serialized or {}).get("id") or [""]
+    named = _first_text(metadata.get("ls_provider"), path[-1], params.get("_type"))
+    base_url = fields.get("openai_api_base") or fields.get("base_url")
+    return _provider_at(named, base_url if isinstance(base_url, str) else "")
+
+
+@lru_cache(maxsize=1_024)
+def _provider_at(named: str, base_url: str) -> str:
     from bursar.prices import provider_of_url  # the price book loads with the first call, not with the import
     from bursar.prices.names import provider_name
 
-    path = (serialized or {}).get("id") or [""]
-    named = _first_text(metadata.get("ls_provider"), path[-1], params.get("_type"))
     provider = provider_name(named)
-    base_url = fields.get("openai_api_base") or fields.get("base_url")
-    if provider == "openai" and isinstance(base_url, str):
-        return provider_of_url(base_url) or provider
-    return provider
+    return (provider_of_url(base_url) or provider) if provider == "openai" and base_url else provider
 
 
 def _first_text(*values: Any) -> str:
-    return next((value for value in values if isinstance(value, str) and value), "unknown")
+    for value in values:
+        if isinstance(value, str) and value:
+            return value
+    return "unknown"
 
 
 def _first_count(*values: Any) -> int | None:

@@ -50,8 +50,8 @@ class GroupCommit:
     wakes each loop once per batch.
 
     Where the store has `at_once`, one command in each turn of an event loop is applied in the loop itself, if that waits for
-    nobody: without an fsync, the hop there and back takes as long as the transaction (a guarded `ainvoke` of LangChain adds
-    0.57 ms so, rather than 0.82). Those that come with it share a batch.
+    nobody: without an fsync, the hop there and back takes longer than the transaction (a guarded `ainvoke` of LangChain adds
+    0.77 ms so, rather than 0.97). Those that come with it share a batch.
 
     An interrupt may come anywhere. So a command leaves the queue only after its answer stands: what a cut-off batch leaves
     behind is applied by the worker, and the law gives a command that comes twice the same answer (I6).
