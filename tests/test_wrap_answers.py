@@ -363,3 +363,23 @@ def test_the_events_of_a_stream_are_read_however_their_bytes_come(bursar: Bursar
     assert passing.complete
     passing.end_now()
     assert only(bursar).cost_nanos == COST_NANOS
+
+
+@pytest.mark.parametrize("told", [("first", "last"), ("first",), ("last",), ()])
+def test_what_only_the_first_chunk_says_decides_the_price_too(told: tuple[str, ...]) -> None:
+    """Chunks of text are passed over, and the first is read where the last leaves out which model answered, in which tier."""
+    facts = {"model": "gpt-4o-2024-08-06", "service_tier": "priority"}
+    chunk = {"object": "chat.completion.chunk"}
+    first = {**chunk, **(facts if "first" in told else {}), "choices": [{"index": 0, "delta": {"content": "x"}}]}
+    usage = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
+    last = {**chunk, **(facts if "last" in told else {}), "choices": [], "usage": usage}
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True}
+    with Bursar("memory:", [Budget("ample", "100 USD")]) as bursar:
+        reservation = bursar.reserve("openai", "gpt-4o", body=body)
+        passing = PassingAnswer(reservation, visit("chat/completions", "openai", body, None, 0), response)
+        for event in (first, first, last):
+            passing.feed(f"data: {json.dumps(event)}\n\n".encode())
+        passing.end_now()
+        booked = only(bursar).usage
+    assert {name: booked.get(name) for name in facts} == (facts if told else dict.fromkeys(facts))
