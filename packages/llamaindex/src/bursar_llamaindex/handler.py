@@ -223,7 +223,12 @@ def _reads_cache(instance: BaseEmbedding, method: str) -> bool:
     return method == "aget_text_embedding_batch" and instance.embeddings_cache is not None
 
 
-_spans = Spans(_prepare)
+class _Following(Spans):
+    def prepare(self, span: Span) -> None:
+        _prepare(span)
+
+
+_spans = _Following()
 
 
 def follow_spans() -> None:

@@ -16,6 +16,7 @@ from bursar_llamaindex.calls import Call
 from bursar_llamaindex.embedded import http_client
 
 _HEADER, _EXTENSION = "x-bursar-call", "bursar_call"
+_RAW_HEADER = _HEADER.encode()  # to ask the headers for a name has httpx read all of them as text
 _numbers = itertools.count(1)
 _calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
 
@@ -34,9 +35,10 @@ def make_stoppable(call: Call, instance: Any, settings: dict[str, Any], *, is_as
 
 
 def _leaving(request: httpx.Request) -> None:
-    number = request.headers.pop(_HEADER, None)
+    number = next((value for name, value in request.headers.raw if name == _RAW_HEADER), None)
     if number is not None:
-        request.extensions[_EXTENSION] = number
+        del request.headers[_HEADER]
+        request.extensions[_EXTENSION] = number.decode()
 
 
 def _arriving(response: httpx.Response) -> None:
