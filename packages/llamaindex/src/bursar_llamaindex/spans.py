@@ -80,6 +80,8 @@ class Span:
         self.parent = parent
         self.instrument_tags = tags
         self.role = _role_of(type(instance))
+        self.outermost: Outermost
+        self.agent: str | None
         self.waits = False
         self.begun: list[tuple[int, str]] = []
         self.calls: list[Call] = []

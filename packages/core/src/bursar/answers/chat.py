@@ -118,7 +118,7 @@ def usual_usage(data: Json) -> Usage | None:
 
     Most answers are read so, because whoever reads one has waited for the network, and all that is long unused takes longer.
     """
-    usage = data.get("usage")
+    usage: Any = data.get("usage")
     if type(usage) is not dict or not (data.keys() <= _USUAL and usage.keys() <= _USUAL_USAGE):
         return None
     if data.get("object") not in _USUAL_OBJECTS or data.get("metadata") is not None:
@@ -127,15 +127,10 @@ def usual_usage(data: Json) -> Usage | None:
     said = _parts(usage.get("completion_tokens_details"), _SAID, _USUAL_SAID)
     if heard is None or said is None:
         return None
-    counts: list[Any] = [
-        usage.get("prompt_tokens"),
-        usage.get("completion_tokens"),
-        usage.get("total_tokens"),
-        *heard,
-        *said,
-    ]
+    counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    counts += heard + said
     into, out, whole, read, sound, drawn, written, thought, spoken = counts
-    if any(type(value) is not int for value in counts) or min(counts) < 0 or not 0 < into + out == whole <= MAX_COUNT:
+    if {*map(type, counts)} != {int} or min(counts) < 0 or not 0 < into + out == whole <= MAX_COUNT:
         return None
     if max(read, sound) > into or drawn or written or thought + spoken > out:
         return None
@@ -143,14 +138,16 @@ def usual_usage(data: Json) -> Usage | None:
         for told in (choice.get("message"), choice.get("delta")):
             if isinstance(told, dict) and "executed_tools" in told:
                 return None
-    words: Keywords = {
-        "input_tokens": into,
-        "output_tokens": out,
-        "cache_read_tokens": read,
-        "reasoning_tokens": thought,
-    }
-    words |= {"input_audio_tokens": sound, "output_audio_tokens": spoken, "model": word(data.get("model"))}
-    return usage_of(words | tier(data.get("service_tier")))
+    return Usage(
+        input_tokens=into,
+        output_tokens=out,
+        cache_read_tokens=read,
+        reasoning_tokens=thought,
+        input_audio_tokens=sound,
+        output_audio_tokens=spoken,
+        model=word(data.get("model")),
+        service_tier=tier(data.get("service_tier")).get("service_tier"),
+    )
 
 
 def _parts(details: Any, names: tuple[str, ...], usual: frozenset[str]) -> list[Any] | None:
