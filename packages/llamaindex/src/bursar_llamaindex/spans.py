@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -30,17 +31,13 @@ _MAX_LENGTH = 512
 log = logging.getLogger("bursar.llamaindex")
 
 _open: OrderedDict[str, Span] = OrderedDict()
-# Of each class, what its objects are. To ask pydantic's classes and abstract ones takes longer than all else of a span.
 _MODEL, _TOOL, _OTHER = "model", "tool", "other"
-_roles: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
+@lru_cache(maxsize=10_000)
 def _role_of(cls: type) -> str:
-    role = _roles.get(cls)
-    if role is None:
-        role = _MODEL if issubclass(cls, (BaseLLM, BaseEmbedding)) else _TOOL if issubclass(cls, BaseTool) else _OTHER
-        _roles[cls] = role
-    return role
+    """What the objects of a class are. To ask pydantic's classes and abstract ones takes longer than all else of a span."""
+    return _MODEL if issubclass(cls, (BaseLLM, BaseEmbedding)) else _TOOL if issubclass(cls, BaseTool) else _OTHER
 
 
 class Outermost:
@@ -79,7 +76,7 @@ class Span:
         self.arguments = arguments
         self.parent = parent
         self.instrument_tags = tags
-        self.role = _role_of(type(instance))
+        self.role = _role_of(instance.__class__)
         self.outermost: Outermost
         self.agent: str | None
         self.waits = False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from bursar_llamaindex.embedded import http_client
 
 _HEADER, _EXTENSION = "x-bursar-call", "bursar_call"
 _RAW_HEADER = _HEADER.encode()  # to ask the headers for a name has httpx read all of them as text
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_NO_USAGE = b',"usage":null'
 _numbers = itertools.count(1)
 _calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
 
@@ -78,19 +77,22 @@ class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
     def __iter__(self) -> Iterator[bytes]:
         for part in self._stream:
             self._call.check()
-            shown = self._without_usage(part) if self._hides_usage and _USAGE.search(part) else part
+            shown = self._without_usage(part) if self._hides_usage else part
             if shown:
                 yield shown
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for part in self._stream:
             self._call.check()
-            shown = self._without_usage(part) if self._hides_usage and _USAGE.search(part) else part
+            shown = self._without_usage(part) if self._hides_usage else part
             if shown:
                 yield shown
 
     def _without_usage(self, part: bytes) -> bytes:
         """The part without the event that tells the usage, where it holds all of it. Else LlamaIndex reads it too, and shows it."""
+        part = part.replace(_NO_USAGE, b"")  # what each event before it says
+        if b'"usage"' not in part:
+            return part
         *events, rest = part.split(b"\n\n")
         return b"\n\n".join([*(event for event in events if not self._takes(event)), rest])
 

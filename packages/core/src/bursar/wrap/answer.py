@@ -22,6 +22,7 @@ _PIECE = re.compile(rb"event: ?(?:content_block_(?:start|delta|stop)|ping|[a-z_.
 _TOOL = b'"server_tool_use"'  # of the blocks that begin, those alone are counted
 _CHUNK = b'"chat.completion.chunk"'
 _TELLING = re.compile(rb'"(?:usage"\s*:\s*\{|error"|x_groq"|executed_tools"|usage_breakdown")')
+_NO_USAGE = b',"usage":null'  # what each chunk says before the one that tells it, where the usage was asked for
 # The last event of a stream, after which nothing more is billed.
 _LAST = frozenset(
     {
@@ -99,7 +100,10 @@ class Answer:
     def _events(self, data: bytes) -> bytes:
         """Server-sent events. Source: WHATWG HTML, 9.2.6."""
         if not self._held and 0 < data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one, as most reads bring
-            return data if self._event(data) or not self._hides_usage else b""
+            is_shown = self._event(data)
+            if not self._hides_usage:
+                return data
+            return data.replace(_NO_USAGE, b"") if is_shown else b""
         passed = self._hold(data)
         start = 0
         shown: list[bytes] = [passed]
@@ -109,7 +113,7 @@ class Answer:
             if self._event(event):
                 shown.append(event)
         self._held = self._held[start:]
-        return b"".join(shown) if self._hides_usage else data
+        return b"".join(shown).replace(_NO_USAGE, b"") if self._hides_usage else data
 
     def _event(self, event: bytes) -> bool:
         """Read one event; False for the one that the caller did not ask for."""
