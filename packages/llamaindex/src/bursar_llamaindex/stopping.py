@@ -73,6 +73,7 @@ class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
         self._stream = stream
         self._call = call
         self._hides_usage = hides_usage
+        self._parts: AsyncIterator[bytes] | None = None
 
     def __iter__(self) -> Iterator[bytes]:
         for part in self._stream:
@@ -81,12 +82,19 @@ class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
             if shown:
                 yield shown
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for part in self._stream:
+    # Not an async generator: clients leave streams at their last event, and the event loop closes each generator by a task.
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._parts = self._stream.__aiter__()
+        return self
+
+    async def __anext__(self) -> bytes:
+        assert self._parts is not None
+        while True:
+            part = await anext(self._parts)
             self._call.check()
             shown = self._without_usage(part) if self._hides_usage else part
             if shown:
-                yield shown
+                return shown
 
     def _without_usage(self, part: bytes) -> bytes:
         """The part without the event that tells the usage, where it holds all of it. Else LlamaIndex reads it too, and shows it."""
