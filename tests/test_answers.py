@@ -101,6 +101,61 @@ def test_a_cut_anthropic_stream_tells_its_input_and_is_no_usage() -> None:
     assert reader.usage() == partial.replace(output_tokens=55)
 
 
+ODD: dict[str, tuple[str, ...]] = {  # by its place in an answer: what may be told in other words than most tell it
+    "": ("model", "service_tier", "object", "metadata", "usage_breakdown", "x_groq", "type", "moderation"),
+    "usage": ("prompt_tokens", "completion_tokens", "total_tokens", "cost", "input_tokens", "num_search_queries"),
+    "prompt_tokens_details": ("cached_tokens", "audio_tokens", "image_tokens", "cache_write_tokens", "video_tokens"),
+    "completion_tokens_details": ("reasoning_tokens", "audio_tokens", "image_tokens", "text_tokens"),
+    "message": ("executed_tools",),
+}
+VALUES: tuple[Any, ...] = (
+    None,
+    "",
+    0,
+    1,
+    7,
+    -1,
+    20,
+    90,
+    200,
+    True,
+    2.0,
+    "7",
+    [],
+    "flex",
+    "auto",
+    "interaction",
+    "message",
+)
+VALUES += ({"usage": {"inputTokens": 3}}, {"usage": {"prompt_tokens": 3}}, [{"type": "search"}], {"models": []}, 2**48)
+
+
+@pytest.mark.parametrize("place", ["message", "delta"])
+def test_the_usual_answer_reads_at_once_as_the_families_read_it(place: str) -> None:
+    """A further event, which tells nothing, has the reader go through the families, and changes nothing."""
+    for where, name, value in [("", "object", "chat.completion")] + [
+        (p, n, v) for p in ODD for n in ODD[p] for v in VALUES
+    ]:
+        message: dict[str, Any] = {"content": "x"}
+        heard, said = {"cached_tokens": 20, "audio_tokens": 7}, {"reasoning_tokens": 7, "audio_tokens": 1}
+        usage: dict[str, Any] = {"prompt_tokens": 90, "completion_tokens": 20, "total_tokens": 110}
+        usage |= {"prompt_tokens_details": heard, "completion_tokens_details": said}
+        answer = {"object": "chat.completion", "model": "gpt-4o", "choices": [{place: message}], "usage": usage}
+        parts: dict[str, dict[str, Any]] = {"": answer, "usage": usage, "message": message}
+        parts |= {"prompt_tokens_details": heard, "completion_tokens_details": said}
+        parts[where][name] = value
+        found: list[Any] = []
+        for events in ([answer], [answer, {"object": "ping"}]):
+            reader = StreamReader("openai")
+            for event in events:
+                reader.feed(event)
+            try:
+                found.append(reader.usage())
+            except UnreadableAnswer as error:
+                found.append(str(error))
+        assert found[0] == found[1], (where, name, value)
+
+
 def test_a_reader_keeps_no_text() -> None:
     reader = StreamReader("openai")
     for _ in range(1000):

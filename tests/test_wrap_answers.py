@@ -351,15 +351,37 @@ def test_the_events_of_a_stream_are_read_however_their_bytes_come(bursar: Bursar
     chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o"}
     choices = [{"index": 0, "delta": {"content": "hello\n\n"}, "finish_reason": None}]
     usage = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
-    told = [*[{**chunk, "choices": choices}] * 3, {**chunk, "choices": [], "usage": usage}]
-    events = [f"data: {json.dumps(one)}{end}".encode() for one in told] + [f"data: [DONE]{end}".encode()]
-    sent = b"".join(events)
+    told = [*[{**chunk, "choices": choices, "usage": None}] * 3, {**chunk, "choices": [], "usage": usage}]
+    texts = [json.dumps(one, separators=(",", ":")) for one in told]
+    events = [f"data: {text}{end}".encode() for text in [*texts, "[DONE]"]]
+    sent, unasked = b"".join(events), b"".join(event for event in events if event != events[3])
+    unasked = unasked.replace(b',"usage":null', b"")
     body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True}
     response = httpx.Response(200, headers={"content-type": "text/event-stream"})
     reservation = bursar.reserve("openai", "gpt-4o", body=body)
     passing = PassingAnswer(reservation, visit("chat/completions", "openai", body, None, 0), response)
     shown = b"".join(passing.feed(sent[start : start + size]) for start in range(0, len(sent), size))
-    assert shown + passing.finish() == sent.replace(events[3], b"")
+    assert shown + passing.finish() == unasked
     assert passing.complete
     passing.end_now()
     assert only(bursar).cost_nanos == COST_NANOS
+
+
+@pytest.mark.parametrize("told", [("first", "last"), ("first",), ("last",), ()])
+def test_what_only_the_first_chunk_says_decides_the_price_too(told: tuple[str, ...]) -> None:
+    """Chunks of text are passed over, and the first is read where the last leaves out which model answered, in which tier."""
+    facts = {"model": "gpt-4o-2024-08-06", "service_tier": "priority"}
+    chunk = {"object": "chat.completion.chunk"}
+    first = {**chunk, **(facts if "first" in told else {}), "choices": [{"index": 0, "delta": {"content": "x"}}]}
+    usage = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
+    last = {**chunk, **(facts if "last" in told else {}), "choices": [], "usage": usage}
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True}
+    with Bursar("memory:", [Budget("ample", "100 USD")]) as bursar:
+        reservation = bursar.reserve("openai", "gpt-4o", body=body)
+        passing = PassingAnswer(reservation, visit("chat/completions", "openai", body, None, 0), response)
+        for event in (first, first, last):
+            passing.feed(f"data: {json.dumps(event)}\n\n".encode())
+        passing.end_now()
+        booked = only(bursar).usage
+    assert {name: booked.get(name) for name in facts} == (facts if told else dict.fromkeys(facts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import multiprocessing
 import pickle
 import sqlite3
@@ -30,6 +31,8 @@ from llama_index_instrumentation import root_dispatcher
 from bursar import Budget, BudgetExceeded, Bursar, BursarError
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_llamaindex import BursarCallbackHandler, guard_llm, install
+from bursar_llamaindex.calls import Call
+from bursar_llamaindex.stopping import Body
 
 HELLO = [ChatMessage(role="user", content="hello")]
 STEP = {"input_tokens": 1_000, "output_tokens": 500}
@@ -127,6 +130,63 @@ def test_what_the_user_says_of_stream_options_stays(provider: Provider, bursar: 
     list(llm_at(provider, additional_kwargs={"stream_options": {"include_usage": False}}).stream_chat(HELLO))
     assert provider.account[0].request["stream_options"] == {"include_usage": False}
     assert ended(bursar) == [("failed", True)]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("way", ["stream_chat", "astream_chat", "stream_complete", "guard_llm"])
+def test_usage_that_only_bursar_asked_for_is_kept_from_the_user(
+    way: str, asks: bool, provider: Provider, bursar: Bursar
+) -> None:
+    """The call settles to it, and LlamaIndex hands on the parts that it would hand on without a guard."""
+    settings = {"stream_options": {"include_usage": True}} if asks else {}
+
+    async def go(llm: OpenAI) -> list[Any]:
+        return [part async for part in await llm.astream_chat(HELLO, **settings)]
+
+    def read(llm: OpenAI) -> list[Any]:
+        if way == "astream_chat":
+            return asyncio.run(go(llm))
+        return list(
+            llm.stream_complete("hello", **settings) if way == "stream_complete" else llm.stream_chat(HELLO, **settings)
+        )
+
+    llm = llm_at(provider)
+    guarded = read(guard_llm(llm) if way == "guard_llm" else llm)
+    assert ended(bursar) == [("completed", False)]
+    assert next(iter(bursar.records())).cost_nanos == 7_500_000
+    install(bursar)()  # takes the guard away
+    plain = read(llm_at(provider))
+    assert (len(provider.account), len(list(bursar.records()))) == (2, 1)
+    assert [part.delta for part in guarded] == [part.delta for part in plain]
+    assert (guarded[-1].raw.usage is None) == (plain[-1].raw.usage is None) == (not asks)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 250, 10_000])
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
+def test_a_stream_whose_bytes_come_otherwise_loses_nothing(size: int, end: str, bursar: Bursar) -> None:
+    """The event with the usage is taken out whole, or not at all."""
+    chunk = {"object": "chat.completion.chunk", "model": "gpt-4o"}
+    usage = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
+    told = [
+        {**chunk, "choices": [{"index": 0, "delta": {"content": 'data: ,"usage":null,"usage":{\n\n'}}], "usage": None}
+    ] * 3
+    told += [{**chunk, "choices": [], "usage": usage}]
+    events = [
+        f"data: {text}{end}".encode() for text in [*(json.dumps(one, separators=(",", ":")) for one in told), "[DONE]"]
+    ]
+    sent = b"".join(events)
+    call = Call(bursar, {"provider": "openai", "model": "gpt-4o"}, "event")
+    parts = [sent[start : start + size] for start in range(0, len(sent), size)]
+    shown = b"".join(Body(parts, call, hides_usage=True))
+    entries = [json.loads(line[5:]) for line in shown.decode().splitlines() if line.startswith("data: {")]
+    assert shown.endswith(events[-1])
+    assert [entry["choices"] for entry in entries[:3]] == [entry["choices"] for entry in told[:3]]
+    if call.usage is None:
+        assert entries[3:] == told[3:]
+    else:
+        assert not entries[3:]
+        assert (call.usage.input_tokens, call.usage.output_tokens, call.usage.model) == (1_000, 500, "gpt-4o")
+    assert (call.usage is not None) == (size == 10_000 and end == "\n\n")
 
 
 def test_plain_calls_get_no_stream_options(provider: Provider, bursar: Bursar) -> None:

@@ -66,6 +66,11 @@ class Sending:
 _current: ContextVar[Sending | None] = ContextVar("bursar_sending", default=None)
 
 
+def is_sending() -> bool:
+    """Whether any call may be on its way out here; if not, `passing` need not be asked."""
+    return _current.get() is not None
+
+
 @contextmanager
 def passing(guard: object, model: str, messages: Any) -> Iterator[bool]:
     """For a door further in: whether this call is the one that is being sent, so that it is not to be charged again.

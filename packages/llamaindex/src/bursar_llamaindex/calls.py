@@ -7,8 +7,9 @@ import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from bursar.ending import Ending
+from bursar.ending import Ending, settled
 from bursar.sending import Sending
+from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.spans import noted
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ class Call:
     """One call of a model. `request` are the arguments of `Bursar.call`; `event` is LlamaIndex's id of it.
 
     `write` puts what is granted into what LlamaIndex is about to send. `conversation`: what is sent, as LlamaIndex has it.
-    `usage`: what was heard of its cost before its end.
+    `usage`: what was heard of its cost before its end; `hides_usage`: only Bursar asked the stream for it.
     """
 
-    __slots__ = ("__weakref__", "_held", "_write", "bursar", "conversation", "event", "request", "sending", "usage")
+    __slots__ = (
+        "__weakref__", "_held", "_write", "bursar", "conversation", "event", "hides_usage", "request", "sending", "usage",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class Call:
         self.event = event
         self.conversation = conversation
         self.usage: Usage | None = None
+        self.hides_usage = False
         self.sending: Sending | None = None
         self._write = write
         self._held: list[Reservation] = []
@@ -91,6 +95,10 @@ class Call:
         reservation = self._let_go()
         if reservation is not None:
             await ending.aend(reservation)
+
+    def answered(self, response: Any) -> Ending:
+        """Its end, once LlamaIndex has all of the answer."""
+        return read_answer(self.provider, response) if self.usage is None else settled(self.usage)
 
     def _let_go(self) -> Reservation | None:
         try:

@@ -36,8 +36,10 @@ def write(instance: Any, settings: dict[str, Any], asked: str, granted: Reservat
     """Put what was granted into the settings of the call, in place, where it differs from what it asks for."""
     if granted.model != asked:
         settings["model"] = granted.model
+    if not granted.capped:
+        return
     kind, own = kind_of(type(instance)), mapping(instance, "additional_kwargs")
-    if not granted.capped or not kind.api:  # a stream that is stopped by its reader has no other maximum
+    if not kind.api:  # a stream that is stopped by its reader has no other maximum
         return
     names = _limit_names(instance, kind, own, settings)
     limits = dict.fromkeys(names, granted.max_output_tokens)

@@ -15,7 +15,6 @@ from llama_index_instrumentation import root_dispatcher
 
 from bursar.ending import failed, settled, unknown
 from bursar.errors import InvalidInput
-from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.calls import Call, drain
 from bursar_llamaindex.embedded import listen, sending
 from bursar_llamaindex.gate import Gate
@@ -149,7 +148,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
             )
         else:
             response = payload.get(EventPayload.RESPONSE) or payload.get(EventPayload.COMPLETION)
-            call.end(read_answer(call.provider, response))
+            call.end(call.answered(response))
 
     def start_trace(self, trace_id: str | None = None) -> None:
         """Nothing: a trace is no call."""
@@ -177,8 +176,9 @@ def announce_llm(
         from bursar_llamaindex.stopping import make_stoppable  # httpx loads with the clients that use it
 
         make_stoppable(call, instance, settings, is_async=method.startswith("a"))
-        if api == "chat" and "stream_options" not in instance.additional_kwargs:
-            settings.setdefault("stream_options", {"include_usage": True})
+        if api == "chat" and "stream_options" not in instance.additional_kwargs and "stream_options" not in settings:
+            settings["stream_options"] = {"include_usage": True}
+            call.hides_usage = True
     return call
 
 
@@ -223,7 +223,12 @@ def _reads_cache(instance: BaseEmbedding, method: str) -> bool:
     return method == "aget_text_embedding_batch" and instance.embeddings_cache is not None
 
 
-_spans = Spans(_prepare)
+class _Following(Spans):
+    def prepare(self, span: Span) -> None:
+        _prepare(span)
+
+
+_spans = _Following()
 
 
 def follow_spans() -> None:

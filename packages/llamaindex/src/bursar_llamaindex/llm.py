@@ -12,7 +12,6 @@ from llama_index.core.utils import get_tokenizer
 
 from bursar.ending import failed, released
 from bursar.errors import BudgetExceeded
-from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.calls import Call
 from bursar_llamaindex.gate import Gate
 from bursar_llamaindex.handler import announce_llm, found_tags, installed_bursar
@@ -69,7 +68,7 @@ def _plain(name: str) -> Callable[..., Any]:
         call.reserve()
         with _failing(call), serving(self):
             answer = inner(*args, **settings)
-        call.end(read_answer(call.provider, answer))
+        call.end(call.answered(answer))
         return answer
 
     return method
@@ -84,7 +83,7 @@ def _async(name: str) -> Callable[..., Any]:
         await call.areserve()
         with _failing(call), serving(self):
             answer = await inner(*args, **settings)
-        await call.aend(read_answer(call.provider, answer))
+        await call.aend(call.answered(answer))
         return answer
 
     return method
@@ -117,7 +116,7 @@ def _stream(name: str) -> Callable[..., Any]:
                         yield part
                 finally:
                     _close(source)
-                call.end(read_answer(call.provider, last))
+                call.end(call.answered(last))
 
         return parts()
 
@@ -151,7 +150,7 @@ def _astream(name: str) -> Callable[..., Any]:
                         yield part
                 finally:
                     await _aclose(source)
-                await call.aend(read_answer(call.provider, last))
+                await call.aend(call.answered(last))
 
         return parts()
 

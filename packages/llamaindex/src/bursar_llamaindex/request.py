@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict")
@@ -84,13 +85,18 @@ def sends_nothing(instance: Any) -> bool:
 
 def provider_of(instance: Any) -> str:
     """The price book's name of whoever bills the object's calls."""
+    base_url = getattr(instance, "api_base", None)
+    return _provider(kind_of(type(instance)).integration, base_url if isinstance(base_url, str) else None)
+
+
+@lru_cache(maxsize=1_024)
+def _provider(integration: str, base_url: str | None) -> str:
     from bursar.prices import provider_of_url  # the price book loads with the first call, not with the import
     from bursar.prices.names import provider_name
 
-    provider = provider_name(kind_of(type(instance)).integration)
+    provider = provider_name(integration)
     if provider in ("openai", "openai-like"):
-        base_url = getattr(instance, "api_base", None)
-        return (provider_of_url(base_url) if isinstance(base_url, str) else None) or "openai"
+        return (provider_of_url(base_url) if base_url is not None else None) or "openai"
     return provider
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -14,7 +15,6 @@ from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.tools.types import BaseTool
 from llama_index_instrumentation.span import active_span_id
 from llama_index_instrumentation.span_handlers import NullSpanHandler
-from pydantic import PrivateAttr
 
 from bursar.ending import unknown
 from bursar.errors import ApprovalRequired, BudgetExceeded, Stopped
@@ -31,6 +31,13 @@ _MAX_LENGTH = 512
 log = logging.getLogger("bursar.llamaindex")
 
 _open: OrderedDict[str, Span] = OrderedDict()
+_MODEL, _TOOL, _OTHER = "model", "tool", "other"
+
+
+@lru_cache(maxsize=10_000)
+def _role_of(cls: type) -> str:
+    """What the objects of a class are. To ask pydantic's classes and abstract ones takes longer than all else of a span."""
+    return _MODEL if issubclass(cls, (BaseLLM, BaseEmbedding)) else _TOOL if issubclass(cls, BaseTool) else _OTHER
 
 
 class Outermost:
@@ -45,11 +52,6 @@ class Outermost:
         self.is_named = False
         self.refusal: BudgetExceeded | None = None
 
-    def name(self, run: object) -> None:
-        """The first workflow's own run id, which its handler shows to the user, names the run."""
-        if run is not None and not self.is_named:
-            self.run, self.is_named = str(run), True
-
 
 class Span:
     """One method call that LlamaIndex traces.
@@ -61,7 +63,7 @@ class Span:
 
     __slots__ = (
         "agent", "arguments", "begun", "calls", "failed", "id", "instance", "instrument_tags", "is_tools", "method", "outermost",
-        "parent", "pending", "tool", "waits",
+        "parent", "pending", "role", "tool", "waits",
     )  # fmt: skip
 
     def __init__(
@@ -74,35 +76,33 @@ class Span:
         self.arguments = arguments
         self.parent = parent
         self.instrument_tags = tags
+        self.role = _role_of(instance.__class__)
         self.outermost: Outermost
-        self.tool: str | None
-        self.is_tools: bool
+        self.agent: str | None
         self.waits = False
         self.begun: list[tuple[int, str]] = []
         self.calls: list[Call] = []
         self.pending: deque[Call] = deque()
         self.failed: BaseException | None = None
+        self.tool: str | None = None
+        self.is_tools = self.method == "call_tool"
         if parent is not None:
             self.outermost = parent.outermost
-        elif isinstance(instance, (BaseLLM, BaseEmbedding)):
+            self.tool = parent.tool
+            self.is_tools = self.is_tools or parent.is_tools
+        elif self.role == _MODEL:
             self.outermost = Outermost(None, None)  # it stands alone: its run is the process's
         else:
             self.outermost = Outermost(unique or id, name.rpartition(".")[0])
-        self.outermost.name(tags.get("llamaindex.run_id"))
-        self.tool = None if parent is None else parent.tool
-        self.is_tools = self.method == "call_tool" or (parent is not None and parent.is_tools)
-        if isinstance(instance, BaseTool):
+        top = self.outermost
+        if tags and not top.is_named and (run := tags.get("llamaindex.run_id")) is not None:
+            top.run, top.is_named = str(run), True  # the first workflow's own, which its handler shows to the user
+        if self.role == _TOOL:
             self.tool = instance.metadata.name
-        self.agent = self._agent()
-
-    def _agent(self) -> str | None:
-        """The agent whose turn it is. A step that runs its tools does not say whose they are: they are the last speaker's."""
+        # Whose turn it is. A step that runs an agent's tools does not say whose they are: they are the last speaker's.
+        self.agent = top.agent if parent is None or parent.agent is None else parent.agent
         if self.method == "run_agent_step":
-            self.outermost.agent = getattr(self.arguments.get("ev"), "current_agent_name", None)
-            return self.outermost.agent
-        if self.parent is None or self.parent.agent is None:
-            return self.outermost.agent
-        return self.parent.agent
+            self.agent = top.agent = getattr(arguments.get("ev"), "current_agent_name", None)
 
     def is_nested(self, guard: int) -> bool:
         """Whether its object is in the middle of a call already: LlamaIndex then tells of one call several times."""
@@ -136,9 +136,11 @@ class Span:
 
     def tags(self) -> dict[str, str]:
         """Whose the call is, as far as the framework knows."""
-        top = self.outermost
+        top, said = self.outermost, self.instrument_tags
         found: dict[str, Any] = {"run": top.run, "workflow": top.workflow, "agent": self.agent, "tool": self.tool}
-        return clean({**found, **{name: self.instrument_tags.get(name, found.get(name)) for name in _INSTRUMENT_TAGS}})
+        if said:
+            found |= {name: said[name] for name in _INSTRUMENT_TAGS if name in said}
+        return clean(found)
 
 
 def current() -> Span | None:
@@ -162,11 +164,8 @@ def noted() -> Iterator[None]:
 class Spans(NullSpanHandler):
     """Follows every span of the process. LlamaIndex swallows what it raises, so it refuses nothing: it has gates prepared."""
 
-    _prepare: Callable[[Span], None] = PrivateAttr()
-
-    def __init__(self, prepare: Callable[[Span], None]) -> None:
-        super().__init__()
-        self._prepare = prepare
+    def prepare(self, span: Span) -> None:
+        """Before a model announces its call."""
 
     @classmethod
     def class_name(cls) -> str:
@@ -186,16 +185,18 @@ class Spans(NullSpanHandler):
         _open[id_] = span
         if len(_open) > MAX_SPANS:
             _open.popitem(last=False)
-        if isinstance(instance, (BaseLLM, BaseEmbedding)):
+        if span.role == _MODEL:
             try:
-                self._prepare(span)
+                self.prepare(span)
             except Exception:
                 # Raised, it would be swallowed without a trace, and the call would go out unguarded in silence.
                 log.exception("%s cannot be guarded", type(instance).__name__)
 
     def span_exit(self, id_: str, bound_args: Any, instance: Any = None, result: Any = None, **more: Any) -> None:
         span = _open.pop(id_, None)
-        for call in [] if span is None else span.calls:
+        if span is None or not span.calls:
+            return
+        for call in span.calls:
             if not call.is_open:
                 continue
             if isinstance(result, (Generator, AsyncGenerator)):
@@ -222,8 +223,7 @@ def clean(tags: Mapping[str, Any]) -> dict[str, str]:
     """The tags as the books take them: printable text of at most 512 characters; those without a value are left out."""
     cleaned = {}
     for name, value in tags.items():
-        text = "" if value is None else str(value)
-        if text:
+        if value is not None and (text := str(value)):
             if not text.isprintable():
                 text = "".join(sign if sign.isprintable() else "?" for sign in text)
             cleaned[name] = text[:_MAX_LENGTH]

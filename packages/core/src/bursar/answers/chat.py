@@ -24,6 +24,7 @@ from bursar.answers.counts import (
     word,
 )
 from bursar.answers.tally import Tally
+from bursar.usage import MAX_COUNT, Usage
 
 _TOKENS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 _ANSWERS = frozenset({"choices", "x_groq", "outputs"})
@@ -44,6 +45,20 @@ _GROQ_TOOLS = {
     "python": "code_execution",
     "browser_search": "browser_search",
 }
+
+# What `usual_usage` reads: an answer that has nothing but these is of no other family, and bills nothing beside.
+_USUAL = frozenset(
+    {
+        *("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"),
+        *("obfuscation", "metadata", "moderation", "prompt_filter_results"),
+    }
+)
+_USUAL_OBJECTS = ("chat.completion", "chat.completion.chunk")
+_USUAL_USAGE = _TOKENS | {"prompt_tokens_details", "completion_tokens_details"}
+_HEARD = ("cached_tokens", "audio_tokens", "image_tokens", "cache_write_tokens")
+_SAID = ("reasoning_tokens", "audio_tokens")
+_USUAL_HEARD = frozenset({*_HEARD, "text_tokens"})
+_USUAL_SAID = frozenset({*_SAID, "text_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens"})
 
 
 class Chat(Tally):
@@ -96,6 +111,52 @@ class Chat(Tally):
         return tools(
             self.facts | tier(self.usage.get("service_tier")) | words, self.used | spent if spent else self.used
         )
+
+
+def usual_usage(data: Json) -> Usage | None:
+    """The usage of an answer, or chunk, that tells nothing but what most do: what `Chat` makes of it. None for any other.
+
+    Most answers are read so, because whoever reads one has waited for the network, and all that is long unused takes longer.
+    """
+    usage: Any = data.get("usage")
+    if type(usage) is not dict or not (data.keys() <= _USUAL and usage.keys() <= _USUAL_USAGE):
+        return None
+    if data.get("object") not in _USUAL_OBJECTS or data.get("metadata") is not None:
+        return None
+    heard = _parts(usage.get("prompt_tokens_details"), _HEARD, _USUAL_HEARD)
+    said = _parts(usage.get("completion_tokens_details"), _SAID, _USUAL_SAID)
+    if heard is None or said is None:
+        return None
+    counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    counts += heard + said
+    into, out, whole, read, sound, drawn, written, thought, spoken = counts
+    if {*map(type, counts)} != {int} or min(counts) < 0 or not 0 < into + out == whole <= MAX_COUNT:
+        return None
+    if max(read, sound) > into or drawn or written or thought + spoken > out:
+        return None
+    for choice in items(data, "choices"):
+        for told in (choice.get("message"), choice.get("delta")):
+            if isinstance(told, dict) and "executed_tools" in told:
+                return None
+    return Usage(
+        input_tokens=into,
+        output_tokens=out,
+        cache_read_tokens=read,
+        reasoning_tokens=thought,
+        input_audio_tokens=sound,
+        output_audio_tokens=spoken,
+        model=word(data.get("model")),
+        service_tier=tier(data.get("service_tier")).get("service_tier"),
+    )
+
+
+def _parts(details: Any, names: tuple[str, ...], usual: frozenset[str]) -> list[Any] | None:
+    """What details say under these names, 0 where nothing; None where they say what is not usual."""
+    if details is None:
+        return [0] * len(names)
+    if type(details) is not dict or not details.keys() <= usual:
+        return None
+    return [0 if (value := details.get(name)) is None else value for name in names]
 
 
 def chat_counts(usage: Json) -> Keywords:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bursar.answers.anthropic import Anthropic
 from bursar.answers.bedrock import METRICS, Agent, Bedrock
-from bursar.answers.chat import Chat
+from bursar.answers.chat import Chat, usual_usage
 from bursar.answers.cohere import Cohere
 from bursar.answers.counts import BILLED, Json, Keywords, usage_of
 from bursar.answers.google import Google
@@ -36,6 +36,7 @@ class StreamReader:
         self.error: Json | None = None  # the provider's error, where an event told one
         self.events = 0
         self._tallies: dict[type[Tally], Tally] = {}
+        self._usual: tuple[Usage, dict[str, Any]] | None = None  # all that was told so far, and by which event
         self._fault: UnreadableAnswer | None = None
 
     def feed(self, event: Any) -> None:
@@ -60,6 +61,17 @@ class StreamReader:
         self.events += 1
         if isinstance(data.get("error"), dict):
             self.error = {name: data["error"].get(name) for name in ("type", "code", "status", "message")}
+        if self.events == 1:
+            usage = usual_usage(data)
+            if usage is not None:
+                self._usual = usage, {name: value for name, value in data.items() if name != "choices"}
+                return
+        elif self._usual is not None:  # there is more to it
+            (_, first), self._usual = self._usual, None
+            self._tally(first)
+        self._tally(data)
+
+    def _tally(self, data: dict[str, Any]) -> None:
         for family in FAMILIES:
             if family.claims(data):
                 self._tallies.setdefault(family, family()).feed(data)
@@ -70,6 +82,8 @@ class StreamReader:
     def _read(self, *, final: bool) -> Usage | None:
         if self._fault is not None:
             raise self._fault
+        if self._usual is not None:
+            return self._usual[0]
         for family in _RANK:
             tally = self._tallies.get(family)
             if tally is None or (final and not tally.final):

@@ -16,11 +16,13 @@ from bursar.wrap.doors import Visit
 
 MAX_HELD_BYTES = 64 * 2**20  # of one event, or of a body that is read piece by piece
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-# Pieces of text, which are most of a stream and tell nothing of its usage, need not be parsed: those whose name says so,
-# and OpenAI's chunks without any of what a chunk can tell.
-_PIECE = re.compile(rb"event: ?(?:content_block_delta|[a-z_.]+\.delta)[\r\n]")
+# Pieces of text, which are most of a stream and tell nothing of its usage, are not parsed: those whose name says so, and
+# OpenAI's chunks without any of what a chunk can tell.
+_PIECE = re.compile(rb"event: ?(?:content_block_(?:start|delta|stop)|ping|[a-z_.]+\.delta)[\r\n]")
+_TOOL = b'"server_tool_use"'  # of the blocks that begin, those alone are counted
 _CHUNK = b'"chat.completion.chunk"'
-_TELLING = re.compile(rb'"usage"\s*:\s*\{|"(?:error|x_groq|executed_tools|usage_breakdown)"')
+_TELLING = re.compile(rb'"(?:usage"\s*:\s*\{|error"|x_groq"|executed_tools"|usage_breakdown")')
+_NO_USAGE = b',"usage":null'  # what each chunk says before the one that tells it, where the usage was asked for
 # The last event of a stream, after which nothing more is billed.
 _LAST = frozenset(
     {
@@ -35,7 +37,6 @@ _LAST = frozenset(
         "image_edit.completed",
     }
 )
-
 
 SILENT = unknown("the answer does not say what it costs")
 
@@ -60,31 +61,23 @@ class Answer:
         self._reader = StreamReader(visit.provider)
         self._hides_usage = visit.hides_usage
         self._held = b""
-        self._lost = False  # more was held than may be: what follows is not read
+        self._chunk = b""  # the first that was passed over
         kind = response.headers.get("content-type", "")
+        # Takes the next bytes, and returns what of them the caller may see.
+        self.feed: Callable[[bytes], bytes]
         if "event-stream" in kind:
-            self._take = self._events
+            self.feed = self._events
         elif "amazon.eventstream" in kind:
-            self._take = self._frames
+            self.feed = self._frames
         elif "json" in kind:
-            self._take = self._whole
+            self.feed = self._whole
         else:
-            self._take = self._nothing
-
-    def feed(self, data: bytes) -> bytes:
-        """Take the next bytes; what of them the caller may see."""
-        return data if self._lost else self._take(data)
-
-    def check(self) -> None:
-        """Raise what stops the call in mid-stream, if anything does."""
-        stopped = self.reservation.stopped
-        if stopped is not None:
-            raise stopped.with_traceback(None)
+            self.feed = self._nothing
 
     def finish(self) -> bytes:
         """The body is at its end: what of it was still held back."""
         left, self._held = self._held, b""
-        if self._take == self._whole:
+        if self.feed == self._whole:
             self._reader.feed(left)
         self._is_read = True
         return left if self._hides_usage else b""
@@ -92,7 +85,8 @@ class Answer:
     def _hold(self, data: bytes) -> bytes:
         self._held += data
         if len(self._held) > MAX_HELD_BYTES:
-            left, self._held, self._lost = self._held, b"", True
+            left, self._held = self._held, b""
+            self.feed = self._nothing  # what follows is not read
             return left
         return b""
 
@@ -106,7 +100,10 @@ class Answer:
     def _events(self, data: bytes) -> bytes:
         """Server-sent events. Source: WHATWG HTML, 9.2.6."""
         if not self._held and 0 < data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one, as most reads bring
-            return data if self._event(data) or not self._hides_usage else b""
+            is_shown = self._event(data)
+            if not self._hides_usage:
+                return data
+            return data.replace(_NO_USAGE, b"") if is_shown else b""
         passed = self._hold(data)
         start = 0
         shown: list[bytes] = [passed]
@@ -116,14 +113,17 @@ class Answer:
             if self._event(event):
                 shown.append(event)
         self._held = self._held[start:]
-        return b"".join(shown) if self._hides_usage else data
+        return b"".join(shown).replace(_NO_USAGE, b"") if self._hides_usage else data
 
     def _event(self, event: bytes) -> bool:
         """Read one event; False for the one that the caller did not ask for."""
-        if self._reader.events and (_PIECE.match(event) or (_CHUNK in event and not _TELLING.search(event))):
+        if _CHUNK in event:
+            if not _TELLING.search(event):
+                self._chunk = self._chunk or event
+                return True
+        elif self._reader.events and _PIECE.match(event) and _TOOL not in event:
             return True
-        lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
-        text = b"\n".join(lines).decode("utf-8", "replace").strip()
+        text = _data(event)
         if text == "[DONE]":
             self.complete = True
             return True
@@ -133,6 +133,8 @@ class Answer:
             data = parse(text)
         except UnreadableAnswer:
             return True  # the client says so itself; the call then ends without its usage
+        if self._chunk and not self._reader.events and not _repeats(event, self._chunk):
+            self._reader.feed(_data(self._chunk))
         self._reader.feed(data)
         if not isinstance(data, dict):
             return True
@@ -197,3 +199,14 @@ class Answer:
         ending = self.ending()
         if ending is not None:
             await ending.aend(self.reservation)
+
+
+def _repeats(event: bytes, chunk: bytes) -> bool:
+    """Whether an event names all that a chunk which tells nothing may be read for: which model answered, in which tier."""
+    return b'"model"' in event and (b'"service_tier"' in event or b'"service_tier"' not in chunk)
+
+
+def _data(event: bytes) -> str:
+    """The text of a server-sent event's data."""
+    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    return b"\n".join(lines).decode("utf-8", "replace").strip()

@@ -13,10 +13,11 @@ from functools import partial
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bursar.answers.counts import OBJECT
 from bursar.ending import Ending, settled
 from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.reservation import Block, Reservation
-from bursar.sending import passing
+from bursar.sending import is_sending, passing
 from bursar.wrap.answer import SILENT, Answer
 from bursar.wrap.doors import Visit, answer_id, is_free, path_of, visit
 from bursar.wrap.providers import provider_of
@@ -192,9 +193,10 @@ class _SyncTwin(_Twin):
         if free:
             with _on(trip):
                 return plain.request(cast_to, options, **rest)
-        with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
-            if is_held:
-                return plain.request(cast_to, options, **rest)
+        if is_sending():
+            with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
+                if is_held:
+                    return plain.request(cast_to, options, **rest)
         prepare = getattr(self, "_copy_and_prepare", copy.copy)
         options = prepare(options)
         visit, block = self._bursar_block(options)
@@ -227,9 +229,10 @@ class _AsyncTwin(_Twin):
         if free:
             with _on(trip):
                 return await plain.request(cast_to, options, **rest)
-        with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
-            if is_held:
-                return await plain.request(cast_to, options, **rest)
+        if is_sending():
+            with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
+                if is_held:
+                    return await plain.request(cast_to, options, **rest)
         prepare = getattr(self, "_copy_and_prepare", None)
         options = copy.copy(options) if prepare is None else await prepare(options)
         visit, block = self._bursar_block(options)
@@ -270,9 +273,9 @@ def _body(options: Any) -> Any:
     body, more = options.json_data, getattr(options, "extra_json", None)
     if body is None:
         body = more
-    elif isinstance(body, Mapping) and isinstance(more, Mapping):
+    elif isinstance(body, OBJECT) and isinstance(more, OBJECT):
         body = {**body, **more}
-    if not isinstance(body, Mapping):
+    if not isinstance(body, OBJECT):
         return body
     return {name: value for name, value in body.items() if type(value).__name__ not in ("Omit", "NotGiven")}
 

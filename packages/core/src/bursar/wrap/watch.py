@@ -28,6 +28,7 @@ class _Watched:
 
     def iter_bytes(self, *arguments: Any, **options: Any) -> Iterator[bytes]:
         answer = self._bursar_answer
+        call = answer.reservation._call
         rest: Any = super()
         answer.is_reading = True
         try:
@@ -35,8 +36,8 @@ class _Watched:
                 shown = answer.feed(data)
                 if answer.complete:
                     answer.end_now()  # before the caller sees the end, and asks for the next call
-                else:
-                    answer.check()
+                elif call.stopped is not None:
+                    raise call.stopped.with_traceback(None)
                 if shown:
                     answer.is_reading = False
                     yield shown
@@ -51,6 +52,7 @@ class _Watched:
 
     async def aiter_bytes(self, *arguments: Any, **options: Any) -> AsyncIterator[bytes]:
         answer = self._bursar_answer
+        call = answer.reservation._call
         rest: Any = super()
         answer.is_reading = True
         try:
@@ -58,8 +60,8 @@ class _Watched:
                 shown = answer.feed(data)
                 if answer.complete:
                     await answer.aend()
-                else:
-                    answer.check()
+                elif call.stopped is not None:
+                    raise call.stopped.with_traceback(None)
                 if shown:
                     answer.is_reading = False
                     yield shown
