@@ -10,6 +10,7 @@ from typing import Any
 import litellm
 import openai
 import pytest
+from litellm.litellm_core_utils import streaming_handler
 
 from bursar import Bursar
 from bursar.testing.provider import Fault, Provider
@@ -54,3 +55,26 @@ def test_what_litellm_sends_again_is_an_attempt_of_its_own(
         provider.wait_idle()
         assert provider.requests == 2
         assert [record.estimated for record in bursar.records()] == [True, False]
+
+
+def test_a_stream_is_booked_before_litellms_threads_log_it(
+    provider: Provider, guarded: Callable[[], AbstractContextManager[Bursar]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the interpreter's lock, which a store that writes has to take again and again."""
+    executor = streaming_handler.executor
+    logged: list[tuple[bool, int]] = []
+
+    class Watched:
+        def submit(self, work: Any, *args: Any) -> Any:
+            logged.append((work.__name__ == "success_handler", bursar.store.open_reservations()))
+            return executor.submit(work, *args)
+
+    monkeypatch.setattr(streaming_handler, "executor", Watched())
+    with guarded() as bursar:
+        for _ in litellm.completion(**ASKED, base_url=f"{provider.url}/v1", api_key="any", stream=True):
+            pass
+        provider.wait_idle()
+        (record,) = bursar.records()
+        assert (record.cost_nanos, record.estimated) == (provider.billed_nanos, False)
+    assert logged[0] == (False, 1)
+    assert logged[-1] == (True, 0)

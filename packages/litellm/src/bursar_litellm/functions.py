@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -47,7 +47,8 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with _opened(function.__name__, args, kwargs) as door:
+        with ExitStack() as calls:
+            door = _open(calls, function.__name__, args, kwargs)
             try:
                 answer = function(*args, **_announced(function.__name__, kwargs))
             except BaseException as error:  # noqa: BLE001 - raised again, below
@@ -69,7 +70,8 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with _opened(function.__name__, args, kwargs) as door:
+        with ExitStack() as calls:
+            door = _open(calls, function.__name__, args, kwargs)
             try:
                 answer = await function(*args, **kwargs)
             except GeneratorExit:  # its task was thrown away: nothing can be awaited here
@@ -97,10 +99,10 @@ def _names(function: Callable[..., Any]) -> list[str]:
 
 def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments by their names: LiteLLM announces, and lets be changed, named ones only."""
+    if not args:
+        return args, kwargs
     told = dict(zip(names, args, strict=False))
-    if told and not told.keys() & kwargs.keys():
-        return args[len(told) :], {**told, **kwargs}
-    return args, kwargs
+    return (args, kwargs) if told.keys() & kwargs.keys() else (args[len(told) :], {**told, **kwargs})
 
 
 def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -114,20 +116,18 @@ def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-@contextmanager
-def _opened(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Door]:
+def _open(calls: ExitStack, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Door:
     """The door of one call; it lets those calls pass that a framework around LiteLLM has reserved for with the same guard."""
     guards, outer = _arm(name), open_door()
     if outer is not None:
         guards = outer.held  # LiteLLM's own retries are attempts of its own
-    asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs}
-    with ExitStack() as stack:
-        held = [one for one in guards if stack.enter_context(passing(one, str(asked.get("model")), asked))]
-        door = Door(is_mock=_is_mock(kwargs), held=held)
-        try:
-            yield door
-        finally:
-            door.close()
+    held: list[Bursar] = []
+    if guards:
+        asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs}
+        held = [one for one in guards if calls.enter_context(passing(one, str(asked.get("model")), asked))]
+    door = Door(is_mock=_is_mock(kwargs), held=held)
+    calls.callback(door.close)
+    return door
 
 
 def _arm(name: str) -> Sequence[Bursar]:
@@ -146,7 +146,7 @@ def _arm(name: str) -> Sequence[Bursar]:
 
 
 def _is_mock(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) for name in ("mock_response", "mock_tool_calls", "mock_timeout"))
+    return bool(kwargs.get("mock_response") or kwargs.get("mock_tool_calls") or kwargs.get("mock_timeout"))
 
 
 def _answered(door: Door, answer: Any) -> list[tuple[Attempt, Ending]]:

@@ -234,7 +234,7 @@ def _base_model(settings: Mapping[str, Any]) -> str | None:
     """The model behind a deployment's name, as Azure's deployments are declared."""
     metadata = settings.get("metadata")
     told = [settings, settings.get("model_info"), metadata.get("model_info") if isinstance(metadata, Mapping) else None]
-    for place in told:
+    for place in filter(None, told):
         name = place.get("base_model") if isinstance(place, Mapping) else None
         if isinstance(name, str) and name:
             return name.partition("/")[2] or name
