@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -30,9 +30,54 @@ _NAMES = (
 _lock = threading.Lock()
 
 
+class _Background:
+    """LiteLLM's executor, through which it logs a sync call; it gets the work when that call has been booked.
+
+    The work of Python's that follows takes the interpreter's lock, which a store that writes lets go of a dozen times: on
+    SQLite a settlement took twice as long beside it.
+    """
+
+    def __init__(self) -> None:
+        self._executor: Any = None
+        self._thread = threading.local()
+
+    def take_place(self) -> None:
+        """Stand before the executor where LiteLLM's functions look it up, once."""
+        if self._executor is None:
+            self._executor, litellm.utils.executor = litellm.utils.executor, self
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Start it; or later, in a call: LiteLLM does not wait for what it hands on there, and asks for no result."""
+        later: list[Callable[[], Any]] | None = getattr(self._thread, "later", None)
+        if later is None:
+            return self._executor.submit(work, *args, **kwargs)
+        later.append(functools.partial(self._executor.submit, work, *args, **kwargs))
+        return None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around a sync call, from the function's begin to the booking."""
+        outer: list[Callable[[], Any]] | None = getattr(self._thread, "later", None)
+        later: list[Callable[[], Any]] = []
+        self._thread.later = later
+        try:
+            yield
+        finally:
+            self._thread.later = outer
+            for start in later:
+                start()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+
+_background = _Background()
+
+
 def wrap_functions() -> None:
     """Wrap them in the module `litellm`, once; its Router and its own functions look them up there at every call."""
     with _lock:
+        _background.take_place()
         for name in (*_NAMES, *(f"a{name}" for name in _NAMES), *UNBOUNDED):
             function = getattr(litellm, name, None)
             if callable(function) and not hasattr(function, "__bursar__"):
@@ -47,19 +92,20 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with ExitStack() as calls:
-            door = _open(calls, function.__name__, args, kwargs)
-            try:
-                answer = function(*args, **_announced(function.__name__, kwargs))
-            except BaseException as error:  # noqa: BLE001 - raised again, below
-                for attempt, ending in _failed(door, error):
-                    attempt.gate.end(attempt, ending)
-                _raise(door, error)
-        if is_stream(answer):
-            return guard_stream(answer, door.own())
-        for attempt, ending in _answered(door, answer):
-            attempt.gate.end(attempt, ending)
-        return answer
+        with _background.held():
+            with ExitStack() as calls:
+                door = _open(calls, function.__name__, args, kwargs)
+                try:
+                    answer = function(*args, **_announced(function.__name__, kwargs))
+                except BaseException as error:  # noqa: BLE001 - raised again, below
+                    for attempt, ending in _failed(door, error):
+                        attempt.gate.end(attempt, ending)
+                    _raise(door, error)
+            if is_stream(answer):
+                return guard_stream(answer, door.own())
+            for attempt, ending in _answered(door, answer):
+                attempt.gate.end(attempt, ending)
+            return answer
 
     return call
 
