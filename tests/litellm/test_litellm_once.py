@@ -10,6 +10,7 @@ from typing import Any
 import litellm
 import openai
 import pytest
+from litellm.litellm_core_utils.thread_pool_executor import executor
 
 from bursar import Bursar
 from bursar.testing.provider import Fault, Provider
@@ -54,3 +55,29 @@ def test_what_litellm_sends_again_is_an_attempt_of_its_own(
         provider.wait_idle()
         assert provider.requests == 2
         assert [record.estimated for record in bursar.records()] == [True, False]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_call_is_booked_before_litellms_threads_log_it(
+    stream: bool,
+    provider: Provider,
+    guarded: Callable[[], AbstractContextManager[Bursar]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They hold the interpreter's lock, which a store that writes has to take again and again."""
+    submit = executor.submit
+    logged: list[int] = []
+
+    def watched(work: Any, *args: Any) -> Any:
+        if "success_handler" in (work.__name__, *(getattr(one, "__name__", "") for one in args)):
+            logged.append(bursar.store.open_reservations())
+        return submit(work, *args)
+
+    monkeypatch.setattr(executor, "submit", watched)
+    with guarded() as bursar:
+        answer = litellm.completion(**ASKED, base_url=f"{provider.url}/v1", api_key="any", stream=stream)
+        list(answer) if stream else None
+        provider.wait_idle()
+        (record,) = bursar.records()
+        assert (record.cost_nanos, record.estimated) == (provider.billed_nanos, False)
+    assert set(logged) == {0}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from bursar.ending import Ending, failed, released, settled, unknown
@@ -12,6 +14,7 @@ from bursar.usage import Usage
 
 log = logging.getLogger("bursar.litellm")
 MAX_CHAIN = 10
+# Attributes are looked up in `__dict__`: pydantic takes 4 us to say that one is missing.
 _NOTHING: Mapping[str, Any] = {}
 # LiteLLM gives errors of the connection a status of its own making; below them stands what really happened.
 _NEVER_SENT = frozenset(
@@ -68,7 +71,6 @@ def chat_events(stream: Any) -> list[dict[str, Any]]:
     """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
     events = []
     for chunk in kept(stream) or ():
-        # A pydantic model that is asked for what it lacks, as most pieces do, takes its longest way: 4 us for each.
         usage = getattr(chunk, "__dict__", _NOTHING).get("usage")
         if usage is None:
             usage = (getattr(chunk, "__pydantic_extra__", None) or _NOTHING).get("usage")
@@ -87,7 +89,7 @@ def chat_events(stream: Any) -> list[dict[str, Any]]:
 
 def is_cached(answer: Any) -> bool:
     """Whether LiteLLM answered out of its cache."""
-    if getattr(answer, "custom_llm_provider", None) == "cached_response":
+    if getattr(answer, "__dict__", _NOTHING).get("custom_llm_provider") == "cached_response":
         return True
     hidden = getattr(answer, "_hidden_params", None)
     return isinstance(hidden, Mapping) and hidden.get("cache_hit") is True
@@ -109,4 +111,6 @@ def _raw_usage(provider: str, details: Mapping[str, Any] | None) -> Usage | None
     raw = None if details is None else details.get("original_response")
     if not isinstance(raw, str) or not raw.lstrip().startswith("{"):
         return None
+    with suppress(ValueError):  # more than one object: the reader of events takes them apart
+        raw = json.loads(raw)
     return read_usage(provider, raw)

@@ -30,9 +30,54 @@ _NAMES = (
 _lock = threading.Lock()
 
 
+class _Background:
+    """LiteLLM's executor, through which it logs a sync call; it gets the work when that call has been booked.
+
+    The work of Python's that follows takes the interpreter's lock, which a store that writes lets go of a dozen times: on
+    SQLite a settlement took twice as long beside it.
+    """
+
+    def __init__(self) -> None:
+        self._executor: Any = None
+        self._thread = threading.local()
+
+    def take_place(self) -> None:
+        """Stand before the executor where LiteLLM's functions look it up, once."""
+        if self._executor is None:
+            self._executor, litellm.utils.executor = litellm.utils.executor, self
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Start it; or later, in a call: LiteLLM does not wait for what it hands on there, and asks for no result."""
+        later: list[Callable[[], Any]] | None = getattr(self._thread, "later", None)
+        if later is None:
+            return self._executor.submit(work, *args, **kwargs)
+        later.append(functools.partial(self._executor.submit, work, *args, **kwargs))
+        return None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around a sync call, from the function's begin to the booking."""
+        outer: list[Callable[[], Any]] | None = getattr(self._thread, "later", None)
+        later: list[Callable[[], Any]] = []
+        self._thread.later = later
+        try:
+            yield
+        finally:
+            self._thread.later = outer
+            for start in later:
+                start()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+
+_background = _Background()
+
+
 def wrap_functions() -> None:
     """Wrap them in the module `litellm`, once; its Router and its own functions look them up there at every call."""
     with _lock:
+        _background.take_place()
         for name in (*_NAMES, *(f"a{name}" for name in _NAMES), *UNBOUNDED):
             function = getattr(litellm, name, None)
             if callable(function) and not hasattr(function, "__bursar__"):
@@ -47,18 +92,20 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with _opened(function.__name__, args, kwargs) as door:
-            try:
-                answer = function(*args, **_announced(function.__name__, kwargs))
-            except BaseException as error:  # noqa: BLE001 - raised again, below
-                for attempt, ending in _failed(door, error):
-                    attempt.gate.end(attempt, ending)
-                _raise(door, error)
-        if is_stream(answer):
-            return guard_stream(answer, door.own())
-        for attempt, ending in _answered(door, answer):
-            attempt.gate.end(attempt, ending)
-        return answer
+        with _background.held():
+            with ExitStack() as calls:
+                door = _open(calls, function.__name__, args, kwargs)
+                try:
+                    answer = function(*args, **_announced(function.__name__, kwargs))
+                except BaseException as error:  # noqa: BLE001 - raised again, below
+                    for attempt, ending in _failed(door, error):
+                        attempt.gate.end(attempt, ending)
+                    _raise(door, error)
+            if is_stream(answer):
+                return guard_stream(answer, door.own())
+            for attempt, ending in _answered(door, answer):
+                attempt.gate.end(attempt, ending)
+            return answer
 
     return call
 
@@ -69,7 +116,8 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with _opened(function.__name__, args, kwargs) as door:
+        with ExitStack() as calls:
+            door = _open(calls, function.__name__, args, kwargs)
             try:
                 answer = await function(*args, **kwargs)
             except GeneratorExit:  # its task was thrown away: nothing can be awaited here
@@ -97,10 +145,10 @@ def _names(function: Callable[..., Any]) -> list[str]:
 
 def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments by their names: LiteLLM announces, and lets be changed, named ones only."""
+    if not args:
+        return args, kwargs
     told = dict(zip(names, args, strict=False))
-    if told and not told.keys() & kwargs.keys():
-        return args[len(told) :], {**told, **kwargs}
-    return args, kwargs
+    return (args, kwargs) if told.keys() & kwargs.keys() else (args[len(told) :], {**told, **kwargs})
 
 
 def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -114,20 +162,18 @@ def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-@contextmanager
-def _opened(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Door]:
+def _open(calls: ExitStack, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Door:
     """The door of one call; it lets those calls pass that a framework around LiteLLM has reserved for with the same guard."""
     guards, outer = _arm(name), open_door()
     if outer is not None:
         guards = outer.held  # LiteLLM's own retries are attempts of its own
-    asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs}
-    with ExitStack() as stack:
-        held = [one for one in guards if stack.enter_context(passing(one, str(asked.get("model")), asked))]
-        door = Door(is_mock=_is_mock(kwargs), held=held)
-        try:
-            yield door
-        finally:
-            door.close()
+    held: list[Bursar] = []
+    if guards:
+        asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs}
+        held = [one for one in guards if calls.enter_context(passing(one, str(asked.get("model")), asked))]
+    door = Door(is_mock=_is_mock(kwargs), held=held)
+    calls.callback(door.close)
+    return door
 
 
 def _arm(name: str) -> Sequence[Bursar]:
@@ -146,7 +192,7 @@ def _arm(name: str) -> Sequence[Bursar]:
 
 
 def _is_mock(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) for name in ("mock_response", "mock_tool_calls", "mock_timeout"))
+    return bool(kwargs.get("mock_response") or kwargs.get("mock_tool_calls") or kwargs.get("mock_timeout"))
 
 
 def _answered(door: Door, answer: Any) -> list[tuple[Attempt, Ending]]:

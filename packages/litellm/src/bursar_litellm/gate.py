@@ -137,9 +137,7 @@ class Gate:
         self.bursar = bursar
         # The last call outside of a door, of which nothing tells when it has been sent: at the latest with the next.
         self.early: ContextVar[Sending | None] = ContextVar("bursar_litellm_early", default=None)
-        self._open: OrderedDict[str, Attempt] = OrderedDict()
-        self._unended = 0
-        self._ended = threading.Condition()
+        self.forget()
 
     @classmethod
     def of(cls, bursar: Bursar) -> Gate:
@@ -159,7 +157,7 @@ class Gate:
         announce it, under one id.
         """
         door = open_door()
-        with self._ended:
+        with self._lock:
             found = self._open.get(key)
             if found is None or found.is_sent:
                 attempt = self._open[key] = Attempt(self, key, door)
@@ -204,7 +202,7 @@ class Gate:
 
     def take(self, attempt: Attempt) -> bool:
         """Out of the list: whoever gets it ends it. False when it has ended already, or was never reserved."""
-        with self._ended:
+        with self._lock:
             if self._open.get(attempt.key) is not attempt:
                 return False
             del self._open[attempt.key]
@@ -235,19 +233,26 @@ class Gate:
             self._count_end()
 
     def _count_end(self) -> None:
-        with self._ended:
+        with self._lock:
             self._unended -= 1
-            if not self._unended:
+            if self._drains and not self._unended:
                 self._ended.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every attempt has ended; False when that takes longer."""
-        with self._ended:
-            return self._ended.wait_for(lambda: not self._unended, timeout_s)
+        with self._lock:
+            self._drains += 1
+            try:
+                return self._ended.wait_for(lambda: not self._unended, timeout_s)
+            finally:
+                self._drains -= 1
 
     def forget(self) -> None:
-        """After a fork, in the child: the open attempts are the parent's."""
-        self._open, self._unended, self._ended = OrderedDict(), 0, threading.Condition()
+        """At the beginning; and in the child after a fork, for the open attempts are the parent's."""
+        self._open: OrderedDict[str, Attempt] = OrderedDict()
+        self._unended = self._drains = 0  # `_drains`: how many threads wait for the last to end
+        self._lock = threading.RLock()
+        self._ended = threading.Condition(self._lock)
 
 
 # -- attempts whose end nobody reports ---------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class ProxyLogger(BursarLogger):
                 "changeable": _changeable(attempt.provider, model, body),
                 "default_tags": read_tags({"metadata": _identity(user_api_key_dict)}, self.tags),
             }
-            data = write("completion", data, model, await attempt.areserve(request))
+            data = {**write("completion", data, model, await attempt.areserve(request))}
         if "chat/completions" in route or attempt.provider in ("openai", _GATEWAY):
             ask_for_usage_in(data)
         return data

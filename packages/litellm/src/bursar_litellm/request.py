@@ -96,7 +96,6 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
     named = _plain(model)
-    can_change = changeable(kind, provider, named, kwargs)
     request = {
         "provider": provider,
         "model": _base_model(kwargs) or named,
@@ -104,8 +103,8 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
+        "changeable": (can_change := changeable(kind, provider, named, kwargs)),
         "resize": "max_output_tokens" in can_change and not any(kwargs.get(name) for name in LIMIT_NAMES),
-        "changeable": can_change,
     }
     return request | read_media(kind, request, kwargs.get("file"))
 
@@ -120,15 +119,15 @@ def changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any]) 
     thinks = isinstance(thinking, Mapping) and thinking.get("budget_tokens")
     thinks = thinks or (kwargs.get("reasoning_effort") and "claude" in model)  # LiteLLM makes such a budget of it
     is_name = str(kwargs.get("model")).endswith(model) and provider not in _DEPLOYMENTS
-    fixed = {
-        "model": not is_name or _base_model(kwargs) is not None or "model" in over,
-        "max_output_tokens": bool(thinks) or any(name in over for name in LIMIT_NAMES),
-    }
-    return tuple(name for name, is_fixed in fixed.items() if not is_fixed)
+    with_model = is_name and "model" not in over and _base_model(kwargs) is None
+    with_limit = not thinks and over.keys().isdisjoint(LIMIT_NAMES)
+    return ("model",) * with_model + ("max_output_tokens",) * with_limit
 
 
 def write(kind: str, kwargs: dict[str, Any], asked: str, granted: Reservation) -> dict[str, Any]:
     """The arguments with what was granted in them. `asked`: the model's name without what LiteLLM has in front of it."""
+    if granted.model == asked and not granted.capped:
+        return kwargs
     changed = dict(kwargs)
     if granted.model != asked:
         changed["model"] = str(kwargs["model"]).removesuffix(asked) + granted.model
@@ -233,8 +232,8 @@ def _plain(model: str) -> str:
 def _base_model(settings: Mapping[str, Any]) -> str | None:
     """The model behind a deployment's name, as Azure's deployments are declared."""
     metadata = settings.get("metadata")
-    told = [settings, settings.get("model_info"), metadata.get("model_info") if isinstance(metadata, Mapping) else None]
-    for place in told:
+    inner = metadata.get("model_info") if isinstance(metadata, Mapping) else None
+    for place in filter(None, (settings, settings.get("model_info"), inner)):
         name = place.get("base_model") if isinstance(place, Mapping) else None
         if isinstance(name, str) and name:
             return name.partition("/")[2] or name
@@ -253,7 +252,7 @@ def _retries(provider: str, settings: Mapping[str, Any]) -> int:
 
 
 def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a call. `settings`: LiteLLM's arguments; `own`: the logger's tags.
+    """The tags of a call. `settings`: LiteLLM's arguments; `own`: the logger's tags, clean.
 
     `metadata={"bursar": {...}}` names tags freely; of a proxy's clients they are taken too, but never who they are: that
     is what the proxy found out by their key.
@@ -285,7 +284,8 @@ def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, 
             "org": metadata.get("user_api_key_org_id"),
             "customer": metadata.get("user_api_key_end_user_id") or settings.get("user"),
         }
-    return clean({**found, **free, **own} | {name: value for name, value in identity.items() if value})
+    tags = {**clean({**found, **free}), **own}
+    return tags | clean(identity)
 
 
 def clean(tags: Mapping[str, Any]) -> dict[str, str]:

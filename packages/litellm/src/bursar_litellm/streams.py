@@ -58,15 +58,13 @@ class _Reading:
         self.is_from_cache = is_from_cache
         self.is_kept = is_kept  # the stream keeps its own pieces: they are read once, at its end
         self.has_begun = self.is_complete = self.is_over = False
+        self.reservations = [one.reservation for one in attempts if one.reservation is not None]
         self.stopped: Stopped | None = None
         self.events: list[Any] = []
         self._tail = ""
 
     def feed(self, chunk: Any) -> None:
         """Keep what a piece says of usage. Never raises: accounting must not break a stream."""
-        self.has_begun = True
-        if self.is_kept:
-            return
         if isinstance(chunk, (bytes, str)):
             self._feed_text(chunk.decode("utf-8", "replace") if isinstance(chunk, bytes) else chunk)
             return
@@ -85,6 +83,10 @@ class _Reading:
             if line.startswith("data:") and '"usage' in line:
                 self.events.append(line.strip())
                 self.is_complete = self.is_complete or "message_delta" in line or "response.completed" in line
+
+    def is_open(self) -> bool:
+        """Whether its end is still to be told."""
+        return any(one.gate.has(one) for one in self.attempts)
 
     def usage(self, stream: Any) -> Usage | None:
         """What the stream has told so far; None when nothing."""
@@ -106,9 +108,8 @@ class _Reading:
 
     def stop(self, stream: Any) -> BaseException | None:
         """The error of what stops it here, a switch or a budget's kill; what has been answered in full goes on to its usage."""
-        for attempt in self.attempts:
-            reservation = attempt.reservation
-            if reservation is not None and reservation.stopped is not None and not self._is_answered(stream):
+        for reservation in self.reservations:
+            if reservation.stopped is not None and not self._is_answered(stream):
                 self.is_over, self.stopped = True, reservation.stopped
                 return litellm_error(reservation.stopped)
         return None
@@ -179,7 +180,8 @@ def _guarded(kind: type) -> type:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    for name, make in (("__next__", _next), ("__anext__", _anext), ("close", _close), ("aclose", _aclose)):
+    methods = (("__next__", _next), ("__anext__", _anext), ("close", _close), ("aclose", _aclose))
+    for name, make in (*methods, ("cache_streaming_response", _read_out)):
         if hasattr(kind, name):
             members[name] = make(getattr(kind, name))
     members["__del__"] = _del(getattr(kind, "__del__", None))
@@ -194,10 +196,13 @@ def _next(inner: Any) -> Any:
         try:
             chunk = inner(self)
         except BaseException as error:
-            over = isinstance(error, StopIteration)
-            _end(reading, reading.ended(self) if over else reading.failed(self, error))
+            if reading.is_open():
+                over = isinstance(error, StopIteration)
+                _end(reading, reading.ended(self) if over else reading.failed(self, error))
             raise
-        reading.feed(chunk)
+        reading.has_begun = True
+        if not reading.is_kept:
+            reading.feed(chunk)
         stop = reading.stop(self)
         if stop is not None:
             _end(reading, reading.abandoned(self))
@@ -217,10 +222,13 @@ def _anext(inner: Any) -> Any:
         try:
             chunk = await inner(self)
         except BaseException as error:
-            over = isinstance(error, StopAsyncIteration)
-            await _aend(reading, reading.ended(self) if over else reading.failed(self, error))
+            if reading.is_open():
+                over = isinstance(error, StopAsyncIteration)
+                await _aend(reading, reading.ended(self) if over else reading.failed(self, error))
             raise
-        reading.feed(chunk)
+        reading.has_begun = True
+        if not reading.is_kept:
+            reading.feed(chunk)
         stop = reading.stop(self)
         if stop is not None:
             await _aend(reading, reading.abandoned(self))
@@ -230,6 +238,21 @@ def _anext(inner: Any) -> Any:
         return chunk
 
     return __anext__
+
+
+def _read_out(inner: Any) -> Any:
+    """LiteLLM calls it when the provider has said everything, and then hands the answer to its threads, which log it.
+
+    A store that lets go of the interpreter's lock, as SQLite does a dozen times, would wait for theirs each time.
+    """
+
+    def cache_streaming_response(self: Any, processed_chunk: Any, cache_hit: bool) -> Any:
+        reading: _Reading = self._bursar
+        if reading.is_open():
+            _end(reading, reading.ended(self))
+        return inner(self, processed_chunk, cache_hit)
+
+    return cache_streaming_response
 
 
 def _close(inner: Any) -> Any:
@@ -254,7 +277,7 @@ def _aclose(inner: Any) -> Any:
 def _del(inner: Any) -> Any:
     def __del__(self: Any) -> None:
         reading = self.__dict__.get("_bursar")
-        if reading is not None and any(one.gate.has(one) for one in reading.attempts):
+        if reading is not None and reading.is_open():
             ending = reading.abandoned(self)
             for attempt in reading.attempts:
                 end_soon(attempt, ending)
