@@ -22,26 +22,20 @@ from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
+from rungs import CHEAPER, RATES
 from test_langchain import CORE
 from test_langchain_agents import LANGCHAIN, both, run
 from test_langchain_agents import _middleware as middleware_of
 
 from bursar import ApprovalRequired, Budget, Bursar, Operator, Stopped, Threshold
 from bursar.detect import Detectors
-from bursar.testing.provider import Answer, Provider, Rates
+from bursar.testing.provider import Answer, Provider
 from bursar_langchain import BursarCallbackHandler, BursarMiddleware, LangChainBudgetExceeded
 
 BURSAR = str(Path(sysconfig.get_path("scripts")) / "bursar")
 HI: Any = {"messages": [("user", "hi")]}
 # gpt-4o: $2.50 and $10 per million tokens; half a cent
 HALF_A_CENT = Answer(input_tokens=400, output_tokens=400)
-RATES = {
-    "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000),
-    "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600),
-    "claude-sonnet-4-6": Rates(input_nanos=3_000, output_nanos=15_000),
-    "claude-haiku-4-5": Rates(input_nanos=1_000, output_nanos=5_000),
-}
-CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-6": "claude-haiku-4-5"}
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'ahandle_event' was never awaited", "ignore:The method")
 
 
