@@ -515,13 +515,15 @@ def child(job: Callable[[], object]) -> Callable[[], None]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_i7_a_child_writes_on_after_its_parent_has_closed(store: SqliteStore, path: Path) -> None:
-    store.execute(reserve("parent"))
+@pytest.mark.parametrize("durability", ["process", "full"])
+def test_i7_a_child_writes_on_after_its_parent_has_closed(path: Path, durability: str) -> None:
+    store = SqliteStore(path, durability=durability)
+    asyncio.run(store.aexecute(reserve("parent")))
 
     def job() -> None:
         for id in ("child-1", "child-2"):
-            store.execute(reserve(id))
-            asyncio.run(store.aexecute(settle(id)))
+            asyncio.run(store.aexecute(reserve(id)))
+            store.execute(settle(id))
 
     go = child(job)
     store.execute(settle("parent"))

@@ -44,9 +44,9 @@ log = logging.getLogger("bursar")
 SWEEP_BATCH = 500
 # The log is folded into the file, with three fsyncs, by whoever may wait, after so many transactions: it is 19 MiB then, for
 # each writes some 3 pages. SQLite's own 4 MiB take a fifth of a pair's time on a slow disk. Where they write more, whoever
-# commits has to do it at 32 MiB.
+# commits has to do it at 24 MiB.
 FOLD_COMMITS = 1_500
-CHECKPOINT_PAGES = 8_000
+CHECKPOINT_PAGES = 6_000
 OPENING = 4  # a store that many processes make at once is worth waiting for so many times as long as for a command
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 # sqlite's primary result code -> (our fault, what the user does next)

@@ -141,15 +141,15 @@ class Rows(dict[str, Row | None]):
     """What a connection knows of the file: rows that it read or wrote, by key; one that it lacks is read when asked for.
 
     They stay true until another connection writes, which SQLite tells at the begin of each transaction (`PRAGMA
-    data_version`), so a process alone with its file hardly ever reads. The connection waits for locks here, and nowhere
-    else: some callers have no time to.
+    data_version`), so a process alone with its file hardly ever reads. Locks are waited for here alone, as long as told.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         super().__init__()
         connection.execute("PRAGMA busy_timeout=0")
-        self._execute = connection.execute
-        self._many = connection.executemany
+        cursor = connection.cursor()  # one for all statements: another for each takes 3 us of a pair of commands
+        self._execute = cursor.execute
+        self._many = cursor.executemany
         self._data_version = -1
         self._stored: dict[str, Rule] = {}  # the rules of accounts as the table has them
         self._drafts: dict[str, str] = {}  # of reservations in the table: the JSON of their drafts
