@@ -207,6 +207,24 @@ def test_a_stream_that_is_never_read_is_booked(provider: Provider, bursar: Bursa
     assert only(bursar).estimated
 
 
+def test_a_stream_that_was_read_keeps_nothing(provider: Provider, bursar: Bursar) -> None:
+    """Neither the answer nor the request waits for a garbage collection."""
+    client = bursar.wrap(plain(provider))
+
+    def kept() -> int:
+        return sum(isinstance(one, PassingAnswer) for one in gc.get_objects())
+
+    streamed(client)
+    gc.collect()
+    before = kept()
+    gc.disable()
+    try:
+        streamed(client)
+        assert kept() == before
+    finally:
+        gc.enable()
+
+
 def test_a_stream_of_a_dead_loop_is_booked(provider: Provider, bursar: Bursar) -> None:
     """Nobody can close it any more."""
 

@@ -125,9 +125,16 @@ def test_a_stream_read_in_another_thread(provider: Provider, bursar: Bursar) -> 
     assert ended(bursar) == [("completed", False)]
 
 
-def test_what_the_user_says_of_stream_options_stays(provider: Provider, bursar: Bursar) -> None:
+@pytest.mark.parametrize("where", ["object", "object's body", "call", "call's body"])
+def test_what_the_user_says_of_stream_options_stays(where: str, provider: Provider, bursar: Bursar) -> None:
     """Without usage the worst case is booked, never nothing."""
-    list(llm_at(provider, additional_kwargs={"stream_options": {"include_usage": False}}).stream_chat(HELLO))
+    said: dict[str, Any] = {"stream_options": {"include_usage": False}}
+    if "body" in where:
+        said = {"extra_body": said}
+    if where.startswith("object"):
+        list(llm_at(provider, additional_kwargs=said).stream_chat(HELLO))
+    else:
+        list(llm_at(provider).stream_chat(HELLO, **said))
     assert provider.account[0].request["stream_options"] == {"include_usage": False}
     assert ended(bursar) == [("failed", True)]
 
@@ -187,6 +194,18 @@ def test_a_stream_whose_bytes_come_otherwise_loses_nothing(size: int, end: str, 
         assert not entries[3:]
         assert (call.usage.input_tokens, call.usage.output_tokens, call.usage.model) == (1_000, 500, "gpt-4o")
     assert (call.usage is not None) == (size == 10_000 and end == "\n\n")
+
+
+@pytest.mark.parametrize("where", ["object", "call"])
+def test_what_else_the_user_adds_to_the_body_is_sent(where: str, provider: Provider, bursar: Bursar) -> None:
+    said = {"extra_body": {"seed": 7}}
+    if where == "object":
+        list(llm_at(provider, additional_kwargs=said).stream_chat(HELLO))
+    else:
+        list(llm_at(provider).stream_chat(HELLO, **said))
+    request = provider.account[0].request
+    assert (request["seed"], request["stream_options"]) == (7, {"include_usage": True})
+    assert ended(bursar) == [("completed", False)]
 
 
 def test_plain_calls_get_no_stream_options(provider: Provider, bursar: Bursar) -> None:

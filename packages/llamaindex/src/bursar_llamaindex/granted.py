@@ -49,6 +49,19 @@ def write(instance: Any, settings: dict[str, Any], asked: str, granted: Reservat
         settings.update(limits)
 
 
+def ask_usage(instance: Any, settings: dict[str, Any]) -> bool:
+    """Have a stream of OpenAI's chat client state its usage, unless the user has said whether it should; whether it was done."""
+    own, body = mapping(instance, "additional_kwargs"), settings.get("extra_body") or {}
+    if any("stream_options" in said for said in (own, settings, body, own.get("extra_body") or ())):
+        return False
+    asked = {"include_usage": True}
+    if "extra_body" in own:  # the one of the call would take its place
+        settings["stream_options"] = asked
+    else:  # the SDK hands it on as it is, where it would look long for how to write options of its own
+        settings["extra_body"] = {**body, "stream_options": asked}
+    return True
+
+
 def _is_fixed(instance: Any, own: Mapping[str, Any]) -> bool:
     """Whether OpenAI's chat client takes the maximum from the object, whatever the call says."""
     return instance.max_tokens is not None or any(name in own for name in OUTPUT_LIMITS)

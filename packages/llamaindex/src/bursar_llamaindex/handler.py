@@ -18,7 +18,7 @@ from bursar.errors import InvalidInput
 from bursar_llamaindex.calls import Call, drain
 from bursar_llamaindex.embedded import listen, sending
 from bursar_llamaindex.gate import Gate
-from bursar_llamaindex.granted import changeable, write
+from bursar_llamaindex.granted import ask_usage, changeable, write
 from bursar_llamaindex.messages import plain_messages
 from bursar_llamaindex.request import embedded_texts, kind_of, read_embedding, read_llm, sends_nothing
 from bursar_llamaindex.serving import is_served
@@ -176,9 +176,8 @@ def announce_llm(
         from bursar_llamaindex.stopping import make_stoppable  # httpx loads with the clients that use it
 
         make_stoppable(call, instance, settings, is_async=method.startswith("a"))
-        if api == "chat" and "stream_options" not in instance.additional_kwargs and "stream_options" not in settings:
-            settings["stream_options"] = {"include_usage": True}
-            call.hides_usage = True
+        if api == "chat":
+            call.hides_usage = ask_usage(instance, settings)
     return call
 
 

@@ -63,21 +63,25 @@ class Answer:
         self._held = b""
         self._chunk = b""  # the first that was passed over
         kind = response.headers.get("content-type", "")
-        # Takes the next bytes, and returns what of them the caller may see.
-        self.feed: Callable[[bytes], bytes]
+        # Functions, not bound methods: the answer, with the request, would live on until a garbage collection.
+        self._take: Callable[[Answer, bytes], bytes]
         if "event-stream" in kind:
-            self.feed = self._events
+            self._take = Answer._events
         elif "amazon.eventstream" in kind:
-            self.feed = self._frames
+            self._take = Answer._frames
         elif "json" in kind:
-            self.feed = self._whole
+            self._take = Answer._whole
         else:
-            self.feed = self._nothing
+            self._take = Answer._nothing
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes; what of them the caller may see."""
+        return self._take(self, data)
 
     def finish(self) -> bytes:
         """The body is at its end: what of it was still held back."""
         left, self._held = self._held, b""
-        if self.feed == self._whole:
+        if self._take is Answer._whole:
             self._reader.feed(left)
         self._is_read = True
         return left if self._hides_usage else b""
@@ -86,7 +90,7 @@ class Answer:
         self._held += data
         if len(self._held) > MAX_HELD_BYTES:
             left, self._held = self._held, b""
-            self.feed = self._nothing  # what follows is not read
+            self._take = Answer._nothing  # what follows is not read
             return left
         return b""
 
