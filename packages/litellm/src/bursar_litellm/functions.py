@@ -33,8 +33,8 @@ _lock = threading.Lock()
 class _Background:
     """LiteLLM's executor, through which it logs a sync call; it gets the work when that call has been booked.
 
-    The work of Python's that follows takes the interpreter's lock, which a store that writes lets go of a dozen times: on
-    SQLite a settlement took twice as long beside it.
+    That work takes the interpreter's lock, which SQLite lets go of nine times a settlement: beside it, a settlement took
+    more than twice as long.
     """
 
     def __init__(self) -> None:

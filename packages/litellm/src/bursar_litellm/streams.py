@@ -243,7 +243,7 @@ def _anext(inner: Any) -> Any:
 def _read_out(inner: Any) -> Any:
     """LiteLLM calls it when the provider has said everything, and then hands the answer to its threads, which log it.
 
-    A store that lets go of the interpreter's lock, as SQLite does a dozen times, would wait for theirs each time.
+    A store that lets go of the interpreter's lock, as SQLite does nine times, would wait for theirs each time.
     """
 
     def cache_streaming_response(self: Any, processed_chunk: Any, cache_hit: bool) -> Any:
