@@ -35,12 +35,8 @@ VM_STEPS = 40  # a point at every so many instructions of SQLite's machine, besi
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
 
-class Watched(sqlite3.Connection):
-    """A connection with a point before and after every statement, and inside long ones."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.set_progress_handler(Points.hit, VM_STEPS)
+class WatchedCursor(sqlite3.Cursor):
+    """A cursor with a point before and after every statement."""
 
     def execute(self, *args: Any) -> sqlite3.Cursor:
         Points.hit()
@@ -55,6 +51,17 @@ class Watched(sqlite3.Connection):
             return super().executemany(*args)
         finally:
             Points.hit()
+
+
+class Watched(sqlite3.Connection):
+    """A connection with watched cursors, its own of each statement too, and with points inside long statements."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.set_progress_handler(Points.hit, VM_STEPS)
+
+    def cursor(self, factory: Any = WatchedCursor) -> Any:
+        return super().cursor(factory)
 
 
 def watch() -> None:
