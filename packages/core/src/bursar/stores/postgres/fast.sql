@@ -52,12 +52,15 @@ BEGIN
     IF now_us < seen_us THEN
         RETURN NULL;
     END IF;
-    WITH held AS (
+    WITH opened AS (  -- first, so that accounts are locked for a short time
+        INSERT INTO reservations(id, held, reserved_us, expires_us, on_expiry, digest, draft)
+        VALUES (id_, held_, now_us, now_us + ttl_us, on_expiry_, '', draft_) RETURNING reserved_us
+    ), held AS (
         INSERT INTO accounts AS a(key, budget, scope, unit, kind, "limit", start_us, end_us, period_us, enforce, spent, reserved,
             overrun, refused, refused_minute, refused_in_minute, level, remainder, at_us, buckets, crossed, marks)
         SELECT line.key, '', '', '', line.kind, line."limit", 0, line.end_us, 0, line.enforce, 0, line.amount,
-            0, 0, 0, 0, 0, 0, now_us, '', 0, line.marks
-        FROM unnest(keys, kinds, limits, ends, enforced, marks_, amounts)
+            0, 0, 0, 0, 0, 0, opened.reserved_us, '', 0, line.marks
+        FROM opened, unnest(keys, kinds, limits, ends, enforced, marks_, amounts)
             AS line(key, kind, "limit", end_us, enforce, marks, amount)
         ON CONFLICT (key) DO UPDATE SET
             reserved = a.reserved + excluded.reserved,
@@ -81,12 +84,9 @@ BEGIN
             concat_ws(E'\x1f', key, spent, reserved, overrun, refused, refused_minute, refused_in_minute, level, remainder,
                 at_us, buckets, crossed) END AS told
     )
-    INSERT INTO reservations(id, held, reserved_us, expires_us, on_expiry, digest, draft)
-    SELECT id_, held_, now_us, now_us + ttl_us, on_expiry_, '', CASE
-        WHEN (SELECT count(told) FROM held) = cardinality(keys)
-            AND coalesce(version_ >= (SELECT max(version) FROM definitions), true) THEN draft_
-        ELSE bursar_undo() END
-    RETURNING (SELECT string_agg(told, E'\x1e') FROM held) INTO after;
+    SELECT CASE WHEN count(told) = cardinality(keys) AND coalesce(version_ >= (SELECT max(version) FROM definitions), true)
+        THEN coalesce(string_agg(told, E'\x1e'), '') ELSE bursar_undo() END
+    INTO after FROM held;
     RETURN concat_ws(E'\x1e', now_us, after);
 EXCEPTION WHEN unique_violation OR SQLSTATE 'BU003' THEN  -- what was done is undone
     RETURN NULL;
@@ -110,12 +110,20 @@ BEGIN
     END IF;
     WITH gone AS (
         DELETE FROM reservations WHERE id = id_ AND held = held_ RETURNING reserved_us, digest, draft
+    ), written AS (  -- before the accounts, so that these are locked for a short time
+        INSERT INTO records(id, kind, outcome, estimated, reason, cost_nanos, usage, amounts, reserved_us, settled_us, digest,
+            draft, facts, org, team, project, "user", customer, workflow, agent, run, tool, connection, provider, model,
+            model_answered)
+        SELECT id_, 'settlement', outcome_, estimated_, reason_, cost_nanos_, usage_, amounts_, reserved_us, now_us, digest, draft,
+            facts_, tags[1], tags[2], tags[3], tags[4], tags[5], tags[6], tags[7], tags[8], tags[9], tags[10], tags[11], tags[12],
+            answered
+        FROM gone RETURNING reserved_us
     ), booked AS (  -- a line travels as an account: what was held as `reserved`, when as `start_us`
         INSERT INTO accounts AS a(key, budget, scope, unit, kind, "limit", start_us, end_us, period_us, enforce, spent, reserved,
             overrun, refused, refused_minute, refused_in_minute, level, remainder, at_us, buckets, crossed, marks)
-        SELECT line.key, '', '', '', '', line."limit", gone.reserved_us, 0, 0, line.enforce, line.actual, line.held,
+        SELECT line.key, '', '', '', '', line."limit", written.reserved_us, 0, 0, line.enforce, line.actual, line.held,
             0, 0, 0, 0, 0, 0, now_us, '', 0, line.marks
-        FROM gone, unnest(keys, limits, enforced, marks_, helds, actuals) AS line(key, "limit", enforce, marks, held, actual)
+        FROM written, unnest(keys, limits, enforced, marks_, helds, actuals) AS line(key, "limit", enforce, marks, held, actual)
         ON CONFLICT (key) DO UPDATE SET
             reserved = a.reserved - excluded.reserved,
             overrun = a.overrun + greatest(excluded.spent - excluded.reserved, 0),
@@ -138,14 +146,9 @@ BEGIN
             concat_ws(E'\x1f', key, spent, reserved, overrun, refused, refused_minute, refused_in_minute, level, remainder,
                 at_us, buckets, crossed) END AS told
     )
-    INSERT INTO records(id, kind, outcome, estimated, reason, cost_nanos, usage, amounts, reserved_us, settled_us, digest,
-        draft, facts, org, team, project, "user", customer, workflow, agent, run, tool, connection, provider, model,
-        model_answered)
-    SELECT id_, 'settlement', outcome_, estimated_, reason_, cost_nanos_, usage_, amounts_, reserved_us, now_us, digest,
-        CASE WHEN (SELECT count(told) FROM booked) = cardinality(keys) THEN draft ELSE bursar_undo() END, facts_, tags[1],
-        tags[2], tags[3], tags[4], tags[5], tags[6], tags[7], tags[8], tags[9], tags[10], tags[11], tags[12], answered
-    FROM gone
-    RETURNING concat_ws(E'\x1e', settled_us, reserved_us, (SELECT string_agg(told, E'\x1e') FROM booked)) INTO told;
+    SELECT concat_ws(E'\x1e', now_us, written.reserved_us, CASE WHEN (SELECT count(told) FROM booked) = cardinality(keys)
+        THEN (SELECT string_agg(told, E'\x1e') FROM booked) ELSE bursar_undo() END)
+    INTO told FROM written;
     RETURN told;
 EXCEPTION WHEN unique_violation OR SQLSTATE 'BU003' THEN
     RETURN NULL;
