@@ -24,7 +24,7 @@ log = logging.getLogger("bursar")
 SUFFIX = ".journal"
 # The log is folded into the file rarely: what has been sent is deleted soon, so the file stays small.
 CHECKPOINT_PAGES = 8_000
-CACHE_KB = 256  # of pages in memory: entries are written at the end, and read only after a crash
+CACHE_KB = 1_000  # of pages in memory: what one draw sends is still there when it is deleted
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases(
     id TEXT PRIMARY KEY, rules TEXT NOT NULL, granted TEXT NOT NULL, drawn TEXT NOT NULL) WITHOUT ROWID;
