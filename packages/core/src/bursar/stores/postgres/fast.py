@@ -118,7 +118,7 @@ def _held(command: Reserve) -> tuple[tuple[str, str, int], ...]:
 def _amounts(command: Settle, reserve: Reserve) -> dict[str, int]:
     """What is booked, by account."""
     actual = command.actuals.get
-    return {rule.key: 0 if rule.kind == "slots" else actual(rule.unit, amount) for rule, amount in reserve.lines}
+    return {rule.key: 0 if rule.unit == "slots" else actual(rule.unit, amount) for rule, amount in reserve.lines}
 
 
 def _arrays(lines: Iterable[tuple[str, ...]], columns: int) -> list[str]:
