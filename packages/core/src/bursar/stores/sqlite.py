@@ -8,7 +8,6 @@ import logging
 import os
 import sqlite3
 import threading
-import weakref
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from bursar.files import open_to_all
 from bursar.law import decide
 from bursar.migrations import HEAD, REVISIONS
 from bursar.signing import changes
+from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
 from bursar.stores import sqlite_schema as schema
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
@@ -117,7 +117,7 @@ class SqliteStore:
         self.now_us = self._clock.now_us
         self._unfolded = 0  # commits since the log was folded into the file
         self._commits = self._new_commits()
-        _opened.add(self)
+        forks.watch(self)
 
     def _new_commits(self) -> GroupCommit:
         return GroupCommit(self._apply, self._apply_at_once if self.durability == "process" else None)
@@ -395,20 +395,18 @@ class SqliteStore:
     # A connection must not cross a fork: SQLite's bookkeeping of locks is per process, and a child that inherits it
     # holds none of them, so that the parent's last close would take the write-ahead log away from under the child.
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
         self._reading.acquire()
         self._using.acquire()
         if self._connection is not None:
             self._connection.close()
             self._connection = self._rows = None  # each side opens its own when it needs one
 
-    def _after_fork(self) -> None:
+    def after_fork(self, *, in_child: bool) -> None:
         self._using.release()
         self._reading.release()
-
-    def _in_child(self) -> None:
-        self._after_fork()
-        self._commits = self._new_commits()  # the parent's callers and its worker do not exist here
+        if in_child:
+            self._commits = self._new_commits()  # the parent's callers and its worker do not exist here
 
 
 def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
@@ -425,28 +423,3 @@ def _is_constraint(error: Exception) -> bool:
 def _concerns_all(error: Exception) -> bool:
     """Whether a batch failed for the state of the store, rather than for what one of its commands is."""
     return isinstance(error, BursarError) or (isinstance(error, sqlite3.Error) and not _is_constraint(error))
-
-
-_opened: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_forking: list[SqliteStore] = []
-
-
-def _before_fork() -> None:
-    _forking[:] = sorted(_opened, key=id)
-    for store in _forking:
-        store._before_fork()
-
-
-def _after_fork(in_child: bool) -> None:
-    for store in reversed(_forking):
-        if in_child:
-            store._in_child()
-        else:
-            store._after_fork()
-    _forking.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
-    )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from bursar.commands import (
     Settle,
 )
 from bursar.errors import InvalidInput, StoreError
+from bursar.stores import forks
 from bursar.stores.base import Store
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.leases.tender import WAIT_S, Crossed, Tender, new_id
@@ -67,8 +66,7 @@ class LeasedStore:
         self._tender = Tender(shared, path, full=durability == "full", background=background, ids=ids or new_id)
         self._commits = GroupCommit(self._tender.books.apply)
         self._closed = False
-        _watch_forks()
-        _opened.add(self)
+        forks.watch(self)
 
     def on_crossed(self, crossed: Crossed) -> None:
         """Call `crossed` with the alerts of marks that were crossed by what was sent to the shared store, and the accounts."""
@@ -190,34 +188,10 @@ class LeasedStore:
             self._closed = True
             self.shared.close()
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
         self._tender.before_fork()
 
-    def _after_fork(self, *, in_child: bool) -> None:
+    def after_fork(self, *, in_child: bool) -> None:
         self._tender.after_fork(in_child=in_child)
         if in_child:
             self._commits = GroupCommit(self._tender.books.apply)
-
-
-_opened: weakref.WeakSet[LeasedStore] = weakref.WeakSet()
-_forking: list[LeasedStore] = []
-
-
-def _before_fork() -> None:
-    _forking[:] = sorted(_opened, key=id)
-    for store in _forking:
-        store._before_fork()
-
-
-def _after_fork(in_child: bool) -> None:
-    for store in reversed(_forking):
-        store._after_fork(in_child=in_child)
-    _forking.clear()
-
-
-@cache
-def _watch_forks() -> None:
-    """After the shared store's own watch has begun: what begins last goes first, and the tender may be waiting for that store."""
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
-    )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -32,6 +30,7 @@ from bursar.commands import (
 )
 from bursar.errors import StoreError
 from bursar.signing import changes
+from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
@@ -98,7 +97,7 @@ class PostgresStore:
             raise
         self._months_due_us = 0  # when to see again whether those to come have their tables
         self._commits = GroupCommit(self._apply)
-        _opened.add(self)
+        forks.watch(self)
 
     def _connect(self, *, lawful: bool = False) -> psycopg.Connection[Any]:
         return connect(self._url, self._schema, timeout_s=self._timeout_s, lawful=lawful)
@@ -380,19 +379,17 @@ class PostgresStore:
 
     # A connection must not cross a fork: both sides would speak on one socket.
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
         self._reading.acquire()
         self._using.acquire()
 
-    def _after_fork(self) -> None:
+    def after_fork(self, *, in_child: bool) -> None:
+        if in_child:
+            _inherited.extend(one for one in (self._connection, self._reader) if one is not None)
+            self._connection = self._reader = None
+            self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
         self._using.release()
         self._reading.release()
-
-    def _in_child(self) -> None:
-        _inherited.extend(one for one in (self._connection, self._reader) if one is not None)
-        self._connection = self._reader = None
-        self._after_fork()
-        self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
 
 
 @contextlib.contextmanager
@@ -418,27 +415,4 @@ def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
     return held
 
 
-_opened: weakref.WeakSet[PostgresStore] = weakref.WeakSet()
-_forking: list[PostgresStore] = []
 _inherited: list[psycopg.Connection[Any]] = []  # a parent's, kept for ever: closing one here would end it there
-
-
-def _before_fork() -> None:
-    _forking[:] = sorted(_opened, key=id)
-    for store in _forking:
-        store._before_fork()
-
-
-def _after_fork(in_child: bool) -> None:
-    for store in reversed(_forking):
-        if in_child:
-            store._in_child()
-        else:
-            store._after_fork()
-    _forking.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
-    )

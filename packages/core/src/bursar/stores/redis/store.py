@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +26,7 @@ from bursar.commands import (
 from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, decide
 from bursar.signing import changes, operator_of
+from bursar.stores import forks
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.redis.faults import fault_of
 from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
@@ -77,7 +76,7 @@ class RedisStore:
             self.server.close()
             raise
         self._commits = GroupCommit(self._apply)
-        _opened.add(self)
+        forks.watch(self)
 
     def execute(self, command: Command) -> Answer:
         return self._commits.run(command)
@@ -325,9 +324,14 @@ class RedisStore:
 
     # A connection must not cross a fork: both sides would speak on one socket.
 
-    def _in_child(self) -> None:
-        _inherited.append(self.server.leave())
-        self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
+    def before_fork(self) -> None:
+        self.server.using.acquire()
+
+    def after_fork(self, *, in_child: bool) -> None:
+        self.server.using.release()
+        if in_child:
+            _inherited.append(self.server.leave())
+            self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
 
 
 def _field(kind: str, name: str) -> str:
@@ -344,26 +348,4 @@ def _time(told: Sequence[Any]) -> int:
     return int(told[0])
 
 
-_opened: weakref.WeakSet[RedisStore] = weakref.WeakSet()
-_forking: list[RedisStore] = []
 _inherited: list[Any] = []  # a parent's, kept for ever: closing one here would end it there
-
-
-def _before_fork() -> None:
-    _forking[:] = sorted(_opened, key=id)
-    for store in _forking:
-        store.server.using.acquire()
-
-
-def _after_fork(in_child: bool) -> None:
-    for store in reversed(_forking):
-        store.server.using.release()
-        if in_child:
-            store._in_child()
-    _forking.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=lambda: _after_fork(False), after_in_child=lambda: _after_fork(True)
-    )
