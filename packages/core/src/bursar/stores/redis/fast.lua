@@ -7,7 +7,7 @@ local WINDOW = '^%["window",(%d+),%d+,0,%d,([-%d]+),([-%w]+),' -- the same, of a
 local HALF = 2251799813685248 -- 2^51: sums of four such figures are exact
 
 local call, format = redis.call, string.format
--- A third of the time of '%.0f', where it tells all of a double's whole numbers: on servers of 64 bits.
+-- Whole numbers, told without floating point where that tells all that a double holds: on servers of 64 bits.
 local D = format('%d', 2 ^ 53 - 1) == '9007199254740991' and '%d' or '%.0f'
 local REST_OF = D .. ',' .. D .. ',' .. D .. ',%s'
 

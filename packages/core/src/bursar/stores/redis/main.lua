@@ -2,7 +2,8 @@
 --
 -- KEYS: what the names of all keys of one slot begin with. ARGV: the time ('' for the server's own), the largest time that the
 -- caller has seen, "1" where the policy's version is a copy, and the commands: of each, how many texts it has, and those. A
--- command reads and reckons first, and may fail meanwhile; then it writes. The answer is JSON: the time, and what each command has come to.
+-- command reads and reckons first, and may fail meanwhile; then it writes. The answer is JSON: the time, and what each command
+-- has come to.
 
 local policy = redis.call('HMGET', P .. 'policy', 'version', 'clock', 'layout')
 local seen = math.max(tonumber(policy[2] or 0), tonumber(ARGV[2]))
