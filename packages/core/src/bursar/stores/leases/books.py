@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bursar.commands import Answer, Command, Ended, Entry, Expire, Rejected, Reserve
 from bursar.errors import StoreError
+from bursar.stores.entry_text import entry_text
 from bursar.stores.leases.journal import Journal
 from bursar.stores.leases.lease import Lease
 from bursar.stores.leases.sizing import Demand, leasable
@@ -168,12 +169,15 @@ class Books:
             now_us = self._now_us()
             for number, command in enumerate(commands):
                 lease = self._holders.get(command.id)
-                answer = Rejected("unknown", command.id) if lease is None else lease.end(command, now_us)
-                if lease is not None and type(answer) is Ended and answer.entry.id in lease.unwritten:
+                if lease is None:
+                    answers.append(Rejected("unknown", command.id))
+                    continue
+                answer = lease.end(command, now_us)
+                if type(answer) is Ended and answer.entry.id in lease.unwritten:
                     booked[number] = (lease, answer.entry)
                 answers.append(answer)
         try:
-            self.write(list(booked.values()))
+            self.write([*booked.values()])
         except StoreError as error:  # they stay unwritten, and are written by whoever comes next
             for number in booked:
                 answers[number] = error
@@ -184,9 +188,13 @@ class Books:
         if not booked:
             return
         assert self.journal is not None, "there is no lease without a journal"
-        numbers = self.journal.write([(lease.id, entry) for lease, entry in booked])
+        rows = [(lease.id, entry_text(entry)) for lease, entry in booked]
+        number = self.journal.write(rows)
         with self.lock:
-            for number, (lease, entry) in zip(numbers, booked, strict=True):
-                if lease.unwritten.get(entry.id) is entry:  # else somebody else has written it meanwhile
+            for (lease, entry), (_, text) in zip(booked, rows, strict=True):
+                id = entry.id
+                if lease.unwritten.get(id) is entry:  # else somebody else has written it meanwhile
+                    lease.texts[id] = text
                     lease.unsent[number] = entry
-                    del lease.unwritten[entry.id]
+                    del lease.unwritten[id]
+                number += 1
