@@ -27,6 +27,7 @@ from bursar.commands import (
     Command,
     Draw,
     Ended,
+    Expire,
     Extend,
     Granted,
     Refused,
@@ -637,7 +638,7 @@ def test_kill_9_in_mid_flight_loses_no_settlement_that_was_answered(tmp_path: Pa
                 draft = {"path": ["r"], "tags": {"run": "r"}, "cost_nanos": CALL, "usage": {}}
                 assert type(store.execute(Reserve(id, lines, 600_000_000, draft))) is Granted
                 assert type(store.execute(Settle(id, {"USD": 3}, 3, {}))) is Ended
-                if store._tender.books.holds(id):
+                if store._tender.books.ends(Expire(id)):
                     os.write(told, id.encode())
         finally:
             os._exit(1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from bursar.commands import Answer, Command, Ended, Entry, Expire, Rejected, Reserve
+from bursar.commands import Answer, Command, Ended, Entry, Expire, Extend, Rejected, Release, Reserve, Settle
 from bursar.errors import StoreError
 from bursar.stores.entry_text import entry_text
 from bursar.stores.leases.journal import Journal
@@ -16,6 +16,7 @@ from bursar.stores.leases.lease import Lease
 from bursar.stores.leases.sizing import Demand, leasable
 
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
+_ENDS = frozenset({Settle, Release, Extend, Expire})
 MAX_BUNDLES = 1_024  # whose demand is known, those of the last calls
 
 
@@ -44,13 +45,13 @@ class Books:
         self._holders: dict[str, Lease] = {}
         self._demand: OrderedDict[Bundle, Demand] = OrderedDict()
 
-    def holds(self, id: str) -> bool:
-        """Whether this call was made out of a lease."""
-        return id in self._holders
+    def ends(self, command: Command) -> bool:
+        """Whether the command is the end, or the extension, of a call that was made out of a lease."""
+        return type(command) in _ENDS and command.id in self._holders
 
     def reserve(self, command: Reserve) -> Answer | None:
         """Reserve out of a lease; None where that is not to be had now, and the shared store has to be asked."""
-        if command.digest or command.behind or command.complied:  # see `leasable`
+        if not command.lines or command.digest or command.behind or command.complied:  # see `leasable`
             return None
         bundle = tuple([rule.key for rule, _ in command.lines])
         with self.lock:
