@@ -7,7 +7,21 @@
 local NUMBER = 18 -- digits of a rule's number
 local STANDS = '^(%-?%d+),(%-?%d+),()' -- spent and reserved of an account, after the number of its rule; where the rest begins
 -- Whole numbers, told without floating point where that tells all that a double holds: on servers of 64 bits.
-local D = string.format('%d', 2 ^ 53 - 1) == '9007199254740991' and '%d' or '%.0f'
+local D = string.format('%d', 4294967296) == '4294967296' and '%d' or '%.0f'
+
+-- The parts of a command: its name, its id, and what else it tells.
+local function parts(id, text)
+  local find, sub = string.find, string.sub
+  local till = find(text, '\30', 1, true)
+  local c, count = {sub(text, 1, till - 1), id, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil}, 2
+  while till do
+    local from = till + 1
+    till = find(text, '\30', from, true)
+    count = count + 1
+    c[count] = sub(text, from, (till or 0) - 1)
+  end
+  return c
+end
 
 -- The keys of the accounts of those lines, the texts that stand there, units and amounts.
 local function read(held)

@@ -109,7 +109,7 @@ class RedisStore:
 
     def _apply_some(self, slot: str, commands: Sequence[Command]) -> list[Answer | BaseException]:
         try:
-            told = self._call(slot, [self._wire.texts(command) for command in commands])
+            told = self._call(slot, [(command.id, self._wire.text(command)) for command in commands])
         except Exception as error:  # noqa: BLE001 - as above
             return [error for _ in commands]
         return [self._answer(slot, *one) for one in zip(commands, told, strict=True)]
@@ -131,7 +131,7 @@ class RedisStore:
                         return rest
                     assert type(rest) is Draw
                     command = rest
-                    (told,) = self._call(slot, [self._wire.texts(command)])
+                    (told,) = self._call(slot, [(command.id, self._wire.text(command))])
                     continue
                 if told[0] != "found":
                     return self._wire.answer(command, told)
@@ -141,20 +141,20 @@ class RedisStore:
                     return answer
                 assert type(answer) is Ended
                 operator = found.get(OPERATOR_KEY)
-                texts = self._wire.texts(command, answer.entry, operator if type(operator) is str else None)
-                (told,) = self._call(slot, [texts])
+                text = self._wire.text(command, answer.entry, operator if type(operator) is str else None)
+                (told,) = self._call(slot, [(command.id, text)])
         except Exception as error:  # noqa: BLE001 - the answers to the others of its batch stand
             return error
         raise AssertionError("unreachable")
 
-    def _call(self, slot: str, commands: Iterable[list[str]]) -> list[Any]:
-        """One call of the law."""
+    def _call(self, slot: str, commands: Sequence[tuple[str, str]]) -> list[Any]:
+        """One call of the law for commands, each its id and its text."""
         if self._clock is None:
             given_us, seen_us = str(self.now_us()), "0"
         else:
             self._clock.check()
             given_us, seen_us = "", str(self._clock.seen_us)
-        texts = [text for command in commands for text in (str(len(command)), *command)]
+        texts = [text for command in commands for text in command]
         run = partial(self.server.run, LAW, slot, given_us, seen_us, "1" if self.slots.by_org else "", *texts)
         told = from_json(run())
         if told[0] == "join":  # the slot has lost what it knew

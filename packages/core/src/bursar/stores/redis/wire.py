@@ -39,6 +39,7 @@ from bursar.stores.sqlite_rows import dumps
 
 MAX_KNOWN = 4_096  # rules whose text is remembered
 MAX_OPEN = 4_096  # reservations that are remembered
+BETWEEN = "\x1e"  # the parts of a command
 NUMBER = 18  # digits of a rule's number, by which it is told from others of its account
 
 Fields = Mapping[str, str]
@@ -55,18 +56,21 @@ class Wire:
         self._rules: dict[str, tuple[list[Any], Rule]] = {}
         self._open: dict[str, tuple[Reserve, int]] = {}  # when it was reserved; nothing of it was shadowed
 
-    def texts(self, command: Command, entry: Entry | None = None, operator: str | None = None) -> list[str]:
-        """The command, its parts as texts. `entry`: what the law has made of a row that the server told, see `rows`."""
+    def text(self, command: Command, entry: Entry | None = None, operator: str | None = None) -> str:
+        """The command without its id. `entry`: what the law has made of a row that the server told, see `rows`."""
+        return BETWEEN.join(self._parts(command, entry, operator))
+
+    def _parts(self, command: Command, entry: Entry | None, operator: str | None) -> list[str]:
         if type(command) is Reserve:
             fields = [
-                "reserve", command.id, dumps(command.digest), str(command.ttl_us), command.on_expiry, str(command.version),
+                "reserve", dumps(command.digest), str(command.ttl_us), command.on_expiry, str(command.version),
                 str(command.max_accounts), "1" if command.quiet else "", command.behind, dumps(command.draft),
                 dumps(command.complied) if command.complied else "{}",
             ]  # fmt: skip
             return self._with_lines(fields, command.lines)
         if type(command) is Charge:
             fields = [
-                "charge", command.id, dumps(command.digest), _head("charge", None, command), dumps(command.facts),
+                "charge", dumps(command.digest), _head("charge", None, command), dumps(command.facts),
                 str(command.version), str(command.max_accounts), dumps(command.draft),
             ]  # fmt: skip
             return self._with_lines(fields, command.lines)
@@ -74,24 +78,24 @@ class Wire:
             sums = [sum(one.amounts.get(rule.key, 0) for one in command.entries) for rule in command.rules]
             overruns = dumps({key: str(amount) for key, amount in command.overruns.items()})
             entries = dumps([_written(one) for one in command.entries])
-            fields = ["draw", command.id, str(command.version), str(command.max_accounts), overruns, entries]
+            fields = ["draw", str(command.version), str(command.max_accounts), overruns, entries]
             return self._with_lines(fields, tuple(zip(command.rules, sums, strict=True)))
         if entry is not None:
             amounts = dumps([str(amount) for amount in entry.amounts.values()])
             head, facts = _head(entry.kind, entry.corrects, entry), dumps(entry.facts)
-            return [_NAMES[type(command)], command.id, head, facts, amounts, operator or "", "{}"]
+            return [_NAMES[type(command)], head, facts, amounts, operator or "", "{}"]
         if type(command) is Settle or type(command) is Release:
             actuals = dumps({unit: str(amount) for unit, amount in command.actuals.items()})
             head = _head("settlement" if type(command) is Settle else "release", None, command)
-            fields = [_NAMES[type(command)], command.id, head, dumps(command.facts), "", "", actuals]
+            fields = [_NAMES[type(command)], head, dumps(command.facts), "", "", actuals]
             known = self._open.get(command.id) if type(command) is Settle else None
             return fields if known is None else [*fields, *[self._line(rule)[2] for rule, _ in known[0].lines]]
         if type(command) is Extend:
-            return ["extend", command.id, str(command.ttl_us)]
+            return ["extend", str(command.ttl_us)]
         if type(command) is Expire:
-            return ["expire", command.id, "", "", ""]
+            return ["expire", "", "", ""]
         assert type(command) is Tell
-        return ["tell", command.id, command.kind, dumps(command.facts)]
+        return ["tell", command.kind, dumps(command.facts)]
 
     def _with_lines(self, fields: list[str], lines: tuple[tuple[Rule, int], ...]) -> list[str]:
         known = [(self._line(rule), amount) for rule, amount in lines]
@@ -102,9 +106,9 @@ class Wire:
         """The text of a line before its amount, that of its rule, and of that what the server needs to book under it."""
         texts = self._texts.get(rule)
         if texts is None:
-            if "\n" in rule.key or "\n" in rule.unit:
+            if any(sign in rule.key + rule.unit for sign in ("\n", BETWEEN)):
                 raise InvalidInput(
-                    f"The account {rule.key!r} has a line break in its key. Use JSON text.", key=rule.key
+                    f"The account {rule.key!r} has a line break or a separator in its key. Use JSON text.", key=rule.key
                 )
             if len(self._texts) >= MAX_KNOWN:
                 self._texts.clear()
