@@ -325,13 +325,16 @@ def test_i2_rows_that_contradict_each_other_are_damage(store: RedisStore) -> Non
     assert store.open_reservations() == 1
 
 
-def test_keys_of_a_newer_bursar(url: str, store: RedisStore) -> None:
+def test_keys_of_another_version(url: str, store: RedisStore) -> None:
     store.execute(reserve("a", (DOLLAR, 60)))
     with server().client() as client:
         assert client.hget("bursar{bursar}:policy", "layout") == str(LAYOUT)
         client.hset("bursar{bursar}:policy", "layout", LAYOUT + 1)
-    with fails("newer", "Upgrade Bursar"):
-        RedisStore(url)
+        with fails("newer", "Upgrade Bursar"):
+            RedisStore(url)
+        client.hset("bursar{bursar}:policy", "layout", LAYOUT - 1)
+        with fails("older", "bursar drain"):
+            RedisStore(url)
 
 
 # -- clocks --------------------------------------------------------------------------------------------------------

@@ -34,5 +34,5 @@ for at = 4, #ARGV, 2 do
 end
 -- What others have seen of the time, to a tenth of a second: each caller knows what it has seen itself. A server that takes no
 -- writes has said so above, where there was anything to write.
-if not policy[2] or now >= policy[2] + 100000 then redis.pcall('HSET', P .. 'policy', 'clock', now_text, 'layout', '1') end
+if not policy[2] or now >= policy[2] + 100000 then redis.pcall('HSET', P .. 'policy', 'clock', now_text, 'layout', '2') end
 return table.concat(answers, ',') .. ']'

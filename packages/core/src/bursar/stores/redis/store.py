@@ -38,7 +38,7 @@ from bursar.stores.sqlite_rows import PAGE, dumps
 
 SWEEP_BATCH = 500
 MAX_BATCH = 64  # commands of one call: nobody else is served while it runs
-LAYOUT = 1  # of keys and fields; main.lua writes it down
+LAYOUT = 2  # of keys and fields; main.lua writes it down
 MAX_TURNS = 100  # of somebody whom others are always ahead of
 
 
@@ -51,7 +51,7 @@ class RedisStore:
     In a cluster without `?org=` each organisation has a slot of its own, and every budget has `org` among its `per`. The
     server's clock decides; with `clock` (for tests and simulations), that one. `durability` is what the server is set to: `full`
     (a settlement is on its disk before it is acknowledged), `everysec`, `memory` or `unknown`. Raises StoreError (unreachable,
-    locked, full, readonly, loading, denied, evicts, damaged, newer, clock).
+    locked, full, readonly, loading, denied, evicts, damaged, newer, older, clock).
     """
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
@@ -61,11 +61,8 @@ class RedisStore:
         try:
             self.durability = durability_of(self.server.settings())
             layout = int(self.server.ask("HGET", f"{self.slots.policy}policy", "layout") or LAYOUT)
-            if layout > LAYOUT:
-                raise StoreError(
-                    f"The keys of this store were written by a newer Bursar (layout {layout}). Upgrade Bursar to open it.",
-                    fault="newer",
-                )
+            if layout != LAYOUT:
+                raise _of_another_version(layout)
             times = self.server.many(("HGET", f"{slot}policy", "clock") for slot in self.slots.all())
             last = max((int(time) for time in times if time), default=0)
             self._clock = None if clock is not None else ServerClock(self._ask_time, last)
@@ -349,3 +346,16 @@ def _time(told: Sequence[Any]) -> int:
 
 
 _inherited: list[Any] = []  # a parent's, kept for ever: closing one here would end it there
+
+
+def _of_another_version(layout: int) -> StoreError:
+    if layout > LAYOUT:
+        return StoreError(
+            f"The keys of this store were written by a newer Bursar (layout {layout}). Upgrade Bursar to open it.",
+            fault="newer",
+        )
+    return StoreError(
+        f"The keys of this store were written by an earlier Bursar (layout {layout}). Let that version drain its records "
+        "(bursar drain), then give this one a database of its own.",
+        fault="older",
+    )
