@@ -150,8 +150,12 @@ class PostgresStore:
             raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
         if type(commands[0]) is Draw:
             return [self._draw(commands[0])]
-        careful = len(commands) > 1 or not self._wire.knows(commands[0])
-        ways = [self._fast.values(command, first_time=first_time) for command in commands]
+        known = [self._wire.knows(command) for command in commands]
+        careful = len(commands) > 1 or not known[0]
+        ways = [
+            self._fast.values(command, first_time=first_time) if met else None  # it makes no accounts
+            for command, met in zip(commands, known, strict=True)
+        ]
         if not careful and ways[0] is not None:
             told = self._ask(STATEMENTS[type(commands[0])], *ways[0])
             if told is not None:
