@@ -51,6 +51,7 @@ _USUAL = frozenset(
     {
         *("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"),
         *("obfuscation", "metadata", "moderation", "prompt_filter_results"),
+        "_request_id",  # of an SDK's object
     }
 )
 _USUAL_OBJECTS = ("chat.completion", "chat.completion.chunk")
