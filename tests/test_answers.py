@@ -163,6 +163,35 @@ def test_the_usual_answer_reads_at_once_as_the_families_read_it(place: str) -> N
         assert found[0] == found[1], answer
 
 
+ODD_MESSAGE: dict[str, tuple[str, ...]] = {
+    "": ("model", "type", "content", "container", "object", "usage", "stop_reason", "model_extra"),
+    "usage": (
+        *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation"),
+        *("service_tier", "inference_geo", "iterations", "server_tool_use", "speed", "output_tokens_details"),
+    ),
+    "cache_creation": ("ephemeral_1h_input_tokens", "ephemeral_5m_input_tokens"),
+    "block": ("type", "name"),
+}
+
+
+def test_the_usual_message_reads_at_once_as_its_family_reads_it() -> None:
+    row = {"provider": "anthropic", "status": 200}
+    told = (*VALUES, "us", "batch", "standard", "not_available", "server_tool_use", {"thinking_tokens": 3})
+    for where, name, value in [("", "model", "claude")] + [
+        (p, n, v) for p in ODD_MESSAGE for n in ODD_MESSAGE[p] for v in told
+    ]:
+        block: dict[str, Any] = {"type": "text", "text": "x", "name": "code_execution"}
+        split = {"ephemeral_1h_input_tokens": 20, "ephemeral_5m_input_tokens": 70}
+        usage: dict[str, Any] = {"input_tokens": 5, "output_tokens": 9, "cache_read_input_tokens": 7}
+        usage |= {"cache_creation_input_tokens": 90, "cache_creation": split, "service_tier": "standard"}
+        answer = {"type": "message", "model": "claude", "content": [block], "usage": usage}
+        {"": answer, "usage": usage, "cache_creation": split, "block": block}[where][name] = value
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bursar.answers.read.usual_message", lambda _: None)
+            by_family = reading(row, answer)
+        assert reading(row, answer) == by_family, answer
+
+
 def test_a_reader_keeps_no_text() -> None:
     reader = StreamReader("openai")
     for _ in range(1000):

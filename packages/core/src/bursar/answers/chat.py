@@ -10,6 +10,7 @@ from bursar.answers.counts import (
     Keywords,
     cost_nanos,
     count,
+    fields_of,
     items,
     milliseconds,
     part,
@@ -120,10 +121,10 @@ def usual_usage(answer: Any) -> Usage | None:
     Most answers are read so, because whoever reads one has waited for the network, and all that is long unused takes longer.
     A dict, or an SDK's object: to have that written out as a dict takes longer than all else.
     """
-    data = _fields(answer)
+    data = fields_of(answer)
     if data is None or data.get("object") not in _USUAL_OBJECTS or not data.keys() <= _USUAL:
         return None
-    usage = _fields(data.get("usage"))
+    usage = fields_of(data.get("usage"))
     if usage is None or not usage.keys() <= _USUAL_USAGE or data.get("metadata") is not None:
         return None
     heard = _parts(usage.get("prompt_tokens_details"), _HEARD, _USUAL_HEARD)
@@ -138,9 +139,9 @@ def usual_usage(answer: Any) -> Usage | None:
     if max(read, sound) > into or drawn or written or thought + spoken > out:
         return None
     choices = data.get("choices")
-    for choice in map(_fields, choices) if isinstance(choices, (list, tuple)) else ():
+    for choice in map(fields_of, choices) if isinstance(choices, (list, tuple)) else ():
         for told in (choice.get("message"), choice.get("delta")) if choice else ():
-            if "executed_tools" in (_fields(told) or ()):
+            if "executed_tools" in (fields_of(told) or ()):
                 return None
     stated = data.get("service_tier")
     return Usage(
@@ -155,21 +156,11 @@ def usual_usage(answer: Any) -> Usage | None:
     )
 
 
-def _fields(value: Any) -> dict[str, Any] | None:
-    """The fields of a dict, or of an object of pydantic with those that its class does not know; None of anything else."""
-    if type(value) is dict:
-        return value
-    if value is None or not hasattr(type(value), "__pydantic_fields__"):
-        return None
-    more = getattr(value, "__pydantic_extra__", None)
-    return {**value.__dict__, **more} if more else value.__dict__
-
-
 def _parts(told: Any, names: tuple[str, ...], usual: frozenset[str]) -> list[Any] | None:
     """What details say under these names, 0 where nothing; None where they say what is not usual."""
     if told is None:
         return [0] * len(names)
-    details = _fields(told)
+    details = fields_of(told)
     if details is None or not details.keys() <= usual:
         return None
     return [0 if (value := details.get(name)) is None else value for name in names]
