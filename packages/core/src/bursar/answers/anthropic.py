@@ -105,7 +105,9 @@ def usual_message(answer: Any) -> Usage | None:
     See `usual_usage`, which does the same for OpenAI's chats.
     """
     data = fields_of(answer)
-    if data is None or data.get("type") != "message" or not data.keys() <= _USUAL:
+    if data is None or data.get("type") != "message":
+        return None
+    if not _USUAL.issuperset(name for name, told in data.items() if told is not None):
         return None
     usage = fields_of(data.get("usage"))
     if usage is None or usage.get("inference_geo") not in _NO_GEO:
