@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bursar.answers import StreamReader, read_usage
+from bursar.answers.anthropic import usual_message
+from bursar.answers.chat import usual_usage
 from bursar.errors import UnreadableAnswer
 from bursar.usage import Usage
 
@@ -174,8 +176,8 @@ ODD_MESSAGE: dict[str, tuple[str, ...]] = {
 }
 
 
-def test_the_usual_message_reads_at_once_as_its_family_reads_it() -> None:
-    row = {"provider": "anthropic", "status": 200}
+def odd_messages() -> Iterator[dict[str, Any]]:
+    """The usual message, and the same with one thing that few tell."""
     told = (*VALUES, "us", "batch", "standard", "not_available", "server_tool_use", {"thinking_tokens": 3})
     for where, name, value in [("", "model", "claude")] + [
         (p, n, v) for p in ODD_MESSAGE for n in ODD_MESSAGE[p] for v in told
@@ -186,6 +188,12 @@ def test_the_usual_message_reads_at_once_as_its_family_reads_it() -> None:
         usage |= {"cache_creation_input_tokens": 90, "cache_creation": split, "service_tier": "standard"}
         answer = {"type": "message", "model": "claude", "content": [block], "usage": usage}
         {"": answer, "usage": usage, "cache_creation": split, "block": block}[where][name] = value
+        yield answer
+
+
+def test_the_usual_message_reads_at_once_as_its_family_reads_it() -> None:
+    row = {"provider": "anthropic", "status": 200}
+    for answer in odd_messages():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bursar.answers.read.usual_message", lambda _: None)
             by_family = reading(row, answer)
@@ -362,11 +370,22 @@ def test_sdk_objects_read_as_their_json() -> None:
             seen += 1
             assert reading(row, kind.construct(**row["body"])) == {"usage": row["usage"]}
     assert seen > 50
-    row = {"provider": "openai", "status": 200}
-    for answer in odd_answers("message"):
-        answered = openai.ChatCompletion.construct(**answer)
-        vars(answered)["_request_id"] = "req_1"  # where the SDK puts it
-        assert reading(row, answered) == reading(row, answered.model_dump(warnings=False)), answer
+    row = {"status": 200}
+    for provider, kind, odd, usual in (
+        ("openai", openai.ChatCompletion, odd_answers("message"), usual_usage),
+        ("anthropic", anthropic.Message, odd_messages(), usual_message),
+    ):
+        found = []
+        for answer in odd:
+            answered = kind.construct(**answer)
+            vars(answered)["_request_id"] = "req_1"  # where the SDKs put it
+            told = answered.model_dump(warnings=False)
+            assert reading(row | {"provider": provider}, answered) == reading(row | {"provider": provider}, told), (
+                answer
+            )
+            found.append(usual(answered))
+        assert found[0] is not None  # the usual one
+        assert None in found
 
 
 def test_unread_streams_are_left_to_their_users() -> None:

@@ -107,7 +107,7 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     """The fields of a dict, or of an object of pydantic with those that its class does not know; None of anything else."""
     if type(value) is dict:
         return value
-    if value is None or not hasattr(type(value), "__pydanticfields_of__"):
+    if value is None or not hasattr(type(value), "__pydantic_extra__"):
         return None
     more = getattr(value, "__pydantic_extra__", None)
     return {**value.__dict__, **more} if more else value.__dict__
