@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bursar.answers import StreamReader, read_usage
+from bursar.answers.anthropic import usual_message
+from bursar.answers.chat import usual_usage
 from bursar.errors import UnreadableAnswer
 from bursar.usage import Usage
 
@@ -130,9 +133,8 @@ VALUES: tuple[Any, ...] = (
 VALUES += ({"usage": {"inputTokens": 3}}, {"usage": {"prompt_tokens": 3}}, [{"type": "search"}], {"models": []}, 2**48)
 
 
-@pytest.mark.parametrize("place", ["message", "delta"])
-def test_the_usual_answer_reads_at_once_as_the_families_read_it(place: str) -> None:
-    """A further event, which tells nothing, has the reader go through the families, and changes nothing."""
+def odd_answers(place: str) -> Iterator[dict[str, Any]]:
+    """The usual answer, and the same with one thing that few tell."""
     for where, name, value in [("", "object", "chat.completion")] + [
         (p, n, v) for p in ODD for n in ODD[p] for v in VALUES
     ]:
@@ -144,6 +146,13 @@ def test_the_usual_answer_reads_at_once_as_the_families_read_it(place: str) -> N
         parts: dict[str, dict[str, Any]] = {"": answer, "usage": usage, "message": message}
         parts |= {"prompt_tokens_details": heard, "completion_tokens_details": said}
         parts[where][name] = value
+        yield answer
+
+
+@pytest.mark.parametrize("place", ["message", "delta"])
+def test_the_usual_answer_reads_at_once_as_the_families_read_it(place: str) -> None:
+    """A further event, which tells nothing, has the reader go through the families, and changes nothing."""
+    for answer in odd_answers(place):
         found: list[Any] = []
         for events in ([answer], [answer, {"object": "ping"}]):
             reader = StreamReader("openai")
@@ -153,7 +162,42 @@ def test_the_usual_answer_reads_at_once_as_the_families_read_it(place: str) -> N
                 found.append(reader.usage())
             except UnreadableAnswer as error:
                 found.append(str(error))
-        assert found[0] == found[1], (where, name, value)
+        assert found[0] == found[1], answer
+
+
+ODD_MESSAGE: dict[str, tuple[str, ...]] = {
+    "": ("model", "type", "content", "container", "object", "usage", "stop_reason", "model_extra"),
+    "usage": (
+        *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation"),
+        *("service_tier", "inference_geo", "iterations", "server_tool_use", "speed", "output_tokens_details"),
+    ),
+    "cache_creation": ("ephemeral_1h_input_tokens", "ephemeral_5m_input_tokens"),
+    "block": ("type", "name"),
+}
+
+
+def odd_messages() -> Iterator[dict[str, Any]]:
+    """The usual message, and the same with one thing that few tell."""
+    told = (*VALUES, "us", "batch", "standard", "not_available", "server_tool_use", {"thinking_tokens": 3})
+    for where, name, value in [("", "model", "claude")] + [
+        (p, n, v) for p in ODD_MESSAGE for n in ODD_MESSAGE[p] for v in told
+    ]:
+        block: dict[str, Any] = {"type": "text", "text": "x", "name": "code_execution"}
+        split = {"ephemeral_1h_input_tokens": 20, "ephemeral_5m_input_tokens": 70}
+        usage: dict[str, Any] = {"input_tokens": 5, "output_tokens": 9, "cache_read_input_tokens": 7}
+        usage |= {"cache_creation_input_tokens": 90, "cache_creation": split, "service_tier": "standard"}
+        answer = {"type": "message", "model": "claude", "content": [block], "usage": usage}
+        {"": answer, "usage": usage, "cache_creation": split, "block": block}[where][name] = value
+        yield answer
+
+
+def test_the_usual_message_reads_at_once_as_its_family_reads_it() -> None:
+    row = {"provider": "anthropic", "status": 200}
+    for answer in odd_messages():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bursar.answers.read.usual_message", lambda _: None)
+            by_family = reading(row, answer)
+        assert reading(row, answer) == by_family, answer
 
 
 def test_a_reader_keeps_no_text() -> None:
@@ -326,6 +370,22 @@ def test_sdk_objects_read_as_their_json() -> None:
             seen += 1
             assert reading(row, kind.construct(**row["body"])) == {"usage": row["usage"]}
     assert seen > 50
+    row = {"status": 200}
+    for provider, kind, odd, usual in (
+        ("openai", openai.ChatCompletion, odd_answers("message"), usual_usage),
+        ("anthropic", anthropic.Message, odd_messages(), usual_message),
+    ):
+        found = []
+        for answer in odd:
+            answered = kind.construct(**answer)
+            vars(answered)["_request_id"] = "req_1"  # where the SDKs put it
+            told = answered.model_dump(warnings=False)
+            assert reading(row | {"provider": provider}, answered) == reading(row | {"provider": provider}, told), (
+                answer
+            )
+            found.append(usual(answered))
+        assert found[0] is not None  # the usual one
+        assert None in found
 
 
 def test_unread_streams_are_left_to_their_users() -> None:

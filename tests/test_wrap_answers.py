@@ -26,6 +26,7 @@ from bursar import Budget, Bursar, Override, PriceBook, UsageRecord
 from bursar.commands import Settle
 from bursar.testing.provider import Answer, Provider, Rates, recorded
 from bursar.wrap.answer import Answer as PassingAnswer
+from bursar.wrap.answer import answer_of
 from bursar.wrap.doors import visit
 
 MESSAGES: Any = [{"role": "user", "content": "hello " * 50}]
@@ -377,7 +378,7 @@ def test_the_events_of_a_stream_are_read_however_their_bytes_come(bursar: Bursar
     body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True}
     response = httpx.Response(200, headers={"content-type": "text/event-stream"})
     reservation = bursar.reserve("openai", "gpt-4o", body=body)
-    passing = PassingAnswer(reservation, visit("chat/completions", "openai", body, None, 0), response)
+    passing = answer_of(reservation, visit("chat/completions", "openai", body, None, 0), response)
     shown = b"".join(passing.feed(sent[start : start + size]) for start in range(0, len(sent), size))
     assert shown + passing.finish() == unasked
     assert passing.complete
@@ -397,7 +398,7 @@ def test_what_only_the_first_chunk_says_decides_the_price_too(told: tuple[str, .
     body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True}
     with Bursar("memory:", [Budget("ample", "100 USD")]) as bursar:
         reservation = bursar.reserve("openai", "gpt-4o", body=body)
-        passing = PassingAnswer(reservation, visit("chat/completions", "openai", body, None, 0), response)
+        passing = answer_of(reservation, visit("chat/completions", "openai", body, None, 0), response)
         for event in (first, first, last):
             passing.feed(f"data: {json.dumps(event)}\n\n".encode())
         passing.end_now()

@@ -85,7 +85,7 @@ class Usage:
         or bytes, an SDK's answer object, or a list of a stream's events; `headers` and `status`: what HTTP said beside
         it, where known. Raises UnreadableAnswer when there is no usage to read; it never guesses zeros.
         """
-        from bursar.answers import read_usage  # the readers load when an answer is read
+        from bursar.answers.read import read_usage  # the readers load when an answer is read
 
         return read_usage(provider, body, headers=headers, status=status)
 

@@ -195,8 +195,9 @@ class Gate:
             return
         if opened.sending is not None:
             opened.sending.end()
-        if opened.reservation is not None and opened.reservation.stopped is not None:
-            raise langchain_error(opened.reservation.stopped)
+            opened.sending = None
+        if opened.reservation is not None and (stopped := opened.reservation.stopped) is not None:
+            raise langchain_error(stopped)
 
     def finish(self, opened: Open, ending: Ending) -> None:
         """End the reservation."""

@@ -91,7 +91,10 @@ class _Reading:
     def usage(self, stream: Any) -> Usage | None:
         """What the stream has told so far; None when nothing."""
         events = self.events or chat_events(stream)
-        return read_usage(self.provider, events) if events else None
+        if not events:
+            return None
+        # One chunk that tells it reads as a whole answer does, at once.
+        return read_usage(self.provider, events[0] if len(events) == 1 and isinstance(events[0], dict) else events)
 
     def ended(self, stream: Any) -> Ending:
         """It was read to its end."""

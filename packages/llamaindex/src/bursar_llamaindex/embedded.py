@@ -20,20 +20,22 @@ def listen(instance: Any, *, is_async: bool) -> None:
     """Have the HTTP client of OpenAI's embedding models show each of its answers. Others' calls settle at their estimate."""
     if not any(c.__module__ == _MODULE for c in type(instance).__mro__):
         return
-    client = http_client(instance, is_async=is_async)
+    hooks = http_hooks(instance, is_async=is_async)
     hook = _aheard if is_async else _heard
-    if client is not None and hook not in client.event_hooks["response"]:
-        client.event_hooks["response"].append(hook)
+    if hooks is not None and hook not in hooks["response"]:
+        hooks["response"].append(hook)
 
 
-def http_client(instance: Any, *, is_async: bool) -> Any:
-    """The client of httpx by which an object of OpenAI's or Anthropic's integration sends; None where each call has its own."""
+def http_hooks(instance: Any, *, is_async: bool) -> dict[str, list[Any]] | None:
+    """Those of the client of httpx by which an object of OpenAI's or Anthropic's integration sends, by event.
+
+    None where each call has a client of its own.
+    """
     if not getattr(instance, "reuse_client", True):
         return None
     get = getattr(instance, "_get_aclient" if is_async else "_get_client", None)
     client = getattr(instance, "_aclient" if is_async else "_client", None) if get is None else get()
-    found = getattr(client, "_client", None)
-    return found if hasattr(found, "event_hooks") else None
+    return getattr(getattr(client, "_client", None), "event_hooks", None)
 
 
 def announce_sending(calls: list[Call]) -> None:

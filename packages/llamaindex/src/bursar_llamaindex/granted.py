@@ -21,15 +21,16 @@ def changeable(instance: Any, settings: Mapping[str, Any]) -> tuple[str, ...]:
     Of OpenAI's and Anthropic's clients, and those built on them, it is known what they send. The settings of a call come
     before the object's own, but for those that OpenAI's chat client takes from `additional_kwargs` and `max_tokens`.
     """
-    kind, own = kind_of(type(instance)), mapping(instance, "additional_kwargs")
+    kind = kind_of(type(instance))
     if not kind.api:
         return ()
     if kind.api == "chat":
-        fixed = {"model": "model" in own, "max_output_tokens": _is_fixed(instance, own) and "extra_body" in own}
+        own = mapping(instance, "additional_kwargs")
+        has_model, has_limit = "model" in own, "extra_body" in own and _is_fixed(instance, own)
     else:  # a budget of thinking has to be less than the maximum
-        fixed = {"model": False, "max_output_tokens": kind.thinks and bool(instance.thinking_dict)}
-    fixed["model"] |= kind.integration in _DEPLOYMENTS
-    return tuple(name for name, is_fixed in fixed.items() if not is_fixed)
+        has_model, has_limit = False, kind.thinks and bool(instance.thinking_dict)
+    has_model = has_model or kind.integration in _DEPLOYMENTS
+    return ("model",) * (not has_model) + ("max_output_tokens",) * (not has_limit)
 
 
 def write(instance: Any, settings: dict[str, Any], asked: str, granted: Reservation) -> None:
@@ -52,7 +53,7 @@ def write(instance: Any, settings: dict[str, Any], asked: str, granted: Reservat
 def ask_usage(instance: Any, settings: dict[str, Any]) -> bool:
     """Have a stream of OpenAI's chat client state its usage, unless the user has said whether it should; whether it was done."""
     own, body = mapping(instance, "additional_kwargs"), settings.get("extra_body") or {}
-    if any("stream_options" in said for said in (own, settings, body, own.get("extra_body") or ())):
+    if "stream_options" in {**own, **settings, **body, **(own.get("extra_body") or {})}:
         return False
     asked = {"include_usage": True}
     if "extra_body" in own:  # the one of the call would take its place

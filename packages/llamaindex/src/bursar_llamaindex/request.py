@@ -185,9 +185,9 @@ def _plain(value: Any) -> Any:
     return schema() if isinstance(value, type) and callable(schema) else None
 
 
-def mapping(instance: Any, name: str) -> dict[str, Any]:
+def mapping(instance: Any, name: str) -> Mapping[str, Any]:
     value = getattr(instance, name, None)
-    return dict(value) if isinstance(value, Mapping) else {}
+    return value if isinstance(value, (dict, Mapping)) else {}
 
 
 def _first_text(*values: Any) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -149,16 +148,19 @@ def current() -> Span | None:
     return None if id is None else _open.get(id)
 
 
-@contextmanager
-def noted() -> Iterator[None]:
+class noted:
     """What an operator has to decide ends an agent, though it was a tool of it that was refused."""
-    try:
-        yield
-    except (ApprovalRequired, Stopped) as refusal:
-        span = current()
-        if span is not None and span.is_tools:
-            span.outermost.refusal = refusal
-        raise
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ApprovalRequired, Stopped)):
+            span = current()
+            if span is not None and span.is_tools:
+                span.outermost.refusal = error
 
 
 class Spans(NullSpanHandler):

@@ -17,7 +17,7 @@ import httpx
 from bursar.errors import BursarError
 from bursar.usage import Usage
 from bursar_llamaindex.calls import Call
-from bursar_llamaindex.embedded import http_client
+from bursar_llamaindex.embedded import http_hooks
 
 _HEADER, _EXTENSION = "x-bursar-call", "bursar_call"
 _RAW_HEADER = _HEADER.encode()  # to ask the headers for a name has httpx read all of them as text
@@ -28,12 +28,14 @@ _calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
 
 def make_stoppable(call: Call, instance: Any, settings: dict[str, Any], *, is_async: bool) -> None:
     """Have the stream of this call raise what stops it. One whose client cannot be reached goes on to its end."""
-    client = http_client(instance, is_async=is_async)
-    if client is None:
+    hooks = http_hooks(instance, is_async=is_async)
+    if hooks is None:
         return
-    for event, hook in (("request", _aleaving), ("response", _aarriving)) if is_async else _SYNC_HOOKS:
-        if hook not in client.event_hooks[event]:
-            client.event_hooks[event].append(hook)
+    leaving, arriving = _ASYNC_HOOKS if is_async else _SYNC_HOOKS
+    if leaving not in hooks["request"]:
+        hooks["request"].append(leaving)
+    if arriving not in hooks["response"]:
+        hooks["response"].append(arriving)
     number = str(next(_numbers))
     _calls[number] = call
     settings["extra_headers"] = {**(settings.get("extra_headers") or {}), _HEADER: number}
@@ -63,7 +65,7 @@ async def _aarriving(response: httpx.Response) -> None:
     _arriving(response)
 
 
-_SYNC_HOOKS = (("request", _leaving), ("response", _arriving))
+_SYNC_HOOKS, _ASYNC_HOOKS = (_leaving, _arriving), (_aleaving, _aarriving)
 
 
 class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -108,7 +110,7 @@ class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
         if not event.startswith(b"data:"):
             return False
         try:
-            data = json.loads(event[5:])
+            data = json.loads(event[5:].decode())
             usage = Usage.from_response(self._call.provider, data) if data.get("choices") == [] else None
         except (ValueError, AttributeError, BursarError):
             return False  # a part of an event, or one that tells something else

@@ -5,9 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from bursar.answers.chat import usage_tools
-from bursar.answers.counts import Json, Keywords, count, items, part, reported, tidy, tier, tools, usage_of, word
+from bursar.answers.counts import (
+    Json,
+    Keywords,
+    count,
+    fields_of,
+    items,
+    part,
+    reported,
+    tidy,
+    tier,
+    tools,
+    usage_of,
+    word,
+)
 from bursar.answers.tally import Tally
-from bursar.usage import Usage
+from bursar.usage import MAX_COUNT, Usage
 
 _EVENTS = frozenset(
     {
@@ -20,6 +33,21 @@ _EVENTS = frozenset(
     }
 )
 _OWN_KEYS = ("cache_creation_input_tokens", "cache_read_input_tokens", "server_tool_use", "iterations")
+# What `usual_message` reads: a message that has nothing but these is of no other family, and bills nothing beside.
+_USUAL = frozenset(
+    {
+        *("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"),
+        *("container", "stop_details", "_request_id"),
+    }
+)
+_USUAL_USAGE = frozenset(
+    {
+        *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
+        *("cache_creation", "service_tier", "inference_geo"),
+    }
+)
+_SPLIT = ("ephemeral_1h_input_tokens", "ephemeral_5m_input_tokens")
+_NO_GEO, _TIERS = (None, "", "not_available"), (None, "standard")
 _CODE = frozenset({"code_execution", "bash_code_execution", "text_editor_code_execution"})
 
 
@@ -69,6 +97,45 @@ class Anthropic(Tally):
             facts = facts | {"batch": True}
         words = _with_iterations(self.usage, _message_counts(self.usage), facts.get("model"))
         return tools(facts | words, self.used | usage_tools(self.usage))
+
+
+def usual_message(answer: Any) -> Usage | None:
+    """The usage of a whole message that tells nothing but what most do: what `Anthropic` makes of it. None for any other.
+
+    See `usual_usage`, which does the same for OpenAI's chats.
+    """
+    data = fields_of(answer)
+    if data is None or data.get("type") != "message":
+        return None
+    if not _USUAL.issuperset(name for name, told in data.items() if told is not None):
+        return None
+    usage = fields_of(data.get("usage"))
+    if usage is None or usage.get("inference_geo") not in _NO_GEO:
+        return None
+    if not _USUAL_USAGE.issuperset(name for name, told in usage.items() if told is not None):
+        return None
+    split = {} if usage.get("cache_creation") is None else fields_of(usage["cache_creation"])
+    if split is None:
+        return None
+    counts = [usage.get(name) for name in _COUNTS] + [split.get(name) for name in _SPLIT]
+    into, out, read, written, hour, five = (0 if count is None else count for count in counts)
+    if {*map(type, (into, out, read, written, hour, five))} != {int} or min(into, out, read, written, hour, five) < 0:
+        return None
+    stated, blocks = usage.get("service_tier"), data.get("content")
+    if (split and hour + five != written) or not 0 < into + out + read + written <= MAX_COUNT or stated not in _TIERS:
+        return None
+    for block in map(fields_of, blocks) if isinstance(blocks, (list, tuple)) else ():
+        if block and block.get("type") == "server_tool_use":
+            return None
+    return Usage(
+        input_tokens=into + read + written,
+        output_tokens=out,
+        cache_read_tokens=read,
+        cache_write_5m_tokens=written - hour,
+        cache_write_1h_tokens=hour,
+        model=word(data.get("model")),
+        service_tier=stated,
+    )
 
 
 _COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")

@@ -10,6 +10,7 @@ from bursar.answers.counts import (
     Keywords,
     cost_nanos,
     count,
+    fields_of,
     items,
     milliseconds,
     part,
@@ -51,6 +52,7 @@ _USUAL = frozenset(
     {
         *("id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"),
         *("obfuscation", "metadata", "moderation", "prompt_filter_results"),
+        "_request_id",  # of an SDK's object
     }
 )
 _USUAL_OBJECTS = ("chat.completion", "chat.completion.chunk")
@@ -113,15 +115,17 @@ class Chat(Tally):
         )
 
 
-def usual_usage(data: Json) -> Usage | None:
+def usual_usage(answer: Any) -> Usage | None:
     """The usage of an answer, or chunk, that tells nothing but what most do: what `Chat` makes of it. None for any other.
 
     Most answers are read so, because whoever reads one has waited for the network, and all that is long unused takes longer.
+    A dict, or an SDK's object: to have that written out as a dict takes longer than all else.
     """
-    usage: Any = data.get("usage")
-    if type(usage) is not dict or not (data.keys() <= _USUAL and usage.keys() <= _USUAL_USAGE):
+    data = fields_of(answer)
+    if data is None or data.get("object") not in _USUAL_OBJECTS or not data.keys() <= _USUAL:
         return None
-    if data.get("object") not in _USUAL_OBJECTS or data.get("metadata") is not None:
+    usage = fields_of(data.get("usage"))
+    if usage is None or not usage.keys() <= _USUAL_USAGE or data.get("metadata") is not None:
         return None
     heard = _parts(usage.get("prompt_tokens_details"), _HEARD, _USUAL_HEARD)
     said = _parts(usage.get("completion_tokens_details"), _SAID, _USUAL_SAID)
@@ -134,10 +138,12 @@ def usual_usage(data: Json) -> Usage | None:
         return None
     if max(read, sound) > into or drawn or written or thought + spoken > out:
         return None
-    for choice in items(data, "choices"):
-        for told in (choice.get("message"), choice.get("delta")):
-            if isinstance(told, dict) and "executed_tools" in told:
+    choices = data.get("choices")
+    for choice in map(fields_of, choices) if isinstance(choices, (list, tuple)) else ():
+        for told in (choice.get("message"), choice.get("delta")) if choice else ():
+            if "executed_tools" in (fields_of(told) or ()):
                 return None
+    stated = data.get("service_tier")
     return Usage(
         input_tokens=into,
         output_tokens=out,
@@ -146,15 +152,16 @@ def usual_usage(data: Json) -> Usage | None:
         input_audio_tokens=sound,
         output_audio_tokens=spoken,
         model=word(data.get("model")),
-        service_tier=tier(data.get("service_tier")).get("service_tier"),
+        service_tier=tier(stated).get("service_tier") if stated else None,
     )
 
 
-def _parts(details: Any, names: tuple[str, ...], usual: frozenset[str]) -> list[Any] | None:
+def _parts(told: Any, names: tuple[str, ...], usual: frozenset[str]) -> list[Any] | None:
     """What details say under these names, 0 where nothing; None where they say what is not usual."""
-    if details is None:
+    if told is None:
         return [0] * len(names)
-    if type(details) is not dict or not details.keys() <= usual:
+    details = fields_of(told)
+    if details is None or not details.keys() <= usual:
         return None
     return [0 if (value := details.get(name)) is None else value for name in names]
 

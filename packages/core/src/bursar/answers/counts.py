@@ -103,6 +103,16 @@ def items(data: Json, name: str) -> list[Json]:
     return [item for item in value if isinstance(item, OBJECT)] if isinstance(value, (list, tuple)) else []
 
 
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """The fields of a dict, or of an object of pydantic with those that its class does not know; None of anything else."""
+    if type(value) is dict:
+        return value
+    if value is None or not hasattr(type(value), "__pydantic_extra__"):
+        return None
+    more = getattr(value, "__pydantic_extra__", None)
+    return {**value.__dict__, **more} if more else value.__dict__
+
+
 def total(data: Json, *names: str) -> int:
     """The largest of several names for the same count."""
     most = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bursar.answers.anthropic import usual_message
 from bursar.answers.bedrock import header_counts
 from bursar.answers.chat import usual_usage
 from bursar.answers.counts import count, part, unreadable, usage_of, word
@@ -62,6 +63,9 @@ def read_usage(provider: str, body: Any, *, headers: Mapping[str, Any] | None = 
 
 
 def _read(provider: str, body: Any, headers: Mapping[str, Any], status: int) -> Usage:
+    usual = usual_usage(body) or usual_message(body)
+    if usual is not None:
+        return usual
     is_answer = isinstance(body, (dict, list)) or hasattr(
         type(body), "model_dump"
     )  # pydantic looks long for what is not there
@@ -74,8 +78,7 @@ def _read(provider: str, body: Any, headers: Mapping[str, Any], status: int) -> 
             raise _none(provider, "not_billable", "it is a session description")
         data = _text(provider, data, headers, status)
     if isinstance(data, dict):
-        usual = usual_usage(data)
-        if usual is not None:
+        if data is not body and (usual := usual_usage(data) or usual_message(data)) is not None:
             return usual
         meta = part(data, "ResponseMetadata")  # boto3 keeps the HTTP side in the answer
         headers = headers or part(meta, "HTTPHeaders")

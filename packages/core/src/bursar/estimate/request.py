@@ -23,6 +23,8 @@ _NESTED_LIMITS = (
     ("textGenerationConfig", ("maxTokenCount",)),
     ("options", ("num_predict",)),
 )
+_TOLD = frozenset(CONVERSATION)
+_SECTIONS = frozenset(section for section, _ in _NESTED_LIMITS)
 _ANSWERS = frozenset(("n", "best_of", "num_generations", "generationConfig", "generation_config", "prompt"))
 _GENERATES = re.compile(r"images|audio/|speech|transcri|videos|dall-e|gpt-image|imagen|whisper|tts|sora-|veo-")
 _EMPTY_FORMAT = 24  # {"type": "json_object"} describes nothing
@@ -97,6 +99,7 @@ class Request:
         retries: int = 0,
         endpoint: str | None = None,
     ) -> None:
+        _check_counts(input_tokens=input_tokens, max_output_tokens=max_output_tokens, n=n, retries=retries)
         self.provider = provider
         self.model = model
         self.endpoint = endpoint or ""
@@ -107,7 +110,7 @@ class Request:
         meter.body(fields)
         if session:
             meter.content(body, 0)
-        if messages is not None and not any(fields.get(key) for key in CONVERSATION):
+        if messages is not None and (_TOLD.isdisjoint(fields) or not any(fields.get(key) for key in CONVERSATION)):
             meter.conversation([messages] if isinstance(messages, str) else messages)
         meter.close()
         name = model.lower()
@@ -122,11 +125,10 @@ class Request:
             server = (*additions.server, "its search in attached files")
             additions = additions._replace(server=server, rounds=None)
         self.additions = additions
-        self.input_tokens = _count("input_tokens", input_tokens)
-        limit = _output_limit(fields) if max_output_tokens is None else None
-        self.max_output_tokens = _count("max_output_tokens", max_output_tokens, limit)
-        self.n = max(1, _count("n", n) or 1, 1 if _ANSWERS.isdisjoint(fields) else _answers(fields))
-        self.retries = _count("retries", retries) or 0
+        self.input_tokens = input_tokens
+        self.max_output_tokens = _output_limit(fields) if max_output_tokens is None else max_output_tokens
+        self.n = max(1, n or 1, 1 if _ANSWERS.isdisjoint(fields) else _answers(fields))
+        self.retries = retries or 0
         self.prediction_bytes = json_bytes(fields["prediction"]) if fields.get("prediction") else 0
         self.media = tuple(meter.media)
         self.marks = tuple(meter.marks)
@@ -219,21 +221,21 @@ def _features(meter: Meter, fields: Mapping[str, Any], additions: Additions) -> 
     )
 
 
-def _count(name: str, value: Any, default: int | None = None) -> int | None:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
-        raise InvalidInput(
-            f"{name} must be a whole number of 0 or more, got {shown(value)}. Leave it out where it is not known.",
-            argument=name,
-            value=value,
-        )
-    return value
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+            raise InvalidInput(
+                f"{name} must be a whole number of 0 or more, got {shown(value)}. Leave it out where it is not known.",
+                argument=name,
+                value=value,
+            )
 
 
 def _output_limit(body: Mapping[str, Any]) -> int | None:
     found = [body.get(name) for name in _OUTPUT_LIMITS]
-    for section, names in _NESTED_LIMITS:
+    for section, names in () if _SECTIONS.isdisjoint(body) else _NESTED_LIMITS:
         part = body.get(section)
         if part is not None and isinstance(part, OBJECT):
             found += [part.get(name) for name in names]

@@ -42,7 +42,7 @@ SILENT = unknown("the answer does not say what it costs")
 
 
 class Answer:
-    """Reads what passes by, and says how the call ends.
+    """Reads what passes by, and says how the call ends. This one reads nothing; see `answer_of` for those that do.
 
     `keep`, where given, takes the id of a response that goes on at the provider when nobody reads it any more.
     """
@@ -57,114 +57,26 @@ class Answer:
         self._headers = response.headers
         self._visit = visit
         self._keep = keep
-        self._is_kept = self._is_read = False
+        self._is_kept = self._is_read = self._is_lost = False
         self._reader = StreamReader(visit.provider)
-        self._hides_usage = visit.hides_usage
         self._held = b""
-        self._chunk = b""  # the first that was passed over
-        kind = response.headers.get("content-type", "")
-        # Functions, not bound methods: the answer, with the request, would live on until a garbage collection.
-        self._take: Callable[[Answer, bytes], bytes]
-        if "event-stream" in kind:
-            self._take = Answer._events
-        elif "amazon.eventstream" in kind:
-            self._take = Answer._frames
-        elif "json" in kind:
-            self._take = Answer._whole
-        else:
-            self._take = Answer._nothing
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes; what of them the caller may see."""
-        return self._take(self, data)
+        return data
 
     def finish(self) -> bytes:
         """The body is at its end: what of it was still held back."""
-        left, self._held = self._held, b""
-        if self._take is Answer._whole:
-            self._reader.feed(left)
         self._is_read = True
-        return left if self._hides_usage else b""
-
-    def _hold(self, data: bytes) -> bytes:
-        self._held += data
-        if len(self._held) > MAX_HELD_BYTES:
-            left, self._held = self._held, b""
-            self._take = Answer._nothing  # what follows is not read
-            return left
         return b""
 
-    def _nothing(self, data: bytes) -> bytes:
-        return data
-
-    def _whole(self, data: bytes) -> bytes:
-        self._hold(data)
-        return data
-
-    def _events(self, data: bytes) -> bytes:
-        """Server-sent events. Source: WHATWG HTML, 9.2.6."""
-        if not self._held and 0 < data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one, as most reads bring
-            is_shown = self._event(data)
-            if not self._hides_usage:
-                return data
-            return data.replace(_NO_USAGE, b"") if is_shown else b""
-        passed = self._hold(data)
-        start = 0
-        shown: list[bytes] = [passed]
-        for end in _EVENT_END.finditer(self._held):
-            event = self._held[start : end.end()]
-            start = end.end()
-            if self._event(event):
-                shown.append(event)
-        self._held = self._held[start:]
-        return b"".join(shown).replace(_NO_USAGE, b"") if self._hides_usage else data
-
-    def _event(self, event: bytes) -> bool:
-        """Read one event; False for the one that the caller did not ask for."""
-        if _CHUNK in event:
-            if not _TELLING.search(event):
-                self._chunk = self._chunk or event
-                return True
-        elif self._reader.events and _PIECE.match(event) and _TOOL not in event:
-            return True
-        text = _data(event)
-        if text == "[DONE]":
-            self.complete = True
-            return True
-        if not text.startswith(("{", "[")):
-            return True
-        try:
-            data = parse(text)
-        except UnreadableAnswer:
-            return True  # the client says so itself; the call then ends without its usage
-        if self._chunk and not self._reader.events and not _repeats(event, self._chunk):
-            self._reader.feed(_data(self._chunk))
-        self._reader.feed(data)
-        if not isinstance(data, dict):
-            return True
-        begun = data.get("response") if self._keep is not None and not self._is_kept else None
-        if isinstance(begun, dict) and isinstance(begun.get("id"), str):
-            assert self._keep is not None
-            self._keep(begun["id"])
-            self._is_kept = True
-        self.complete = self.complete or data.get("type") in _LAST
-        return not (self._hides_usage and data.get("usage") and data.get("choices") == [])
-
-    def _frames(self, data: bytes) -> bytes:
-        """AWS event streams: lengths of frame and headers, a checksum, headers, payload, a checksum.
-
-        Source: Amazon Transcribe developer guide, "Event stream encoding", which all AWS services share.
-        """
-        self._hold(data)
-        while len(self._held) >= 12:
-            size, headers = struct.unpack(">II", self._held[:8])
-            if size < 16 or len(self._held) < size:
-                break
-            payload = self._held[12 + headers : size - 4]
-            self._held = self._held[size:]
-            text = payload.decode("utf-8", "replace")
-            self._reader.feed(f'{{"chunk": {text}}}' if '"bytes"' in text else text)
-        return data
+    def _hold(self, data: bytes) -> bytes:
+        """Keep it until more is there; what was kept is given back where it is too much, and nothing more is read then."""
+        self._held += data
+        if len(self._held) <= MAX_HELD_BYTES:
+            return b""
+        left, self._held, self._is_lost = self._held, b"", True
+        return left
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -203,6 +115,114 @@ class Answer:
         ending = self.ending()
         if ending is not None:
             await ending.aend(self.reservation)
+
+
+class _Whole(Answer):
+    """A body that is no stream, read when all of it is there."""
+
+    def feed(self, data: bytes) -> bytes:
+        if not self._is_lost:
+            self._hold(data)
+        return data
+
+    def finish(self) -> bytes:
+        self._reader.feed(self._held)
+        self._held = b""
+        return super().finish()
+
+
+class _Events(Answer):
+    """Server-sent events. Source: WHATWG HTML, 9.2.6."""
+
+    _chunk = b""  # the first that was passed over
+
+    def finish(self) -> bytes:
+        left, self._held = self._held, b""
+        super().finish()
+        return left if self._visit.hides_usage else b""
+
+    def feed(self, data: bytes) -> bytes:
+        if self._is_lost:
+            return data
+        if not self._held and 0 < data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:  # one, as most reads bring
+            is_shown = self._event(data)
+            if not self._visit.hides_usage:
+                return data
+            return data.replace(_NO_USAGE, b"") if is_shown else b""
+        passed = self._hold(data)
+        start = 0
+        shown: list[bytes] = [passed]
+        for end in _EVENT_END.finditer(self._held):
+            event = self._held[start : end.end()]
+            start = end.end()
+            if self._event(event):
+                shown.append(event)
+        self._held = self._held[start:]
+        return b"".join(shown).replace(_NO_USAGE, b"") if self._visit.hides_usage else data
+
+    def _event(self, event: bytes) -> bool:
+        """Read one event; False for the one that the caller did not ask for."""
+        if _CHUNK in event:
+            if not _TELLING.search(event):
+                self._chunk = self._chunk or event
+                return True
+        elif self._reader.events and _PIECE.match(event) and _TOOL not in event:
+            return True
+        text = _data(event)
+        if text == "[DONE]":
+            self.complete = True
+            return True
+        if not text.startswith(("{", "[")):
+            return True
+        try:
+            data = parse(text)
+        except UnreadableAnswer:
+            return True  # the client says so itself; the call then ends without its usage
+        if self._chunk and not self._reader.events and not _repeats(event, self._chunk):
+            self._reader.feed(_data(self._chunk))
+        self._reader.feed(data)
+        if not isinstance(data, dict):
+            return True
+        begun = data.get("response") if self._keep is not None and not self._is_kept else None
+        if isinstance(begun, dict) and isinstance(begun.get("id"), str):
+            assert self._keep is not None
+            self._keep(begun["id"])
+            self._is_kept = True
+        self.complete = self.complete or data.get("type") in _LAST
+        return not (self._visit.hides_usage and data.get("usage") and data.get("choices") == [])
+
+
+class _Frames(Answer):
+    """AWS event streams: lengths of frame and headers, a checksum, headers, payload, a checksum.
+
+    Source: Amazon Transcribe developer guide, "Event stream encoding", which all AWS services share.
+    """
+
+    def feed(self, data: bytes) -> bytes:
+        if self._is_lost:
+            return data
+        self._hold(data)
+        while len(self._held) >= 12:
+            size, headers = struct.unpack(">II", self._held[:8])
+            if size < 16 or len(self._held) < size:
+                break
+            payload = self._held[12 + headers : size - 4]
+            self._held = self._held[size:]
+            text = payload.decode("utf-8", "replace")
+            self._reader.feed(f'{{"chunk": {text}}}' if '"bytes"' in text else text)
+        return data
+
+
+def answer_of(
+    reservation: Reservation, visit: Visit, response: Any, keep: Callable[[str], None] | None = None
+) -> Answer:
+    """The reader of this response, by what it says of its body."""
+    kind = response.headers.get("content-type", "")
+    reader = next((reader for name, reader in _READERS if name in kind), Answer)
+    return reader(reservation, visit, response, keep)
+
+
+_READERS = (("amazon.eventstream", _Frames), ("event-stream", _Events), ("json", _Whole))
 
 
 def _repeats(event: bytes, chunk: bytes) -> bool:

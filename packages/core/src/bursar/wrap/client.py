@@ -18,7 +18,7 @@ from bursar.ending import Ending, settled
 from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.reservation import Block, Reservation
 from bursar.sending import is_sending, passing
-from bursar.wrap.answer import SILENT, Answer
+from bursar.wrap.answer import SILENT, answer_of
 from bursar.wrap.doors import Visit, answer_id, is_free, path_of, visit
 from bursar.wrap.providers import provider_of
 from bursar.wrap.watch import watch
@@ -74,7 +74,7 @@ class Trip:
         if visit.is_background:
             keep = partial(self._gate.keep, reservation=self.reservation)
         if not response.is_closed:
-            watch(response, Answer(self.reservation, visit, response, keep))
+            watch(response, answer_of(self.reservation, visit, response, keep))
             return None
         if keep is not None and (id := _unfinished(response)) is not None:
             keep(id)
@@ -158,9 +158,9 @@ class _Twin:
         client: Any = self
         return path_of(options.url, str(client.base_url) if "://" in options.url else "")
 
-    def _bursar_free(self, options: Any) -> tuple[Trip | None, bool]:
+    def _bursar_free(self, options: Any, path: str) -> tuple[Trip | None, bool]:
         """The trip of a response that is retrieved, and whether the request is free."""
-        method, path = options.method.lower(), self._bursar_path(options)
+        method = options.method.lower()
         if not is_free(method, path):
             return None, False
         id = answer_id(path)
@@ -169,7 +169,7 @@ class _Twin:
             return None, True
         return Trip(self._bursar_gate, Visit.of_background(self._bursar_provider()), reservation), True
 
-    def _bursar_block(self, options: Any) -> tuple[Visit, Block]:
+    def _bursar_block(self, options: Any, path: str) -> tuple[Visit, Block]:
         """What to send, and the block that reserves for it. `options` are already a copy, and hold the body as it is sent."""
         client: Any = self
         if getattr(client, "_middleware", None):
@@ -180,7 +180,6 @@ class _Twin:
                 provider=self._bursar_provider(),
                 model="",
             )
-        path = self._bursar_path(options)
         retries = options.get_max_retries(client.max_retries)
         made = visit(path, self._bursar_provider(), _body(options), options.files, retries)
         return made, self._bursar_gate.bursar.call(made.provider, made.model, **made.said)
@@ -189,7 +188,8 @@ class _Twin:
 class _SyncTwin(_Twin):
     def request(self, cast_to: Any, options: Any, **rest: Any) -> Any:
         plain: Any = super()
-        trip, free = self._bursar_free(options)
+        path = self._bursar_path(options)
+        trip, free = self._bursar_free(options, path)
         if free:
             with _on(trip):
                 return plain.request(cast_to, options, **rest)
@@ -199,24 +199,25 @@ class _SyncTwin(_Twin):
                     return plain.request(cast_to, options, **rest)
         prepare = getattr(self, "_copy_and_prepare", copy.copy)
         options = prepare(options)
-        visit, block = self._bursar_block(options)
+        visit, block = self._bursar_block(options, path)
         trip = Trip(self._bursar_gate, visit, block.__enter__())
+        token = _current.set(trip)
         try:
             visit.write(options, trip.reservation)
-            with _on(trip):
-                answer = plain.request(cast_to, options, **rest)
+            answer = plain.request(cast_to, options, **rest)
         except BaseException as error:
             if not trip.met:
                 block.__exit__(type(error), error, None)
             raise
+        finally:
+            _current.reset(token)
         if not trip.met:  # an SDK that takes its responses elsewhere: what it returns is settled
             settled(answer).end(trip.reservation)
         return answer
 
     def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
-        ending = None if trip is None else trip.meet(response)
-        if trip is not None and ending is not None:
+        if trip is not None and (ending := trip.meet(response)) is not None:
             ending.end(trip.reservation)
         plain: Any = super()
         return plain._process_response(response=response, **rest)
@@ -225,7 +226,8 @@ class _SyncTwin(_Twin):
 class _AsyncTwin(_Twin):
     async def request(self, cast_to: Any, options: Any, **rest: Any) -> Any:
         plain: Any = super()
-        trip, free = self._bursar_free(options)
+        path = self._bursar_path(options)
+        trip, free = self._bursar_free(options, path)
         if free:
             with _on(trip):
                 return await plain.request(cast_to, options, **rest)
@@ -235,24 +237,25 @@ class _AsyncTwin(_Twin):
                     return await plain.request(cast_to, options, **rest)
         prepare = getattr(self, "_copy_and_prepare", None)
         options = copy.copy(options) if prepare is None else await prepare(options)
-        visit, block = self._bursar_block(options)
+        visit, block = self._bursar_block(options, path)
         trip = Trip(self._bursar_gate, visit, await block.__aenter__())
+        token = _current.set(trip)
         try:
             visit.write(options, trip.reservation)
-            with _on(trip):
-                answer = await plain.request(cast_to, options, **rest)
+            answer = await plain.request(cast_to, options, **rest)
         except BaseException as error:
             if not trip.met:
                 await block.__aexit__(type(error), error, None)
             raise
+        finally:
+            _current.reset(token)
         if not trip.met:
             await settled(answer).aend(trip.reservation)
         return answer
 
     async def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
-        ending = None if trip is None else trip.meet(response)
-        if trip is not None and ending is not None:
+        if trip is not None and (ending := trip.meet(response)) is not None:
             await ending.aend(trip.reservation)
         plain: Any = super()
         return await plain._process_response(response=response, **rest)
@@ -273,7 +276,7 @@ def _body(options: Any) -> Any:
     body, more = options.json_data, getattr(options, "extra_json", None)
     if body is None:
         body = more
-    elif isinstance(body, OBJECT) and isinstance(more, OBJECT):
+    elif more is not None and isinstance(body, OBJECT) and isinstance(more, OBJECT):
         body = {**body, **more}
     if not isinstance(body, OBJECT):
         return body

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from bursar.answers.counts import OBJECT
 from bursar.call import CallOptions
 from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.reservation import Reservation
@@ -123,7 +124,7 @@ def visit(path: str, provider: str, body: Any, files: Any, retries: int) -> Visi
     if path not in _GUARDED:
         reason = next((why for start, why in _UNBOUNDED.items() if f"{path}/".startswith(f"{start}/")), None)
         raise _refused(path, provider, reason or "Bursar does not know what this endpoint bills")
-    if not isinstance(body, Mapping):
+    if not isinstance(body, OBJECT):
         raise _refused(path, provider, "its body is no JSON object that could be measured")
     model = body.get("model") or ("dall-e-2" if path.startswith("images/") else "")  # the default of the images API
     if not isinstance(model, str) or not model:

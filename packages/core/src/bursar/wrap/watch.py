@@ -28,7 +28,7 @@ class _Watched:
 
     def iter_bytes(self, *arguments: Any, **options: Any) -> Iterator[bytes]:
         answer = self._bursar_answer
-        call = answer.reservation._call
+        reservation = answer.reservation
         rest: Any = super()
         answer.is_reading = True
         try:
@@ -36,8 +36,8 @@ class _Watched:
                 shown = answer.feed(data)
                 if answer.complete:
                     answer.end_now()  # before the caller sees the end, and asks for the next call
-                elif call.stopped is not None:
-                    raise call.stopped.with_traceback(None)
+                elif (stopped := reservation.stopped) is not None:
+                    raise stopped.with_traceback(None)
                 if shown:
                     answer.is_reading = False
                     yield shown
@@ -52,7 +52,7 @@ class _Watched:
 
     async def aiter_bytes(self, *arguments: Any, **options: Any) -> AsyncIterator[bytes]:
         answer = self._bursar_answer
-        call = answer.reservation._call
+        reservation = answer.reservation
         rest: Any = super()
         answer.is_reading = True
         try:
@@ -60,8 +60,8 @@ class _Watched:
                 shown = answer.feed(data)
                 if answer.complete:
                     await answer.aend()
-                elif call.stopped is not None:
-                    raise call.stopped.with_traceback(None)
+                elif (stopped := reservation.stopped) is not None:
+                    raise stopped.with_traceback(None)
                 if shown:
                     answer.is_reading = False
                     yield shown
