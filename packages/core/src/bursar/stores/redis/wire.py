@@ -146,6 +146,7 @@ class Wire:
             return Refused(account, asked, retry, free, lines, mark)
         if kind == "drawn":
             assert type(command) is Draw
+            self._open.pop(command.id, None)  # the lease, which holds less now
             accounts = [self.account(row) for row in told[2]]
             return Drawn(len(command.entries), told[1], tuple(accounts), tuple([Alert._make(one) for one in told[3]]))
         if kind == "extended":
