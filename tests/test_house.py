@@ -329,6 +329,7 @@ def test_one_version_everywhere() -> None:
 
 @pytest.mark.skipif("NOX_CURRENT_SESSION" not in os.environ, reason="run by hand, on whatever is installed")
 def test_the_built_wheels_are_what_is_tested() -> None:
+    assert "core" in INSTALLED
     for folder in (SOURCES[name] for name in INSTALLED):
         assert ROOT / "packages" not in Path(str(resources.files(folder.name))).parents
 

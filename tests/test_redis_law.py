@@ -8,7 +8,7 @@ from redis_server import fresh_url
 from test_law import World
 
 from bursar.accounts import Mark
-from bursar.commands import Ended, Settle
+from bursar.commands import Ended, Granted, Settle
 from bursar.stores.base import Store
 from bursar.stores.redis import RedisStore, wire
 from bursar.testing import ManualClock
@@ -66,8 +66,11 @@ def test_what_a_process_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     ids = ("a", "b", "c")
     for id in ids:
         store.execute(reserve(id, (rule("window", 1_000), 60)))
-    assert set(store._wire._open) == {"b", "c"}
-    for id in ids:
+    assert list(store._wire._open) == ["b", "c"]
+    batch = [reserve("d", (rule("window", 1_000), 60)), Settle("b", {"USD": 25}, 25, {})]
+    assert [type(answer) for answer in store._apply(batch, True)] == [Granted, Ended]
+    assert list(store._wire._open) == ["d"]
+    for id in ("a", "c", "d"):
         assert type(store.execute(Settle(id, {"USD": 25}, 25, {}))) is Ended
     assert not store._wire._open
     store.close()

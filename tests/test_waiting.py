@@ -235,7 +235,10 @@ def test_a_wake_reaches_whoever_waits_later() -> None:
     room = WaitingRoom()
     ticket = room.join("a")
     room.freed(["a", "b"])
-    ticket.wait(60)
+    waiting = threading.Thread(target=ticket.wait, args=(60,), daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
     asyncio.run(_freed_while_awaited(room, ticket))
 
 
@@ -243,7 +246,7 @@ async def _freed_while_awaited(room: WaitingRoom, ticket: Ticket) -> None:
     waiting = asyncio.ensure_future(ticket.await_wake(60))
     await asyncio.sleep(0)
     await asyncio.to_thread(room.freed, ["a"])
-    await waiting
+    await asyncio.wait_for(waiting, 20)
 
 
 class Caller:

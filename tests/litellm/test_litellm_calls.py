@@ -280,16 +280,19 @@ def test_a_connection_that_was_never_made_costs_nothing(guarded: Guarded) -> Non
 def test_an_answer_is_made_to_fit_where_no_maximum_was_set(style: str, provider: Provider, guarded: Guarded) -> None:
     """What is left admits a smaller answer: its maximum is on the wire, and the budget holds."""
     call = openai(provider, messages=[{"role": "user", "content": "hi"}])
+    provider.script([Answer(output_tokens=1_000)])  # as many as the request lets it
     with guarded(Budget("cap", "0.002 USD")) as bursar:
         if style.startswith("a"):
             run(litellm.acompletion(**call, stream=style == "astream"))
         else:
             read(litellm.completion(**call, stream=style == "stream"))
-        assert all(status.overrun == 0 or status.spent for status in bursar.status())
-    sent = provider.account[0].request
-    limit = sent.get("max_tokens") or sent.get("max_completion_tokens")
+    (status,) = bursar.status()
+    assert (status.overrun, status.spent > 0) == (0, True)
+    (billed,) = provider.account
+    limit = billed.request.get("max_tokens") or billed.request.get("max_completion_tokens")
     assert isinstance(limit, int)
     assert 16 <= limit <= 200
+    assert billed.output_tokens == limit
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -289,6 +289,7 @@ def _work(held: weakref.ref[Tender], wake: threading.Event) -> None:
         try:
             tender.tend()
         except Exception as error:
+            # Another round may go well; without this the thread would end, and no lease would be drawn or given back.
             log.warning("leases: %s", error, exc_info=not isinstance(error, BursarError))
         del tender
 

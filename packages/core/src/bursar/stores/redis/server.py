@@ -66,7 +66,7 @@ class Server:
                 ) from None
         return self._client
 
-    def run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
+    def run(self, script: Script, key: str, *arguments: str) -> Any:
         """Run a script; its text is sent where the server has lost it. Raises StoreError, as all of these."""
         return self._twice(partial(self._run, script, key, *arguments))
 
@@ -92,13 +92,13 @@ class Server:
                 self.reconnect()
         raise AssertionError("unreachable")
 
-    def _run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
+    def _run(self, script: Script, key: str, *arguments: str) -> Any:
         try:
-            return self._send("EVALSHA", script.digest, 1, key, *arguments)
+            return self._send("EVALSHA", script.digest, "1", key, *arguments)
         except exceptions.NoScriptError:
-            return self._send("EVAL", script.text, 1, key, *arguments)
+            return self._send("EVAL", script.text, "1", key, *arguments)
 
-    def _send(self, *command: str | bytes | int) -> Any:
+    def _send(self, *command: str) -> Any:
         if self.is_cluster:
             return self._whole(lambda client: client.execute_command(*command))
         with self.using:
@@ -178,9 +178,12 @@ def _pipelined(commands: Iterable[Sequence[str | int]], client: Any) -> list[Any
         return found
 
 
-def _packed(words: Sequence[str | bytes | int]) -> bytes:
+def _packed(words: Sequence[str]) -> bytes:
     """A command as RESP (the protocol's array of bulk strings); the driver's own way takes a third of a call's time."""
-    texts = [word if type(word) is bytes else str(word).encode() for word in words]
+    text = "\r\n".join([f"${len(word)}\r\n{word}" for word in words])
+    if text.isascii():
+        return f"*{len(words)}\r\n{text}\r\n".encode()
+    texts = [word.encode() for word in words]  # whose lengths are others
     return b"*%d\r\n" % len(texts) + b"".join([b"$%d\r\n%b\r\n" % (len(text), text) for text in texts])
 
 

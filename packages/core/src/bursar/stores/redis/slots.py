@@ -105,15 +105,20 @@ class Slots:
     def join(self, slot: str) -> None:
         """Make a slot known to those who publish, and what they have published known to it."""
         self._server.ask("SADD", f"{self.policy}slots", slot)
-        version, operator = self._server.ask("HMGET", f"{self.policy}policy", "version", "operator")
-        self._server.run(SHARE, slot, version or "0", operator or "")
+        version, operator = self._published()
+        self._server.run(SHARE, slot, version, operator)
         self._joined.add(slot)
+
+    def _published(self) -> tuple[str, str]:
+        """The policy's version, and the operator's key or ''."""
+        version, operator = self._server.ask("HMGET", f"{self.policy}policy", "version", "operator")
+        return (version or b"0").decode(), (operator or b"").decode()
 
     def share(self) -> None:
         """Raise the copies of every slot to what is published."""
-        version, operator = self._server.ask("HMGET", f"{self.policy}policy", "version", "operator")
+        version, operator = self._published()
         for slot in self.all():
-            self._server.run(SHARE, slot, version, operator or "")
+            self._server.run(SHARE, slot, version, operator)
         self._server.run(SHARE, f"{self.policy}shared:", version, "")
 
     def version(self) -> int:

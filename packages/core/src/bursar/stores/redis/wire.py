@@ -88,8 +88,11 @@ class Wire:
             actuals = dumps({unit: str(amount) for unit, amount in command.actuals.items()})
             head = _head("settlement" if type(command) is Settle else "release", None, command)
             fields = [_NAMES[type(command)], head, dumps(command.facts), "", "", actuals]
-            known = self._open.get(command.id) if type(command) is Settle else None
-            return fields if known is None else [*fields, *[self._line(rule)[2] for rule, _ in known[0].lines]]
+            known = self._open.pop(command.id, None) if type(command) is Settle else None
+            if known is None:
+                return fields
+            self._open[command.id] = known  # as the newest: no grant in its batch may push it out before its own answer
+            return [*fields, *[self._line(rule)[2] for rule, _ in known[0].lines]]
         if type(command) is Extend:
             return ["extend", str(command.ttl_us)]
         if type(command) is Expire:
@@ -143,6 +146,7 @@ class Wire:
             return Refused(account, asked, retry, free, lines, mark)
         if kind == "drawn":
             assert type(command) is Draw
+            self._open.pop(command.id, None)  # the lease, which holds less now
             accounts = [self.account(row) for row in told[2]]
             return Drawn(len(command.entries), told[1], tuple(accounts), tuple([Alert._make(one) for one in told[3]]))
         if kind == "extended":
