@@ -21,7 +21,7 @@ from bursar.errors import StoreError
 from bursar.schema import AccountRow
 from bursar.stores.base import Store
 from bursar.stores.leases import LeasedStore
-from bursar.stores.postgres import PostgresStore
+from bursar.stores.postgres import PostgresStore, fast
 from bursar.testing import StoreContract
 
 
@@ -137,3 +137,24 @@ def test_what_a_process_knows_of_its_reservations_may_be_out_of_date() -> None:
             mine.execute(Settle("makes the account", {"USD": 3}, 3, {}))
         assert caught.value.fault == "damaged"
         assert [one.id for one in mine.reservations()] == ["makes the account", "newer"]  # nothing was done
+
+
+def test_what_a_process_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "MAX_OPEN", 2)
+    rule = Rule('["all"]', "all", "{}", "USD", "window", 10**12)
+
+    def reserve(id: str) -> Reserve:
+        return Reserve(id, ((rule, 60),), 10**9, {"path": [], "tags": {}, "cost_nanos": 60, "usage": {}})
+
+    with contextlib.closing(PostgresStore(fresh_url())) as store:
+        for id in ("makes the account", "a", "b", "c"):
+            assert type(store.execute(reserve(id))) is Granted
+        assert list(store._fast._open) == ["b", "c"]
+        # the oldest is settled beside one that is granted
+        answers = store._apply([reserve("d"), Settle("b", {"USD": 25}, 25, {})], True)
+        assert [type(answer) for answer in answers] == [Granted, Ended]
+        assert list(store._fast._open) == ["d"]
+        for id in ("makes the account", "a", "c", "d"):
+            assert type(store.execute(Settle(id, {"USD": 25}, 25, {}))) is Ended
+        assert not store._fast._open
+        assert [account.spent for account in store.accounts()] == [125]

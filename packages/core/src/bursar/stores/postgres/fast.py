@@ -38,8 +38,13 @@ class Fast:
         if type(command) is Reserve:
             return self._reserve(command) if first_time and not command.digest and not command.behind else None
         if type(command) is Settle:
-            reserve = self._open.get(command.id)
-            return None if reserve is None else self._settle(command, reserve)
+            reserve = self._open.pop(command.id, None)
+            if reserve is None:
+                return None
+            self._open[command.id] = (
+                reserve  # as the newest: no grant in its batch may push it out before its own answer
+            )
+            return self._settle(command, reserve)
         return None
 
     def answer(self, command: Command, told: str) -> tuple[Granted | Ended, int]:
