@@ -87,18 +87,20 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
     behind = command.behind
     shadowed: tuple[str, ...] = ()
     for rule, amount in lines:
+        key = rule.key
         account = _standing(read, rule, now_us, puts, max_accounts)
         if type(account) is not Account:
             return _reject(*account)
         before.append(account)
-        marked = marked or bool(rule.marks)
-        account = puts[rule.key] = hold(account, amount, now_us)
+        if rule.marks:
+            marked = True
+        account = puts[key] = hold(account, amount, now_us)
         after.append(account)
-        held.append((rule.key, rule.unit, amount))
+        held.append((key, rule.unit, amount))
         room = account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved
-        if room < 0 or rule.key == behind:
+        if room < 0 or key == behind:
             if not rule.enforce:
-                shadowed = (*shadowed, rule.key)
+                shadowed = (*shadowed, key)
             elif short < 0:
                 short = len(before) - 1
     if marked:
