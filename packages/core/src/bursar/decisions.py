@@ -45,6 +45,7 @@ class Decisions:
         self._public = operator_of(held)
         # However many runs were killed, a call is looked up in them, not compared with each.
         self._thrown = {name: one for name, one in _plain(held.get("freeze", {})) if one.get("frozen")}
+        self.any_stopped = bool(self._thrown)  # whether any switch is
         self._by_account: dict[str, str] = {}
         self._by_tags: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
         for name, one in self._thrown.items():
@@ -88,11 +89,6 @@ class Decisions:
     def is_open(self, id: str) -> bool:
         """Whether this question has been asked, and not been answered."""
         return id in self._approvals and self._approvals[id].get("state") == "open"
-
-    @property
-    def any_stopped(self) -> bool:
-        """Whether any switch is thrown."""
-        return bool(self._thrown)
 
     def is_stopped(self, account: str) -> bool:
         """Whether this account's switch is thrown."""

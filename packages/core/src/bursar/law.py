@@ -263,13 +263,11 @@ def _end(
         assert type(account) is Account, f"I2 broken: {key} is missing"
         assert account.reserved >= held, f"I2 broken: {key} holds less than its reservations"
         actual = amounts[key]
-        overrun = actual - held if actual > held else 0
-        before = account
-        account = book(account, held, actual, reserved_us, now_us, overrun)
-        if account.rule.marks:
-            account = _crossed(before, account, row.id, row.draft, now_us, puts)
-        puts[key] = account
-        accounts.append(account)
+        after = book(account, held, actual, reserved_us, now_us, actual - held if actual > held else 0)
+        if after.rule.marks:
+            after = _crossed(account, after, row.id, row.draft, now_us, puts)
+        puts[key] = after
+        accounts.append(after)
     cost_nanos, usage, estimated = (
         (told.cost_nanos, told.usage, told.estimated) if type(told) is Settle else (0, {}, False)
     )
