@@ -87,16 +87,22 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
     behind = command.behind
     shadowed: tuple[str, ...] = ()
     for rule, amount in lines:
-        account = _standing(read, rule, now_us, puts, max_accounts)
-        if type(account) is not Account:
-            return _reject(*account)
+        key, end_us = rule.key, rule.end_us
+        row = read(key)
+        if type(row) is Account and row.rule is rule and (end_us is None or rule.start_us <= now_us < end_us):
+            account = row  # as the last call left it
+        else:
+            standing = _standing(read, rule, now_us, puts, max_accounts)
+            if type(standing) is not Account:
+                return _reject(*standing)
+            account = standing
         before.append(account)
         marked = marked or bool(rule.marks)
-        account = puts[rule.key] = hold(account, amount, now_us)
+        account = puts[key] = hold(account, amount, now_us)
         after.append(account)
-        held.append((rule.key, rule.unit, amount))
+        held.append((key, rule.unit, amount))
         room = account.level if rule.kind == "refill" else rule.limit - account.spent - account.reserved
-        if room < 0 or rule.key == behind:
+        if room < 0 or key == behind:
             if not rule.enforce:
                 shadowed = (*shadowed, rule.key)
             elif short < 0:
@@ -166,8 +172,8 @@ def _standing(
             return "accounts", rule.budget
         puts[count_key] = count + 1
         return Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us)
-    if account.rule is not rule and account.rule != rule:
-        account = under(account, rule)
+    if account.rule is not rule:  # an equal one too, so that the next call finds it the same at a glance
+        account = account._replace(rule=rule) if account.rule == rule else under(account, rule)
     return account
 
 
