@@ -72,12 +72,16 @@ class Decisions:
 
     def granted(self, account: str, now_us: int) -> tuple[int, bool]:
         """By how much this account's limit is raised now, and whether it need not ask."""
-        found = [one for one in self._granted.get(account, ()) if now_us < (one.get("until_us") or FOREVER_US)]
+        if account not in self._granted:  # as most are
+            return 0, False
+        found = [one for one in self._granted[account] if now_us < (one.get("until_us") or FOREVER_US)]
         return sum(one.get("raise_by", 0) for one in found), any(not one.get("raise_by") for one in found)
 
     def ends_us(self, account: str, now_us: int) -> int:
         """When the next of what was granted to this account ends."""
-        ends = (one.get("until_us") or FOREVER_US for one in self._granted.get(account, ()))
+        if account not in self._granted:
+            return FOREVER_US
+        ends = (one.get("until_us") or FOREVER_US for one in self._granted[account])
         return min((end for end in ends if end > now_us), default=FOREVER_US)
 
     def approval(self, id: str, now_us: int) -> Approval:
