@@ -216,6 +216,24 @@ def test_a_lone_task_meets_no_other_thread(eager: GroupCommit, log: Log) -> None
     assert threading.active_count() == before
 
 
+def test_a_task_that_waits_for_nothing_else_leaves_the_loop_to_others(eager: GroupCommit) -> None:
+    turns = 0
+
+    async def busy() -> None:
+        for number in range(30):
+            await eager.arun(Release(f"{number}"))
+
+    async def everything() -> None:
+        nonlocal turns
+        task = asyncio.ensure_future(busy())
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(everything())
+    assert turns >= 10
+
+
 def test_tasks_that_come_together_share_a_batch(eager: GroupCommit, log: Log) -> None:
     """The first of them is applied at once; a loop that was closed meanwhile keeps the next one from nothing."""
 

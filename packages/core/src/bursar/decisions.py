@@ -45,6 +45,7 @@ class Decisions:
         self._public = operator_of(held)
         # However many runs were killed, a call is looked up in them, not compared with each.
         self._thrown = {name: one for name, one in _plain(held.get("freeze", {})) if one.get("frozen")}
+        self.any_stopped = bool(self._thrown)  # whether any switch is
         self._by_account: dict[str, str] = {}
         self._by_tags: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
         for name, one in self._thrown.items():
@@ -71,12 +72,16 @@ class Decisions:
 
     def granted(self, account: str, now_us: int) -> tuple[int, bool]:
         """By how much this account's limit is raised now, and whether it need not ask."""
-        found = [one for one in self._granted.get(account, ()) if now_us < (one.get("until_us") or FOREVER_US)]
+        if account not in self._granted:  # as most are
+            return 0, False
+        found = [one for one in self._granted[account] if now_us < (one.get("until_us") or FOREVER_US)]
         return sum(one.get("raise_by", 0) for one in found), any(not one.get("raise_by") for one in found)
 
     def ends_us(self, account: str, now_us: int) -> int:
         """When the next of what was granted to this account ends."""
-        ends = (one.get("until_us") or FOREVER_US for one in self._granted.get(account, ()))
+        if account not in self._granted:
+            return FOREVER_US
+        ends = (one.get("until_us") or FOREVER_US for one in self._granted[account])
         return min((end for end in ends if end > now_us), default=FOREVER_US)
 
     def approval(self, id: str, now_us: int) -> Approval:
@@ -88,11 +93,6 @@ class Decisions:
     def is_open(self, id: str) -> bool:
         """Whether this question has been asked, and not been answered."""
         return id in self._approvals and self._approvals[id].get("state") == "open"
-
-    @property
-    def any_stopped(self) -> bool:
-        """Whether any switch is thrown."""
-        return bool(self._thrown)
 
     def is_stopped(self, account: str) -> bool:
         """Whether this account's switch is thrown."""

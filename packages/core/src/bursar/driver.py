@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from bursar.accounts import killed, under
 from bursar.call import Call, Pause, Publish, Reload, Step
-from bursar.commands import Release
+from bursar.commands import Release, Reserve, Settle
 from bursar.errors import StoreError
 from bursar.guard import Guard, log
 from bursar.keeper import Keeper
@@ -66,6 +66,8 @@ class Driver:
             return stop.value  # type: ignore[no-any-return]
 
     def _do(self, step: Step) -> Any:
+        if type(step) is Reserve or type(step) is Settle:
+            return self.store.execute(step)
         if isinstance(step, Pause):
             if step.seconds:
                 step.ticket.wait(step.seconds)

@@ -287,7 +287,8 @@ class Guard:
             raise rejection(call.id, answer)
         assert type(answer) is Ended
         call.state = "settled" if type(command) is Settle else "released"
-        self.room.freed(queue_of(account.rule) for account in answer.accounts)
+        if self.room:
+            self.room.freed(queue_of(account.rule) for account in answer.accounts)
         if answer.alerts:
             yield from self.notices.crossed(answer.alerts, answer.accounts, self.policy)
         return answer.entry

@@ -87,10 +87,15 @@ def _reserve(read: Read, command: Reserve, now_us: int) -> Decision:
     behind = command.behind
     shadowed: tuple[str, ...] = ()
     for rule, amount in lines:
-        key = rule.key
-        account = _standing(read, rule, now_us, puts, max_accounts)
-        if type(account) is not Account:
-            return _reject(*account)
+        key, end_us = rule.key, rule.end_us
+        row = read(key)
+        if type(row) is Account and row.rule is rule and (end_us is None or rule.start_us <= now_us < end_us):
+            account = row  # as the last call left it
+        else:
+            standing = _standing(read, rule, now_us, puts, max_accounts)
+            if type(standing) is not Account:
+                return _reject(*standing)
+            account = standing
         before.append(account)
         if rule.marks:
             marked = True
@@ -168,8 +173,8 @@ def _standing(
             return "accounts", rule.budget
         puts[count_key] = count + 1
         return Account(rule, level=rule.limit if rule.kind == "refill" else 0, at_us=now_us)
-    if account.rule is not rule and account.rule != rule:
-        account = under(account, rule)
+    if account.rule is not rule:  # an equal one too, so that the next call finds it the same at a glance
+        account = account._replace(rule=rule) if account.rule == rule else under(account, rule)
     return account
 
 
@@ -265,13 +270,11 @@ def _end(
         assert type(account) is Account, f"I2 broken: {key} is missing"
         assert account.reserved >= held, f"I2 broken: {key} holds less than its reservations"
         actual = amounts[key]
-        overrun = actual - held if actual > held else 0
-        before = account
-        account = book(account, held, actual, reserved_us, now_us, overrun)
-        if account.rule.marks:
-            account = _crossed(before, account, row.id, row.draft, now_us, puts)
-        puts[key] = account
-        accounts.append(account)
+        after = book(account, held, actual, reserved_us, now_us, actual - held if actual > held else 0)
+        if after.rule.marks:
+            after = _crossed(account, after, row.id, row.draft, now_us, puts)
+        puts[key] = after
+        accounts.append(after)
     cost_nanos, usage, estimated = (
         (told.cost_nanos, told.usage, told.estimated) if type(told) is Settle else (0, {}, False)
     )

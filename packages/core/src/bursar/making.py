@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from bursar.call import CHANGEABLE, MODEL_UNITS, TOOL_UNITS, Call
@@ -115,4 +116,10 @@ def _texts(**given: object) -> dict[str, str]:
     for argument, value in given.items():
         if not isinstance(value, str):
             raise InvalidInput(f"{argument} cannot be {shown(value)}. Give its name as text.", argument=argument)
-    return check_tags(given)
+    return _checked(*given, *given.values())
+
+
+@lru_cache(maxsize=1_024, typed=True)  # an enumeration's member equals its value, and is another text
+def _checked(*names_and_values: str) -> dict[str, str]:
+    count = len(names_and_values) // 2
+    return check_tags(dict(zip(names_and_values[:count], names_and_values[count:], strict=True)))

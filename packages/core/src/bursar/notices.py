@@ -39,6 +39,8 @@ class Notices:
         begun_us = now_us
         for _ in range(MAX_PAUSES):
             signs = self.sentry.before(call, rules, now_us)
+            if not signs:
+                break
             for sign in signs:
                 yield from self._tell(call, sign, now_us)
             for sign in signs:

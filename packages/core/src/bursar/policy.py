@@ -107,7 +107,7 @@ class _Compiled:
             end_us,
             self.limit.period_us or self.window.rolling_us or 0,
             self.budget.mode == "enforce",
-            tuple(_mark(one, limit, waived) for one in self.budget.ladder),
+            tuple([_mark(one, limit, waived) for one in self.budget.ladder]),
         )
 
 
@@ -201,11 +201,11 @@ class Policy:
         matched = self._match(scope, own, units, now_us)
         if len(self._cache) >= self.CACHE:
             self._cache.clear()
-        since = max((one.rule.start_us for one in matched), default=0)
-        until = min((one.rule.end_us for one in matched if one.rule.end_us is not None), default=_EVER_US)
-        until = min([until, *(one.window.bounds(now_us)[1] or _EVER_US for one in self._compiled)])
-        until = min([until, *(self.decisions.ends_us(one.rule.key, now_us) for one in matched)])
-        held = self._cache[key] = Match(since, until, matched)
+        since = max([one.rule.start_us for one in matched], default=0)
+        ends = [one.rule.end_us or _EVER_US for one in matched]
+        ends += [one.window.bounds(now_us)[1] or _EVER_US for one in self._compiled]
+        ends += [self.decisions.ends_us(one.rule.key, now_us) for one in matched]
+        held = self._cache[key] = Match(since, min(ends, default=_EVER_US), matched)
         return held
 
     def _match(self, scope: Scope, own: dict[str, str], units: tuple[str, ...], now_us: int) -> tuple[Matched, ...]:

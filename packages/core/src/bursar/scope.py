@@ -180,6 +180,19 @@ def from_carried(text: str) -> Scope:
     return Scope.from_text(text)
 
 
+_own_run = ""
+
+
 def process_run() -> str:
     """The run of calls that no scope and no framework gives one: one per process."""
-    return f"process-{os.getpid()}"
+    return _own_run or _name_process()
+
+
+def _name_process() -> str:
+    global _own_run
+    _own_run = f"process-{os.getpid()}"
+    return _own_run
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_name_process)

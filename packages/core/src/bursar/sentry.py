@@ -98,7 +98,7 @@ class Sentry:
                     burning = tower.spender(rule.key)
                     burning.spent(cost_nanos, now_us)
                     found.append(burning.burn(rule.limit, rule.end_us - rule.start_us, now_us))
-        return [sign for finding in found if (sign := self._sign(finding)) is not None]
+        return [sign for finding in found if finding is not None and (sign := self._sign(finding)) is not None]
 
     def failed(self, call: Call, now_us: int) -> None:
         """A call has failed: its next attempt has to wait, and a connection that fails for many is a storm."""

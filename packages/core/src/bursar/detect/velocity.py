@@ -50,10 +50,11 @@ class Buckets:
         if newest <= self._newest:
             return
         count = len(self._values)
-        for passed in range(self._newest + 1, min(newest, self._newest + count) + 1):
-            self._values[passed % count] = 0
-        if newest > self._newest + count:
+        if newest >= self._newest + count:  # all have left, as at the first time
             self._values = array("q", bytes(8 * count))
+        else:
+            for passed in range(self._newest + 1, newest + 1):
+                self._values[passed % count] = 0
         self._newest = newest
         self.most = sum(self._values)
 

@@ -51,7 +51,8 @@ class GroupCommit:
 
     Where the store has `at_once`, one command in each turn of an event loop is applied in the loop itself, if that waits for
     nobody: without an fsync, the hop there and back takes longer than the transaction (a guarded `ainvoke` of LangChain adds
-    0.77 ms so, rather than 0.97). Those that come with it share a batch.
+    0.77 ms so, rather than 0.97). Those that come with it share a batch. The same task's next command, mostly the end of its
+    call, is applied so too, and does not ask the loop to say when the turn is over.
 
     An interrupt may come anywhere. So a command leaves the queue only after its answer stands: what a cut-off batch leaves
     behind is applied by the worker, and the law gives a command that comes twice the same answer (I6).
@@ -61,6 +62,7 @@ class GroupCommit:
         self._apply = apply
         self._apply_at_once = at_once
         self._served: asyncio.AbstractEventLoop | None = None  # one command of its present turn was applied at once
+        self._first_task = 0  # whose
         self._queue: deque[_Item] = deque()
         self._turn = threading.Lock()
         self._starting = threading.Lock()
@@ -122,9 +124,14 @@ class GroupCommit:
 
         self._check_open()
         loop = asyncio.get_running_loop()
-        if self._apply_at_once is not None and self._served is not loop and not self._queue:
-            self._served = loop
-            loop.call_soon(self._begin_turn)
+        task = id(asyncio.current_task())
+        follows = task == self._first_task  # once: a task that never waits must not hold the loop up
+        if self._apply_at_once is not None and (follows or self._served is not loop) and not self._queue:
+            if follows:
+                self._first_task = 0
+            else:
+                self._first_task, self._served = task, loop
+                loop.call_soon(self._begin_turn)
             answer = self._run_at_once(command, self._apply_at_once)
             if answer is not None:
                 return _given(answer)

@@ -220,9 +220,8 @@ class Rows(dict[str, Row | None]):
         stored, drafts = self._stored, self._drafts
         for key, row in puts.items():
             if type(row) is Account:
-                rule, buckets = row.rule, row.buckets
-                text = dumps(buckets) if buckets else ""
-                known = stored.get(key)
+                rule, known = row.rule, stored.get(key)
+                text = dumps(row.buckets) if row.buckets else ""
                 if known is rule or known == rule:
                     moved.append((*row[1:10], text, row.crossed, key))
                 else:
