@@ -128,14 +128,13 @@ def _refilled(rule: Rule, level: int, remainder: int, at_us: int, now_us: int) -
 
 def hold(account: Account, amount: int, now_us: int) -> Account:
     """The account as it stands now with `amount` held on it, whether or not it fits."""
+    kind = account.rule.kind
+    if kind == "rolling":
+        account = age(account, now_us)
     rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed = account
-    if rule.kind == "window":
-        pass
-    elif rule.kind == "refill":
+    if kind == "refill":
         level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
         level -= amount
-    elif rule.kind == "rolling":
-        _, spent, *_, buckets, _ = age(account, now_us)
     reserved += amount
     fields = (rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed)
     return _new(Account, fields)
@@ -148,21 +147,21 @@ def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int
     """
     rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets, crossed = account
     kind = rule.kind
-    if kind == "window":
-        pass
-    elif kind == "slots":
-        actual = overrun = 0
-    elif kind == "rolling":
-        outside_us = now_us - rule.period_us
-        buckets = _bucketed(age(account, now_us).buckets, rule.period_us // 60, reserved_us, actual, outside_us)
-        spent = sum(amount for _, amount in buckets) - actual
-    else:
-        level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
-        level += held - actual
-        if level >= rule.limit:
-            level, remainder = rule.limit, 0
-    spent, reserved, over = spent + actual, reserved - held, over + overrun
-    fields = (rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets, crossed)
+    if kind != "window":
+        if kind == "slots":
+            actual = overrun = 0
+        elif kind == "rolling":
+            buckets = age(account, now_us).buckets
+            buckets = _bucketed(buckets, rule.period_us // 60, reserved_us, actual, now_us - rule.period_us)
+            spent = sum(amount for _, amount in buckets) - actual
+        elif kind == "refill":
+            level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
+            level += held - actual
+            if level >= rule.limit:
+                level, remainder = rule.limit, 0
+    fields = (
+        rule, spent + actual, reserved - held, over + overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed
+    )  # fmt: skip
     return _new(Account, fields)
 
 
