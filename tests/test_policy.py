@@ -177,6 +177,17 @@ def test_what_was_matched_before_holds_until_a_window_begins() -> None:
         assert policy.match(*asked) == Policy(budgets).match(*asked), (hours, run)
 
 
+@pytest.mark.parametrize("value", ['"', "\\", "ü", "😀", "a b/c", "{}, 0]"])
+def test_an_accounts_key_is_written_as_json_dumps_does(value: str) -> None:
+    """Stores hold accounts under it, whatever version made them."""
+    budget = Budget(f"b {value}", "5 USD", window="day", per=("run", "team"))
+    (one,) = matched(Policy([budget]), {"run": value})
+    scope = {"run": value, "team": "(none)"}
+    key = [budget.name, "USD", "day UTC", scope, one.rule.start_us]
+    assert one.rule.key == json.dumps(key, ensure_ascii=False)
+    assert one.rule.scope == json.dumps(scope, ensure_ascii=False)
+
+
 def test_calls_that_no_budget_tells_apart_are_matched_once() -> None:
     policy = Policy([Budget("b", "5 USD", per="team")])
     for run in range(100):

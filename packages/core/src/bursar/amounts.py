@@ -31,22 +31,19 @@ class Amounts:
         learned = self._learned(call)
         bound: dict[str, int] = {}
         lines = []
-        held = -1
-        for budget, rule in matched:
-            amounts, unit = learned, rule.unit
-            if budget.estimate == "strict":
-                amounts = bound = bound or self._bound(call)
-            lines.append((rule, amounts[unit]))
-            if unit == "USD" and amounts["USD"] > held:
-                held = amounts["USD"]
-        estimate = call.estimate
-        assert estimate is not None
+        for one in matched:
+            if one.budget.estimate == "strict":
+                bound = bound or self._bound(call)
+            amounts = bound if one.budget.estimate == "strict" else learned
+            lines.append((one.rule, amounts[one.rule.unit]))
+        assert call.estimate is not None
+        held = max([count for rule, count in lines if rule.unit == "USD"], default=learned["USD"])
         usage = {}
-        if estimate.input_tokens:
-            usage["input_tokens"] = estimate.input_tokens
-        if estimate.output_tokens:
-            usage["output_tokens"] = estimate.output_tokens
-        self.write_draft(call, learned["USD"] if held < 0 else held, usage)
+        if call.estimate.input_tokens:
+            usage["input_tokens"] = call.estimate.input_tokens
+        if call.estimate.output_tokens:
+            usage["output_tokens"] = call.estimate.output_tokens
+        self.write_draft(call, held, usage)
         return tuple(lines)
 
     def _learned(self, call: Call) -> dict[str, int]:

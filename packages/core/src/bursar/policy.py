@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from json.encoder import encode_basestring as quoted  # what json.dumps makes of a text, with ensure_ascii=False
 from math import ceil
 from typing import NamedTuple
 
@@ -19,7 +20,6 @@ from bursar.windows import Window, window
 NONE = "(none)"
 MAX_BUDGETS = 1_000
 _EVER_US = 2**62
-_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
 
 
 class Matched(NamedTuple):
@@ -49,7 +49,7 @@ def _window_name(budget: Budget, limit: Limit) -> str:
 class _Compiled:
     """One budget, ready to match calls."""
 
-    __slots__ = ("_last", "budget", "decisions", "kind", "limit", "matches", "per", "window", "window_name")
+    __slots__ = ("_key", "_last", "budget", "decisions", "kind", "limit", "matches", "per", "window", "window_name")
 
     def __init__(self, budget: Budget, limit: Limit, decisions: Decisions = NO_DECISIONS) -> None:
         self.budget = budget
@@ -64,6 +64,7 @@ class _Compiled:
             self.kind = "refill"
         else:
             self.kind = "rolling" if self.window.rolling_us else "window"
+        self._key = ", ".join([quoted(budget.name), quoted(limit.unit), quoted(self.window_name)])
         self._last: tuple[tuple[str, ...], int, int, Rule] | None = None  # of which values, since and until when
         self.matches = tuple(
             (tag, _matcher((value,) if isinstance(value, str) else tuple(value)))
@@ -85,22 +86,23 @@ class _Compiled:
         last = self._last  # most budgets have the same account for the next run too
         if last is not None and last[0] == values and last[1] <= now_us < last[2]:
             return last[3]
-        rule = self._rule_of(dict(zip(self.per, values, strict=True)), now_us)
+        rule = self._rule_of(values, now_us)
         until_us = min(rule.end_us or _EVER_US, self.decisions.ends_us(rule.key, now_us))
         self._last = values, rule.start_us, until_us, rule
         return rule
 
-    def _rule_of(self, scope: dict[str, str], now_us: int) -> Rule:
+    def _rule_of(self, values: tuple[str, ...], now_us: int) -> Rule:
         start_us, end_us = self.window.bounds(now_us)
-        unit = self.limit.unit
-        key = _text([self.budget.name, unit, self.window_name, scope, start_us])
+        pairs = [f"{quoted(tag)}: {quoted(value)}" for tag, value in zip(self.per, values, strict=True)]
+        scope = f"{{{', '.join(pairs)}}}"
+        key = f"[{self._key}, {scope}, {start_us}]"  # JSON, which every store and record has as json.dumps writes it
         raised, waived = self.decisions.granted(key, now_us)
         limit = self.limit.amount + raised
         return Rule(
             key,
             self.budget.name,
-            _text(scope),
-            unit,
+            scope,
+            self.limit.unit,
             self.kind,  # type: ignore[arg-type]
             limit,
             start_us,
@@ -115,7 +117,7 @@ def throttle_rule(rule: Rule, rate: str) -> Rule:
     """The account of a threshold's rate, beside the account that reached it."""
     limit = parse_limit(Budget(rule.budget, rate))
     name = f"throttle /{limit.period_us}"
-    key = _text([rule.budget, limit.unit, name, json.loads(rule.scope), 0])
+    key = json.dumps([rule.budget, limit.unit, name, json.loads(rule.scope), 0], ensure_ascii=False)
     return Rule(key, rule.budget, rule.scope, limit.unit, "refill", limit.amount, period_us=limit.period_us)
 
 
