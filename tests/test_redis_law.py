@@ -10,6 +10,7 @@ from test_law import World
 from bursar.accounts import Mark
 from bursar.commands import Ended, Granted, Settle
 from bursar.stores.base import Store
+from bursar.stores.memory import MemoryStore
 from bursar.stores.redis import RedisStore, wire
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import SECOND_US, reserve, rule
@@ -58,6 +59,25 @@ def test_a_process_is_answered_the_same_of_its_own_reservations_and_of_others() 
             settling.close()
         assert told[0] == told[1]
         clock.advance(1)
+
+
+def test_a_rate_that_is_lowered_holds_what_it_held_until_time_has_passed() -> None:
+    """As the law has it: only age and settlements bring a level down to a new limit."""
+    clock = ManualClock()
+    stores = (RedisStore(fresh_url(), clock=clock), MemoryStore(clock=clock))
+    high, low = (rule("rate", limit, "refill", "requests", period_us=60 * SECOND_US) for limit in (100, 10))
+    told = []
+    for store in stores:
+        for number, of in enumerate((high, low, low)):
+            store.execute(reserve(f"{number}", (of, 1)))
+        levels = [[one.level for one in store.accounts()]]
+        for number in range(3):
+            store.execute(Settle(f"{number}", {"requests": 0}, 0, {}))
+            levels.append([one.level for one in store.accounts()])
+        told.append(levels)
+        store.close()
+    assert told[0] == told[1]
+    assert told[0][0] == [97]
 
 
 def test_what_a_process_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 -- What counts is how much is made anew with each call, functions and what they see of each other too: so these see little, and
 -- name what they use themselves. `+ 0` makes a number of a text, which tonumber reads twice. Tables have room for four lines.
 
+local HALF = 2251799813685248 -- 2^51: sums of four such figures are exact
 local NUMBER = 18 -- digits of a rule's number
 local STANDS = '^(%-?%d+),(%-?%d+),()' -- spent and reserved of an account, after the number of its rule; where the rest begins
 -- Whole numbers, told without floating point where that tells all that a double holds: on servers of 64 bits.
@@ -40,29 +41,29 @@ local function read(held)
   return keys, count > 0 and redis.call('MGET', unpack(keys)), units, amounts
 end
 
--- The rest of a rate as it is now, its level moved by that; nil where it would be below 0.
-local function refilled(rest, limit, period, change)
+-- The rest of a rate as it is now, its level moved by that; nil where it would be below 0. `full`: what it holds at most then.
+local function refilled(rest, limit, period, change, full)
   local level, remainder, at, others = rest:match('^(%-?%d+),(%d+),(%d+)()')
   level, remainder, at, others = level + 0, remainder + 0, at + 0, rest:sub(others)
-  local elapsed, half = now - at, 2251799813685248
-  if level < 0 or level >= half or limit >= half then return nil end
+  local elapsed = now - at
+  if level < 0 or level >= HALF or limit >= HALF then return nil end
   if elapsed >= period then
     level, remainder, at = limit, 0, now
   elseif elapsed > 0 then
     local gained = elapsed * limit + remainder
-    if gained >= half then return nil end
+    if gained >= HALF then return nil end
     remainder = math.fmod(gained, period)
     level, at = level + (gained - remainder) / period, now
     if level >= limit then level, remainder = limit, 0 end
   end
   level = level + change
   if level < 0 then return nil end
-  if level >= limit then level, remainder = limit, 0 end
+  if full and level >= full then level, remainder = full, 0 end
   return string.format(D .. ',' .. D .. ',' .. D, level, remainder, at) .. others
 end
 
 local function short_reserve(c)
-  local id, held, half = c[2], c[12], 2251799813685248 -- 2^51: sums of four figures below it are exact
+  local id, held = c[2], c[12]
   local call, format, match, sub = redis.call, string.format, string.match, string.sub
   if c[9] ~= '' or c[6] + 0 < version or call('EXISTS', P .. 'i:' .. id) == 1 then return nil end
   local puts, told = {nil, nil, nil, nil, nil, nil, nil, nil}, {nil, nil, nil, nil}
@@ -81,7 +82,7 @@ local function short_reserve(c)
     if not limit or kind == 'rolling' or till ~= 'null' and (now < from + 0 or now >= till + 0) then return nil end
     local paid, amount = spent + 0, amounts[at] + 0
     limit, reserved, rest = limit + 0, reserved + 0, sub(text, rest)
-    if limit >= half or amount >= half or paid >= half or paid <= -half or reserved >= half then return nil end
+    if limit >= HALF or amount >= HALF or paid >= HALF or paid <= -HALF or reserved >= HALF then return nil end
     reserved = reserved + amount
     if kind == 'refill' then
       rest = refilled(rest, limit, period + 0, -amount)
@@ -101,7 +102,7 @@ end
 
 local function short_settle(c)
   if not c[8] then return nil end
-  local id, half = c[2], 2251799813685248
+  local id = c[2]
   local call, format, match, sub = redis.call, string.format, string.match, string.sub
   local row = call('HMGET', P .. 'i:' .. id, 'held', 'entry')
   if not row[1] or row[2] then return nil end
@@ -118,10 +119,11 @@ local function short_settle(c)
     booked[at] = units[at] == 'slots' and '0' or actuals[units[at]] or amounts[at]
     local actual, amount = booked[at] + 0, amounts[at] + 0
     spent, reserved, rest = spent + 0, reserved + 0, sub(text, rest)
-    if amount >= half or actual > amount or actual < 0 or reserved < amount or reserved >= half or spent >= half
-      or spent <= -half then return nil end
+    if amount >= HALF or actual > amount or actual < 0 or reserved < amount or reserved >= HALF or spent >= HALF
+      or spent <= -HALF then return nil end
     if kind == 'refill' then
-      rest = refilled(rest, limit + 0, period + 0, amount - actual)
+      limit = limit + 0
+      rest = refilled(rest, limit, period + 0, amount - actual, limit)
       if not rest then return nil end
     end
     if kind ~= 'slots' then spent = spent + actual end
