@@ -418,5 +418,4 @@ def test_a_body_is_looked_through_only_where_it_may_say_something() -> None:
     assert {"tools", "max_tool_calls", "max_turns", "models"} <= asked
     assert asked <= additions._LOOKED_AT
     assert read_additions("perplexity", "sonar", "", {"max_turns": 3}).rounds == 4
-    read_additions("openai", "gpt-4o", "", {}).server.append("its own")
-    assert read_additions("openai", "gpt-4o", "", {}).server == []
+    assert read_additions("openai", "gpt-4o", "", {}).server == ()

@@ -15,21 +15,14 @@ pytest.importorskip("bursar_crewai")
 from crewai.events import crewai_event_bus
 from crewai.events.types.llm_events import LLMStreamChunkEvent
 from crewai.llms.base_llm import BaseLLM
+from rungs import CHEAPER, RATES
 
 from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, Operator, Stopped, Threshold, Usage
 from bursar.detect import Detectors
-from bursar.testing.provider import Answer, Provider, Rates
+from bursar.testing.provider import Answer, Provider
 from bursar_crewai import BursarCrew, CrewBudgetExceeded
 
 Make = Callable[..., Any]
-RATES = {
-    "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000),
-    "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600),
-    "claude-sonnet-4-5": Rates(input_nanos=3_000, output_nanos=15_000),
-    "claude-haiku-4-5": Rates(input_nanos=1_000, output_nanos=5_000),
-    "text-embedding-3-small": Rates(input_nanos=20, output_nanos=0),
-}
-CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-5": "claude-haiku-4-5"}
 CLIENTS = {
     "chat": ("gpt-4o", {}),
     "responses": ("gpt-4o", {"api": "responses"}),

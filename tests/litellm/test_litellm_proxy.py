@@ -22,21 +22,15 @@ import pytest
 pytest.importorskip("orjson", reason="LiteLLM is there without its proxy")
 
 import httpx
+from rungs import CHEAPER, RATES
 
 from bursar import Bursar, Operator, UsageRecord
-from bursar.testing.provider import Answer, Fault, Provider, Rates
+from bursar.testing.provider import Answer, Fault, Provider
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "abc " * 1_000
 COST_NANOS = 7_500_000
-RATES = {
-    "gpt-4o": Rates(input_nanos=2_500, output_nanos=10_000),
-    "gpt-4o-mini": Rates(input_nanos=150, output_nanos=600),
-    "claude-sonnet-4-5": Rates(input_nanos=3_000, output_nanos=15_000),
-    "claude-haiku-4-5": Rates(input_nanos=1_000, output_nanos=5_000),
-}
-CHEAPER = {"gpt-4o": "gpt-4o-mini", "claude-sonnet-4-5": "claude-haiku-4-5"}
 DEAR = Answer(input_tokens=1_000, output_tokens=500)
 
 CONFIG = """

@@ -81,7 +81,8 @@ def chat_events(stream: Any) -> list[dict[str, Any]]:
                     "model": getattr(chunk, "model", None),
                     "service_tier": getattr(chunk, "service_tier", None),
                     "choices": [],
-                    "usage": usage.model_dump() if hasattr(usage, "model_dump") else usage,
+                    # LiteLLM's own class has names that no provider tells, and these are None.
+                    "usage": usage.model_dump(exclude_none=True) if hasattr(usage, "model_dump") else usage,
                 }
             )
     return events

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from bursar.errors import ApprovalRequired, BudgetExceeded, BursarError, Stopped, StoreError
+from bursar.errors import ApprovalRequired, BudgetExceeded, BursarError, Stopped, StoreError, UnboundedEstimate
+
+# What costs money later, or elsewhere, than in the answer to the call.
+UNBOUNDED = {
+    "create_batch": "a batch is billed when it has run",
+    "create_fine_tuning_job": "training is billed when it has run",
+    "run_thread": "a run of an assistant is billed when it has ended",
+    "run_thread_stream": "a run of an assistant is billed when it has ended",
+    "_realtime": "a live session has no end that is known before",
+    "_responses_websocket": "a live session has no end that is known before",
+    "video_generation": "a film is billed by the second, when it is made",
+    "create_video": "a film is billed by the second, when it is made",
+    "video_remix": "a film is billed by the second, when it is made",
+    "video_edit": "a film is billed by the second, when it is made",
+    "video_extension": "a film is billed by the second, when it is made",
+}
 
 
 class LiteLLMBudgetExceeded(BudgetExceeded):
@@ -58,3 +73,17 @@ def litellm_error(error: BaseException) -> BaseException:
     if isinstance(error, BursarError) and not hasattr(error, "status_code"):
         vars(error)["status_code"] = 503 if isinstance(error, StoreError) else 400
     return error
+
+
+def check_bounded(kind: str) -> None:
+    """Raise UnboundedEstimate for a kind of call whose cost does not come with its answer."""
+    reason = UNBOUNDED.get(kind)
+    if reason is not None:
+        refusal = UnboundedEstimate(
+            f"{kind} cannot be held against a budget: {reason}. Make it outside of the guarded LiteLLM, and book its cost "
+            "with charge().",
+            reason=reason,
+            provider="",
+            model="",
+        )
+        raise litellm_error(refusal)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import litellm
 
 from bursar.ending import Ending, unknown
-from bursar.sending import passing
 from bursar_litellm.answer import read_answer, read_error
-from bursar_litellm.errors import BudgetStop, litellm_error
-from bursar_litellm.gate import Attempt, Door, end_soon, expect_orphans, open_door
-from bursar_litellm.request import UNBOUNDED
+from bursar_litellm.door import Door
+from bursar_litellm.errors import UNBOUNDED, BudgetStop, check_bounded, litellm_error
+from bursar_litellm.gate import Attempt, end_soon, expect_orphans
 from bursar_litellm.streams import ABANDONED, guard_stream, is_stream
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ _NAMES = (
     *("image_edit", "image_variation", "transcription", "speech", "rerank", "ocr", "video_generation"),
 )
 _lock = threading.Lock()
+_Later = list[Callable[[], Any]]
 
 
 class _Background:
@@ -48,24 +48,23 @@ class _Background:
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Start it; or later, in a call: LiteLLM does not wait for what it hands on there, and asks for no result."""
-        later: list[Callable[[], Any]] | None = getattr(self._thread, "later", None)
+        later: _Later | None = getattr(self._thread, "later", None)
         if later is None:
             return self._executor.submit(work, *args, **kwargs)
         later.append(functools.partial(self._executor.submit, work, *args, **kwargs))
         return None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Around a sync call, from the function's begin to the booking."""
-        outer: list[Callable[[], Any]] | None = getattr(self._thread, "later", None)
-        later: list[Callable[[], Any]] = []
+    def hold(self) -> tuple[_Later, _Later | None]:
+        """From the begin of a sync call on; `let_go` takes what it returns, when the call has been booked."""
+        later: _Later = []
+        outer: _Later | None = getattr(self._thread, "later", None)
         self._thread.later = later
-        try:
-            yield
-        finally:
-            self._thread.later = outer
-            for start in later:
-                start()
+        return later, outer
+
+    def let_go(self, later: _Later, outer: _Later | None) -> None:
+        self._thread.later = outer
+        for start in later:
+            start()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)
@@ -92,9 +91,9 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with _background.held():
-            with ExitStack() as calls:
-                door = _open(calls, function.__name__, args, kwargs)
+        held = _background.hold()
+        try:
+            with _door(function.__name__, args, kwargs) as door:
                 try:
                     answer = function(*args, **_announced(function.__name__, kwargs))
                 except BaseException as error:  # noqa: BLE001 - raised again, below
@@ -106,6 +105,8 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
             for attempt, ending in _answered(door, answer):
                 attempt.gate.end(attempt, ending)
             return answer
+        finally:
+            _background.let_go(*held)
 
     return call
 
@@ -116,8 +117,7 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _named(names, args, kwargs)
-        with ExitStack() as calls:
-            door = _open(calls, function.__name__, args, kwargs)
+        with _door(function.__name__, args, kwargs) as door:
             try:
                 answer = await function(*args, **kwargs)
             except GeneratorExit:  # its task was thrown away: nothing can be awaited here
@@ -162,18 +162,9 @@ def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _open(calls: ExitStack, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Door:
-    """The door of one call; it lets those calls pass that a framework around LiteLLM has reserved for with the same guard."""
-    guards, outer = _arm(name), open_door()
-    if outer is not None:
-        guards = outer.held  # LiteLLM's own retries are attempts of its own
-    held: list[Bursar] = []
-    if guards:
-        asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs}
-        held = [one for one in guards if calls.enter_context(passing(one, str(asked.get("model")), asked))]
-    door = Door(is_mock=_is_mock(kwargs), held=held)
-    calls.callback(door.close)
-    return door
+def _door(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Door:
+    """The door of one call, to be entered around it."""
+    return Door(_arm(name), {**dict(zip(("model", "messages"), args, strict=False)), **kwargs} if args else kwargs)
 
 
 def _arm(name: str) -> Sequence[Bursar]:
@@ -186,17 +177,13 @@ def _arm(name: str) -> Sequence[Bursar]:
         if hasattr(callback, "gate"):
             if callback not in litellm.input_callback:
                 litellm.input_callback.append(callback)
-            callback.check_bounded(name)
+            check_bounded(name)
     announced: list[Any] = litellm.input_callback
     return list(dict.fromkeys(callback.bursar for callback in announced if hasattr(callback, "gate")))
 
 
-def _is_mock(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("mock_response") or kwargs.get("mock_tool_calls") or kwargs.get("mock_timeout"))
-
-
 def _answered(door: Door, answer: Any) -> list[tuple[Attempt, Ending]]:
-    if inspect.iscoroutine(answer):
+    if isinstance(answer, CoroutineType):
         for attempt in door.own():
             attempt.door = None  # LiteLLM's events will tell of it
         return []

@@ -6,8 +6,6 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bursar.ending import Ending, unknown
 from bursar.errors import BudgetExceeded
 from bursar.sending import Sending
+from bursar_litellm.door import Door, open_door
 from bursar_litellm.errors import litellm_error
 
 if TYPE_CHECKING:
@@ -77,57 +76,26 @@ class Attempt:
             self.sending.end()
 
 
-class Door:
-    """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused.
+class Admission:
+    """Around the reserving: a refusal takes the attempt out again, and is made LiteLLM's."""
 
-    `held`: the guards for which a framework around LiteLLM has reserved for this call already.
-    """
+    __slots__ = ("_attempt",)
 
-    __slots__ = ("attempts", "held", "is_mock", "is_open", "outer", "refusal", "token")
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
 
-    def __init__(self, *, is_mock: bool = False, held: Sequence[Bursar] = ()) -> None:
-        self.attempts: list[Attempt] = []
-        self.held = held
-        self.refusal: BaseException | None = None
-        outer: Door | None = open_door()
-        self.outer = outer
-        self.is_mock: bool = is_mock or (outer is not None and outer.is_mock)
-        self.is_open = True
-        self.token = _current.set(self)
+    def __enter__(self) -> None:
+        return
 
-    def close(self) -> None:
-        """The call has returned. Tasks that it started go on in its context, and may make calls of their own."""
-        self.is_open = False
-        for attempt in self.attempts:
-            attempt.sent()
-        try:
-            _current.reset(self.token)
-        except ValueError:
-            return  # an abandoned coroutine, closed in another context: there this door never stood
-
-    def is_free(self, bursar: Bursar) -> bool:
-        """Whether nothing is to be reserved in it for this guard."""
-        return self.is_mock or bursar in self.held
-
-    def refused(self, error: BaseException | None) -> None:
-        """Remember a refusal here and further out, where it may come to light in another error's clothes; None: no more."""
-        door: Door | None = self
-        while door is not None:
-            door.refusal = error
-            door = door.outer
-
-    def own(self) -> list[Attempt]:
-        """The open attempts of this call, the newest last."""
-        return [one for one in self.attempts if one.door is self and one.gate.has(one)]
-
-
-_current: ContextVar[Door | None] = ContextVar("bursar_litellm_door", default=None)
-
-
-def open_door() -> Door | None:
-    """The call of a function of `litellm` that this code runs in."""
-    door = _current.get()
-    return door if door is not None and door.is_open else None
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        attempt, shown = self._attempt, None
+        if error is not None:
+            attempt.gate.take(attempt)
+            shown = litellm_error(error)
+        if attempt.door is not None and (shown is None or isinstance(shown, BudgetExceeded)):
+            attempt.door.refused(shown)
+        if shown is not None and shown is not error:
+            raise shown from error
 
 
 class Gate:
@@ -172,23 +140,6 @@ class Gate:
         if found is not None and found.is_sent and found.reservation is not None:
             self._finish(found, unknown("it was tried again, and its end not told"))
         return None if attempt is found else attempt
-
-    @contextmanager
-    def admission(self, attempt: Attempt) -> Iterator[None]:
-        """Around the reserving: a refusal takes the attempt out again, and is made LiteLLM's."""
-        door = attempt.door
-        try:
-            yield
-        except BaseException as error:
-            self.take(attempt)
-            shown = litellm_error(error)
-            if door is not None and isinstance(shown, BudgetExceeded):
-                door.refused(shown)
-            if shown is error:
-                raise
-            raise shown from error
-        if door is not None:
-            door.refused(None)
 
     def find(self, key: str | None) -> Attempt | None:
         """The open attempt of this call."""

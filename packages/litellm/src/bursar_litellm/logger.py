@@ -10,17 +10,16 @@ from litellm.exceptions import BadRequestError
 from litellm.integrations.custom_logger import CustomLogger
 
 from bursar.ending import Ending, released, unknown
-from bursar.errors import UnboundedEstimate
 from bursar.sending import Sending, passing
 from bursar_litellm.answer import read_answer, read_error
-from bursar_litellm.errors import BudgetStop, litellm_error
+from bursar_litellm.door import open_door
+from bursar_litellm.errors import BudgetStop, check_bounded
 from bursar_litellm.functions import wrap_functions
-from bursar_litellm.gate import Attempt, Gate, open_door
+from bursar_litellm.gate import Admission, Attempt, Gate
 from bursar_litellm.media import spoken_characters
 from bursar_litellm.request import (
     ENDPOINTS,
     LIMITS,
-    UNBOUNDED,
     ask_for_usage,
     clean,
     is_async,
@@ -64,10 +63,6 @@ class BursarLogger(CustomLogger):
         """
         return self.gate.drain(timeout_s)
 
-    def check_bounded(self, function: str) -> None:
-        """Raise UnboundedEstimate for a function of `litellm` whose cost does not come with its answer."""
-        check_bounded(function)
-
     # -- before: while a call's arguments can be changed ---------------------------------------------------------
 
     def announce(self, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +72,7 @@ class BursarLogger(CustomLogger):
         attempt = None if request is None else self._enter(kwargs)
         if request is None or attempt is None:
             return kwargs  # what has nothing to change is reserved for where it goes out
-        with self.gate.admission(attempt):
+        with Admission(attempt):
             self._prepare(attempt, kind, request, kwargs)
             return write(kind, kwargs, request["model"], attempt.reserve(request))
 
@@ -88,7 +83,7 @@ class BursarLogger(CustomLogger):
         attempt = None if request is None else self._enter(kwargs)
         if request is None or attempt is None:
             return None
-        with self.gate.admission(attempt):
+        with Admission(attempt):
             self._prepare(attempt, kind, request, kwargs)
             return write(kind, kwargs, request["model"], await attempt.areserve(request))
 
@@ -136,7 +131,7 @@ class BursarLogger(CustomLogger):
                 return
             attempt = self.gate.enter(key)
             assert attempt is not None
-            with self.gate.admission(attempt):
+            with Admission(attempt):
                 settings = {**(details.get("optional_params") or {}), **(details.get("litellm_params") or {})}
                 granted = attempt.reserve(self._prepare(attempt, kind, read_wire(kind, details), settings))
             if granted.capped and granted.max_output_tokens:
@@ -235,17 +230,3 @@ def _read_failure(attempt: Attempt, event: Mapping[str, Any]) -> Ending:
     if event.get("completion_start_time") is not None or not isinstance(error, BaseException):
         return unknown(type(error).__name__)
     return read_error(attempt.provider, error, attempt.details)
-
-
-def check_bounded(kind: str) -> None:
-    """Raise UnboundedEstimate for a kind of call whose cost does not come with its answer."""
-    reason = UNBOUNDED.get(kind)
-    if reason is not None:
-        refusal = UnboundedEstimate(
-            f"{kind} cannot be held against a budget: {reason}. Make it outside of the guarded LiteLLM, and book its cost "
-            "with charge().",
-            reason=reason,
-            provider="",
-            model="",
-        )
-        raise litellm_error(refusal)

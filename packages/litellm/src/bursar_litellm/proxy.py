@@ -13,7 +13,9 @@ import litellm
 from bursar import Bursar
 from bursar.errors import InvalidInput
 from bursar_litellm.answer import read_answer, read_error
-from bursar_litellm.logger import BursarLogger, check_bounded
+from bursar_litellm.errors import check_bounded
+from bursar_litellm.gate import Admission
+from bursar_litellm.logger import BursarLogger
 from bursar_litellm.request import LIMIT_NAMES, ask_for_usage_in, changeable, kind_of, read_tags, write
 
 _ROUTE_MODEL = re.compile(r"/models?/([^/:?]+)")  # Google's and AWS's paths name the model
@@ -43,7 +45,7 @@ class ProxyLogger(BursarLogger):
         attempt = self.gate.enter(_call_id(data))
         if attempt is None:
             return None
-        with self.gate.admission(attempt):
+        with Admission(attempt):
             attempt.provider, model = _seller(route, str(model or ""))
             body = {name: value for name, value in data.items() if not name.startswith("litellm_")}
             request = {

@@ -11,6 +11,7 @@ import litellm
 from litellm.constants import openai_compatible_providers
 from litellm.types.utils import all_litellm_params
 
+from bursar_litellm.errors import UNBOUNDED
 from bursar_litellm.media import read_media
 
 if TYPE_CHECKING:
@@ -33,20 +34,6 @@ ENDPOINTS = {
     "rerank": "rerank",
     "ocr": "ocr",
 }
-# What costs money later, or elsewhere, than in the answer to the call.
-UNBOUNDED = {
-    "create_batch": "a batch is billed when it has run",
-    "create_fine_tuning_job": "training is billed when it has run",
-    "run_thread": "a run of an assistant is billed when it has ended",
-    "run_thread_stream": "a run of an assistant is billed when it has ended",
-    "_realtime": "a live session has no end that is known before",
-    "_responses_websocket": "a live session has no end that is known before",
-    "video_generation": "a film is billed by the second, when it is made",
-    "create_video": "a film is billed by the second, when it is made",
-    "video_remix": "a film is billed by the second, when it is made",
-    "video_edit": "a film is billed by the second, when it is made",
-    "video_extension": "a film is billed by the second, when it is made",
-}
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {
     "completion": "max_tokens",
@@ -59,6 +46,7 @@ _SETTINGS = frozenset(all_litellm_params) | frozenset(
     ("messages", "metadata", "user", "timeout", "base_url", "extra_headers", "organization", "file", "image", "mask")
 )
 LIMIT_NAMES = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_NOTHING: Mapping[str, Any] = {}
 # LiteLLM drives these by their SDK, which tries twice more where nothing else is said; the others by plain HTTP.
 _SDK_RETRIES = 2
 _SDKS = frozenset({"openai", "azure", "text-completion-openai"})
@@ -72,6 +60,8 @@ _IDENTITY = frozenset({"org", "team", "user", "customer", "key"})
 def kind_of(call_type: Any) -> str:
     """The name of the function, sync or async: `acompletion` -> `completion`; empty where nothing is known."""
     name = str(getattr(call_type, "value", call_type) or "")
+    if name in ENDPOINTS:
+        return name
     for plain in (name, name.removeprefix("a"), name.replace("_a", "_", 1)):
         if plain in ENDPOINTS or plain in UNBOUNDED:
             return plain
@@ -113,10 +103,8 @@ def changeable(kind: str, provider: str, model: str, kwargs: Mapping[str, Any]) 
     """What `write` can change in these arguments, in the words of `Bursar.call`."""
     if kind not in LIMITS:
         return ()  # vectors of another model could not be compared with those that are there
-    over = kwargs.get("extra_body")
-    over = over if isinstance(over, Mapping) else {}  # the SDK lays it over what is sent
-    thinking = kwargs.get("thinking")
-    thinks = isinstance(thinking, Mapping) and thinking.get("budget_tokens")
+    over = _mapping(kwargs.get("extra_body"))  # the SDK lays it over what is sent
+    thinks = _mapping(kwargs.get("thinking")).get("budget_tokens")
     thinks = thinks or (kwargs.get("reasoning_effort") and "claude" in model)  # LiteLLM makes such a budget of it
     is_name = str(kwargs.get("model")).endswith(model) and provider not in _DEPLOYMENTS
     with_model = is_name and "model" not in over and _base_model(kwargs) is None
@@ -231,10 +219,9 @@ def _plain(model: str) -> str:
 
 def _base_model(settings: Mapping[str, Any]) -> str | None:
     """The model behind a deployment's name, as Azure's deployments are declared."""
-    metadata = settings.get("metadata")
-    inner = metadata.get("model_info") if isinstance(metadata, Mapping) else None
-    for place in filter(None, (settings, settings.get("model_info"), inner)):
-        name = place.get("base_model") if isinstance(place, Mapping) else None
+    inner = _mapping(settings.get("metadata")).get("model_info")
+    for place in (settings, _mapping(settings.get("model_info")), _mapping(inner)):
+        name = place.get("base_model")
         if isinstance(name, str) and name:
             return name.partition("/")[2] or name
     return None
@@ -259,11 +246,8 @@ def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, 
     """
     metadata: dict[str, Any] = {}
     for name in ("metadata", "litellm_metadata"):
-        part = settings.get(name)
-        if isinstance(part, Mapping):
-            metadata.update(part)
-    said = metadata.get("bursar")
-    free = dict(said) if isinstance(said, Mapping) else {}
+        metadata.update(_mapping(settings.get(name)))
+    free = dict(_mapping(metadata.get("bursar")))
     found: dict[str, Any] = {
         "run": settings.get("litellm_session_id") or metadata.get("session_id"),
         "customer": settings.get("user"),
@@ -285,7 +269,12 @@ def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, 
             "customer": metadata.get("user_api_key_end_user_id") or settings.get("user"),
         }
     tags = {**clean({**found, **free}), **own}
-    return tags | clean(identity)
+    return tags | clean(identity) if identity else tags
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """The value, if it is an object; else an empty one."""
+    return value if type(value) is dict or (value is not None and isinstance(value, Mapping)) else _NOTHING
 
 
 def clean(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -100,6 +100,8 @@ def _with_iterations(usage: Json, top: Keywords, model: str | None) -> Keywords:
     Source: Claude API documentation, "Compaction at a token threshold", usage.
     """
     rounds = items(usage, "iterations")[:1000]
+    if not rounds:
+        return tidy(top)
     own: Keywords = dict.fromkeys(top, 0)
     others: list[Usage] = []
     for entry in rounds:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bursar.answers.bedrock import header_counts
+from bursar.answers.chat import usual_usage
 from bursar.answers.counts import count, part, unreadable, usage_of, word
 from bursar.answers.plain import events_of, plain
 from bursar.answers.stream import StreamReader
@@ -68,14 +69,17 @@ def _read(provider: str, body: Any, headers: Mapping[str, Any], status: int) -> 
     if isinstance(code, int) and hasattr(body, "content") and hasattr(body, "headers"):
         body, headers, status = body.content, body.headers, code  # an HTTP response
     data = plain(body)
-    if isinstance(data, dict):
-        meta = part(data, "ResponseMetadata")  # boto3 keeps the HTTP side in the answer
-        headers = headers or part(meta, "HTTPHeaders")
-        status = count(meta.get("HTTPStatusCode")) or status
     if isinstance(data, str):
         if data.startswith("v=0"):
             raise _none(provider, "not_billable", "it is a session description")
         data = _text(provider, data, headers, status)
+    if isinstance(data, dict):
+        usual = usual_usage(data)
+        if usual is not None:
+            return usual
+        meta = part(data, "ResponseMetadata")  # boto3 keeps the HTTP side in the answer
+        headers = headers or part(meta, "HTTPHeaders")
+        status = count(meta.get("HTTPStatusCode")) or status
     data, batch = _unbatched(provider, data)
     reader = StreamReader(provider)
     streamed = isinstance(data, list) or (isinstance(data, dict) and isinstance(data.get("events"), list))

@@ -74,7 +74,9 @@ class StreamReader:
     def _tally(self, data: dict[str, Any]) -> None:
         for family in FAMILIES:
             if family.claims(data):
-                self._tallies.setdefault(family, family()).feed(data)
+                if family not in self._tallies:
+                    self._tallies[family] = family()
+                self._tallies[family].feed(data)
                 break
         if METRICS in data and not isinstance(self._tallies.get(Bedrock), Bedrock):
             self._tallies.setdefault(Bedrock, Bedrock()).feed(data)

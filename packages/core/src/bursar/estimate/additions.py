@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from bursar.estimate.measure import OBJECT, words
 
@@ -32,8 +31,7 @@ _LOOKED_AT = frozenset((*_TOOL_LISTS, *_SETTINGS, *_STORED)) | words(
 _ROUTED = ("auto", "openrouter/auto", "model-router", "switchpoint/router", "openrouter/fusion", "openrouter/free")
 
 
-@dataclass(slots=True)
-class Additions:
+class Additions(NamedTuple):
     """`tools`: declared by the caller; `hidden`: those of them for which the provider writes a prompt; `server`: the
     provider's own.
 
@@ -43,7 +41,7 @@ class Additions:
 
     tools: int = 0
     hidden: int = 0
-    server: list[str] = field(default_factory=list)
+    server: tuple[str, ...] = ()
     rounds: int | None = 1
     uses: int | None = 0
     stored: str = ""
@@ -52,12 +50,9 @@ class Additions:
 
 def read_additions(provider: str, model: str, endpoint: str, body: Mapping[str, Any]) -> Additions:
     """Find all by which the provider would put more into the prompt, or run the model more than once."""
-    if not _LOOKED_AT.isdisjoint(body):
-        return _read(provider, model, endpoint, body)
-    named = _by_name(provider, model, endpoint)
-    return Additions(
-        server=[*named.server], rounds=named.rounds, uses=named.uses, stored=named.stored, routed=named.routed
-    )
+    if _LOOKED_AT.isdisjoint(body):
+        return _by_name(provider, model, endpoint)
+    return _read(provider, model, endpoint, body)
 
 
 @lru_cache(maxsize=4_096)
@@ -66,49 +61,53 @@ def _by_name(provider: str, model: str, endpoint: str) -> Additions:
 
 
 def _read(provider: str, model: str, endpoint: str, body: Mapping[str, Any]) -> Additions:
-    found = Additions()
+    tools = hidden = 0
+    server: list[str] = []
     uses: list[int | None] = []
     anthropic = "anthropic" in provider or "claude" in model
     for tool in _tools(body):
         name, client = _tool(tool, anthropic)
         if client:
-            found.tools += max(1, len(_declarations(tool)))
-            found.hidden += name != ""
+            tools += max(1, len(_declarations(tool)))
+            hidden += name != ""
         else:
-            found.server.append(name)
+            server.append(name)
             uses.append(tool.get("max_uses") if isinstance(tool.get("max_uses"), int) else None)
     if not _SETTINGS.isdisjoint(body):
-        found.server += sorted(name for name in _SETTINGS if body.get(name))
-    found.server += [f"the model {model!r}" for part in _SEARCHING if part in model]
+        server += sorted(name for name in _SETTINGS if body.get(name))
+    server += [f"the model {model!r}" for part in _SEARCHING if part in model]
     if provider == "perplexity":
-        found.server.append("its search")
+        server.append("its search")
     if _compacts(body):
-        found.server.append("compaction")
+        server.append("compaction")
     reasoning = body.get("reasoning")
     if (
         reasoning is not None
         and isinstance(reasoning, OBJECT)
         and reasoning.get("mode") not in (None, "standard", "default")
     ):
-        found.server.append(
-            f"the reasoning mode {reasoning['mode']!r}"
-        )  # `pro` was billed 20 times the request's bytes
-    if found.server:
-        found.rounds = _rounds(body, found.server, uses, anthropic)
-        found.uses = _uses(body, found.server, uses)
-    for name in _STORED:
-        if body.get(name):
-            found.stored = f"`{name}`"
+        server.append(f"the reasoning mode {reasoning['mode']!r}")  # `pro` was billed 20 times the request's bytes
+    found = Additions(tools, hidden, stored=_stored(endpoint, body), routed=_routed(model, body))
+    if not server:
+        return found
+    rounds = _rounds(body, server, uses, anthropic)
+    return found._replace(server=tuple(server), rounds=rounds, uses=_uses(body, server, uses))
+
+
+def _stored(endpoint: str, body: Mapping[str, Any]) -> str:
     prompt = body.get("prompt")
     if prompt is not None and isinstance(prompt, OBJECT):
-        found.stored = "a stored prompt"
-    if "compact" in endpoint or "agent" in endpoint:
-        found.stored = found.stored or f"the endpoint {endpoint!r}"
+        return "a stored prompt"
+    for name in reversed(_STORED):
+        if body.get(name):
+            return f"`{name}`"
+    return f"the endpoint {endpoint!r}" if "compact" in endpoint or "agent" in endpoint else ""
+
+
+def _routed(model: str, body: Mapping[str, Any]) -> str:
     if model in _ROUTED or model.endswith("/auto"):
-        found.routed = f"{model!r} lets the provider choose the model"
-    elif body.get("models"):
-        found.routed = "`models` lets the provider choose the model"
-    return found
+        return f"{model!r} lets the provider choose the model"
+    return "`models` lets the provider choose the model" if body.get("models") else ""
 
 
 def _tools(body: Mapping[str, Any]) -> Iterator[Any]:

@@ -113,14 +113,15 @@ class Request:
         name = model.lower()
         self.embeds = _embeds(self.endpoint, name)
         self.line = line_of(self.family, provider, model, self.embeds)
-        self.additions: Additions = read_additions(provider.lower(), name, self.endpoint, fields)
-        self.stored = meter.stored or self.additions.stored
+        additions = read_additions(provider.lower(), name, self.endpoint, fields)
+        self.stored = meter.stored or additions.stored
         if session:
             self.stored = "a live session, where each answer bills the whole conversation again"
-            self.additions.rounds = None
+            additions = additions._replace(rounds=None)
         if self.family == "grok" and any(item.kind == "document" for item in meter.media):
-            self.additions.server.append("its search in attached files")
-            self.additions.rounds = None
+            server = (*additions.server, "its search in attached files")
+            additions = additions._replace(server=server, rounds=None)
+        self.additions = additions
         self.input_tokens = _count("input_tokens", input_tokens)
         limit = _output_limit(fields) if max_output_tokens is None else None
         self.max_output_tokens = _count("max_output_tokens", max_output_tokens, limit)
@@ -133,7 +134,7 @@ class Request:
         self.token_ids = meter.token_ids
         self.size = meter.size
         self.measured = messages is not None or session or bool(meter.messages or meter.text_bytes or self.media)
-        self.features = _features(meter, fields, self.additions)
+        self.features = _features(meter, fields, additions)
         self.kind = self._kind()
         self.usual: tuple[object, float, float] | None = None  # the learner's: what its priors say of this request
 

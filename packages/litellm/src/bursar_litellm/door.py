@@ -1,0 +1,77 @@
+"""The door: one call of a function of `litellm` while it runs, and what was reserved and refused in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from bursar.sending import is_sending, passing
+
+if TYPE_CHECKING:
+    from bursar import Bursar
+    from bursar_litellm.gate import Attempt
+
+
+class Door:
+    """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused.
+
+    Entered around the call. `guards`: those there are, `asked`: the call's arguments. `held`: the guards for which a framework
+    around LiteLLM has reserved for this very call already.
+    """
+
+    __slots__ = ("_passing", "_token", "attempts", "held", "is_mock", "is_open", "outer", "refusal")
+
+    def __init__(self, guards: Sequence[Bursar], asked: Mapping[str, Any]) -> None:
+        self.attempts: list[Attempt] = []
+        self.refusal: BaseException | None = None
+        outer: Door | None = open_door()
+        self.outer = outer
+        is_mock = bool(asked.get("mock_response") or asked.get("mock_tool_calls") or asked.get("mock_timeout"))
+        self.is_mock: bool = is_mock or (outer is not None and outer.is_mock)
+        self.held: Sequence[Bursar] = ()
+        self._passing = ExitStack() if is_sending() else None
+        if self._passing is not None:
+            guards = guards if outer is None else outer.held  # LiteLLM's own retries are attempts of its own
+            model, enter = str(asked.get("model")), self._passing.enter_context
+            self.held = [one for one in guards if enter(passing(one, model, asked))]
+        self.is_open = True
+        self._token = _current.set(self)
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """The call has returned. Tasks that it started go on in its context, and may make calls of their own."""
+        self.is_open = False
+        for attempt in self.attempts:
+            attempt.sent()
+        with suppress(ValueError):  # an abandoned coroutine, closed in another context: there this door never stood
+            _current.reset(self._token)
+        if self._passing is not None:
+            self._passing.__exit__(*error)
+
+    def is_free(self, bursar: Bursar) -> bool:
+        """Whether nothing is to be reserved in it for this guard."""
+        return self.is_mock or bursar in self.held
+
+    def refused(self, error: BaseException | None) -> None:
+        """Remember a refusal here and further out, where it may come to light in another error's clothes; None: no more."""
+        door: Door | None = self
+        while door is not None:
+            door.refusal = error
+            door = door.outer
+
+    def own(self) -> list[Attempt]:
+        """The open attempts of this call, the newest last."""
+        return [one for one in self.attempts if one.door is self and one.gate.has(one)]
+
+
+_current: ContextVar[Door | None] = ContextVar("bursar_litellm_door", default=None)
+
+
+def open_door() -> Door | None:
+    """The call of a function of `litellm` that this code runs in."""
+    door = _current.get()
+    return door if door is not None and door.is_open else None
