@@ -123,6 +123,36 @@ def test_i7_an_interrupted_attempt_under_an_id_of_the_callers_does_not_give_back
     assert not [command for command in store.seen if type(command) is Release]
 
 
+@pytest.mark.parametrize("arrives", [False, True])
+@pytest.mark.parametrize("settled", [True, False], ids=["settled", "left unsettled"])
+def test_i9_an_end_that_is_interrupted_is_made_all_the_same(
+    store: Far, opened: Open, monkeypatch: pytest.MonkeyPatch, *, arrives: bool, settled: bool
+) -> None:
+    """Nobody knows whether the store has it: it is told again, rather than the call be extended for hours."""
+    bursar = opened("closed")
+
+    def interrupted(command: Command) -> Answer:
+        if type(command) is Settle:
+            monkeypatch.undo()
+            if arrives:
+                Far.execute(store, command)
+            raise KeyboardInterrupt
+        return Far.execute(store, command)
+
+    def call() -> None:
+        with bursar.call("openai", "gpt-4o", **CALL) as call:
+            if settled:
+                call.settle(USAGE)
+
+    monkeypatch.setattr(store, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    bursar.tend()
+    assert costs(bursar) == [("settlement", 6_500_000 if settled else 7_500_000)]
+    assert store.open_reservations() == 0
+    assert not bursar._driver.keeper._in_flight()
+
+
 def test_i7_a_call_that_went_out_before_its_cost_was_worked_out_is_booked_at_its_worst_case(
     store: Far, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

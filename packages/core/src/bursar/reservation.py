@@ -153,7 +153,10 @@ class Reservation:
         return (yield from self._settle_unknown(reason, known=known))
 
     def _ending(self, steps: Steps) -> Ending:
-        """Run an end's steps; what the store cannot take now is kept, and tried again in the background."""
+        """Run an end's steps; what the store cannot take now is kept, and tried again in the background.
+
+        So is what was interrupted: nobody knows whether the store has it, and to be told twice does no harm (I6).
+        """
         command = None
         try:
             step = next(steps)
@@ -162,7 +165,7 @@ class Reservation:
                 try:
                     answer = yield step
                 except BaseException as error:  # noqa: BLE001 - goes into the steps, which decide
-                    if isinstance(error, StoreError):
+                    if isinstance(error, StoreError) or not isinstance(error, Exception):
                         self._driver.keeper.keep(command)
                     step = steps.throw(error)
                 else:

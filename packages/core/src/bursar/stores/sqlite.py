@@ -17,7 +17,6 @@ from bursar.clock import Clock, StoreClock, SystemClock
 from bursar.commands import (
     Alert,
     Answer,
-    Charge,
     Command,
     Definition,
     Definitions,
@@ -245,8 +244,8 @@ class SqliteStore:
     def _commit(self, commands: Sequence[Command], wait_s: float, *, trusting: bool) -> list[Answer | BaseException]:
         """One transaction: read the touched rows once, apply the law in memory, write each row once, commit.
 
-        `trusting`: an id without a digest was made to be unique, so it is not looked up. Where that proves wrong at the
-        insert the transaction fails with a constraint, and has to be made again without trust.
+        `trusting`: the id of a reserve without a digest was made to be unique, so it is not looked up. Where that proves wrong
+        at the insert the transaction fails with a constraint, and has to be made again without trust.
         """
         connection, known = self._connection, self._rows
         if connection is None or known is None:
@@ -261,7 +260,7 @@ class SqliteStore:
             answers: list[Answer | BaseException] = []
             written: dict[str, Row] = {}
             for command in commands:
-                if trusting and (type(command) is Reserve or type(command) is Charge) and not command.digest:
+                if trusting and type(command) is Reserve and not command.digest:
                     known.setdefault(command.id, None)
                 answer, puts = decide(known.__getitem__, command, now_us)
                 known.update(puts)

@@ -13,7 +13,7 @@ from bursar.commands import (
 )
 from bursar.stores.base import Store
 from bursar.testing.clock import ManualClock
-from bursar.testing.store_contract.made import TTL_US, Base, Run, charge, reserve, rule, settle
+from bursar.testing.store_contract.made import TTL_US, Base, OpenStore, Run, charge, reserve, rule, settle
 
 
 class Amounts(Base):
@@ -187,6 +187,22 @@ class Amounts(Base):
         assert self.account(store, dollar).spent == 60
         assert run(charge("ad", (dollar, 30), digest="other")) == Rejected("conflict", "ad")
         assert run(reserve("ad", (dollar, 1))) == Rejected("conflict", "ad")
+
+    def test_i6_a_charge_under_the_id_of_what_another_process_holds_is_a_conflict(
+        self, open_store: OpenStore, store: Store, run: Run, clock: ManualClock
+    ) -> None:
+        """The answer to a reserve may be lost, and its call be charged since it went out all the same: it is billed once."""
+        dollar = rule("b", 100)
+        other = open_store(clock) if self.durable else store
+        try:
+            assert type(run(reserve("first", (dollar, 1), digest=""))) is Granted
+            assert type(other.execute(reserve("a", (dollar, 60), digest=""))) is Granted
+            assert run(charge("a", (dollar, 30), digest="")) == Rejected("conflict", "a")
+            assert type(run(settle("a", 30))) is Ended
+        finally:
+            if other is not store:
+                other.close()
+        assert (self.account(store, dollar).spent, self.account(store, dollar).reserved) == (30, 1)
 
     def test_i6_a_refused_id_may_be_tried_again(self, store: Store, run: Run) -> None:
         dollar = rule("b", 100)
