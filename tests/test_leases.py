@@ -27,6 +27,7 @@ from bursar.commands import (
     Command,
     Draw,
     Ended,
+    Expire,
     Extend,
     Granted,
     Refused,
@@ -38,12 +39,14 @@ from bursar.commands import (
 from bursar.errors import InvalidInput, StoreError
 from bursar.foresight.past import read_past
 from bursar.stores import open_store
+from bursar.stores.entry_text import entry_of
 from bursar.stores.leases import LeasedStore, journal, recover
 from bursar.stores.leases.books import MAX_BUNDLES
 from bursar.stores.leases.journal import Journal
 from bursar.stores.leases.sizing import MIN_CALLS, SHARE, Demand
 from bursar.stores.leases.tender import IDLE_US, PUT_OFF_US, TTL_US
 from bursar.stores.memory import MemoryStore
+from bursar.stores.sqlite_rows import dumps
 from bursar.testing import ManualClock
 
 CALL = 10
@@ -635,7 +638,7 @@ def test_kill_9_in_mid_flight_loses_no_settlement_that_was_answered(tmp_path: Pa
                 draft = {"path": ["r"], "tags": {"run": "r"}, "cost_nanos": CALL, "usage": {}}
                 assert type(store.execute(Reserve(id, lines, 600_000_000, draft))) is Granted
                 assert type(store.execute(Settle(id, {"USD": 3}, 3, {}))) is Ended
-                if store._tender.books.holds(id):
+                if store._tender.books.ends(Expire(id)):
                     os.write(told, id.encode())
         finally:
             os._exit(1)
@@ -848,6 +851,25 @@ def test_i5_what_an_operator_took_off_the_books_is_not_corrected_out_of_a_lease(
     process.store.close()
     assert audit(shared) == []
     assert not list(tmp_path.glob("*.journal"))
+
+
+def test_a_journal_of_an_earlier_version_is_recovered(
+    start: Callable[..., Process], shared: Shared, tmp_path: Path
+) -> None:
+    """Entries were JSON at first."""
+    one = start()
+    one.warm_up()
+    ids = [one.call(cost=7) for _ in range(3)]
+    one.die()
+    (name,) = journals(tmp_path)
+    with sqlite3.connect(tmp_path / name) as connection:
+        for number, text in connection.execute("SELECT number, entry FROM entries").fetchall():
+            connection.execute("UPDATE entries SET entry = ? WHERE number = ?", (dumps(entry_of(text)), number))
+    connection.close()
+    (found,) = recover(shared, tmp_path)
+    assert found.records == 4  # one call had been made out of the lease before these
+    assert {entry.cost_nanos for entry in shared.entries() if entry.id in ids} == {7}
+    assert audit(shared) == []
 
 
 def test_a_journal_has_its_name_when_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,14 @@ def test_what_was_matched_before_is_what_would_be_matched_now() -> None:
             assert matched(policy, *path, model=model) == matched(fresh, *path, model=model), path
 
 
+def test_what_was_matched_before_holds_until_a_window_begins() -> None:
+    budgets = [Budget("day", "5 USD", window="day"), Budget("run", "5 USD", window="hour", per="run")]
+    policy = Policy(budgets)
+    for hours, run in product((0, 1, 0, 24, 25, 24, 0), "aab"):
+        asked = Scope({"run": run}), MODEL_UNITS, (480_000 + hours) * 3_600_000_000
+        assert policy.match(*asked) == Policy(budgets).match(*asked), (hours, run)
+
+
 def test_calls_that_no_budget_tells_apart_are_matched_once() -> None:
     policy = Policy([Budget("b", "5 USD", per="team")])
     for run in range(100):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -349,3 +350,15 @@ def test_the_price_of_tokens_alone_is_that_of_their_usage(tokens: tuple[int, int
             usage = Usage(input_tokens=tokens[0], output_tokens=tokens[1], service_tier=tier)
             found = told(partial(price.tokens_nanos, *tokens, tier))
             assert found == told(partial(price.cost_nanos, usage)), (provider, model)
+
+
+def test_a_usage_is_what_was_given_in_whatever_order_and_nothing_else() -> None:
+    usage = Usage(model="m", output_tokens=2, input_tokens=1, server_tools={"web_search": 1})
+    assert usage == Usage(server_tools={"web_search": 1}, input_tokens=1, output_tokens=2, model="m", requests=1)
+    assert list(usage.as_dict()) == ["input_tokens", "output_tokens", "server_tools", "model"]
+    assert (usage.images, usage.requests, usage.region, Usage().server_tools) == (0, 1, None, {})
+    assert pickle.loads(pickle.dumps(usage)) == usage == usage.replace() == Usage(**usage.as_dict())
+    with pytest.raises(TypeError, match="tokens_in"):
+        Usage(tokens_in=1)  # type: ignore[call-arg]
+    with pytest.raises(AttributeError):
+        usage.input_tokens = 2  # type: ignore[misc]

@@ -89,7 +89,8 @@ def test_a_store_goes_on_after_its_connections_were_ended(store: RedisStore) -> 
 
 def test_i6_an_answer_that_is_lost_is_asked_for_again(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server has written, and the connection ends before its answer is read."""
-    for command in (reserve("a", (DOLLAR, 60)), settle("a", 25)):
+    store.execute(reserve("b", (DOLLAR, 50)))
+    for command in (reserve("a", (DOLLAR, 60)), settle("b", 25)):  # what is settled twice would be taken from the other
         store.execute(Release("nobody"))  # there is a connection
         connection = store.server._connection
 
@@ -100,7 +101,7 @@ def test_i6_an_answer_that_is_lost_is_asked_for_again(store: RedisStore, monkeyp
         monkeypatch.setattr(connection, "read_response", lost)
         assert type(store.execute(command)) in (Granted, Ended)
         assert store.server._connection is not connection
-    assert spent(store) == (25, 0)
+    assert spent(store) == (25, 60)
 
 
 @pytest.mark.parametrize("step", ["send_packed_command", "read_response"])
@@ -305,15 +306,22 @@ def test_i2_rows_that_contradict_each_other_are_damage(store: RedisStore) -> Non
     store.execute(reserve("a", (DOLLAR, 60)))
     key = f"bursar{{bursar}}:a:{DOLLAR.key}"
     with server().client() as client:
-        client.hset(key, "reserved", "59")
+        number, spent, reserved, rest = client.get(key).split(",", 3)
+        assert (spent, reserved) == ("0", "60")
+        client.set(key, f"{number},0,59,{rest}")
         with fails("damaged", "restore"):
             store.execute(settle("a", 25))
-        client.delete(key)
-        with fails("damaged", "is missing"):
-            store.execute(settle("a", 25))
         client.set(key, "somebody else's")
-        with fails("damaged", "Something else writes"):
+        with fails("damaged", "written by something else"):
             store.execute(settle("a", 25))
+        client.delete(key)
+        for command in (settle("a", 25), reserve("b", (DOLLAR, 1))):
+            with fails("damaged", "is missing"):
+                store.execute(command)
+        row = "bursar{bursar}:i:c"
+        client.set(row, "somebody else's")
+        with fails("damaged", "Something else writes"):
+            store.execute(settle("c", 25))
     assert store.open_reservations() == 1
 
 

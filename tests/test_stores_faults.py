@@ -175,7 +175,9 @@ def test_the_log_is_folded_by_no_event_loop(path: Path, monkeypatch: pytest.Monk
     folds = [index for index, (sql, _) in enumerate(seen) if "wal_checkpoint" in sql]
     assert len(folds) == 5  # with that of this test
     assert all(not in_loop for fold in folds[:-1] for _, in_loop in (seen[fold], seen[fold + 1]))
-    assert sum(in_loop for sql, in_loop in seen if sql == "COMMIT") > 20
+    assert (
+        sum(in_loop for sql, in_loop in seen if sql == "COMMIT") > 5
+    )  # those that come while the worker is at it go there too
     assert (folded, done) == (0, log)
     assert log < 100
 

@@ -128,10 +128,11 @@ def _refilled(rule: Rule, level: int, remainder: int, at_us: int, now_us: int) -
 
 def hold(account: Account, amount: int, now_us: int) -> Account:
     """The account as it stands now with `amount` held on it, whether or not it fits."""
-    if account.rule.kind == "rolling":
+    kind = account.rule.kind
+    if kind == "rolling":
         account = age(account, now_us)
     rule, spent, reserved, overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed = account
-    if rule.kind == "refill":
+    if kind == "refill":
         level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
         level -= amount
     reserved += amount
@@ -144,22 +145,23 @@ def book(account: Account, held: int, actual: int, reserved_us: int, now_us: int
 
     `crossed` stays as it was: the marks between it and `reached` are the caller's to tell.
     """
-    kind = account.rule.kind
-    if kind == "rolling":
-        account = age(account, now_us)
     rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets, crossed = account
-    if kind == "slots":
-        actual = overrun = 0
-    elif kind == "rolling":
-        buckets = _bucketed(buckets, rule.period_us // 60, reserved_us, actual, now_us - rule.period_us)
-        spent = sum(amount for _, amount in buckets) - actual
-    elif kind == "refill":
-        level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
-        level += held - actual
-        if level >= rule.limit:
-            level, remainder = rule.limit, 0
-    spent, reserved, over = spent + actual, reserved - held, over + overrun
-    fields = (rule, spent, reserved, over, refused, minute, in_minute, level, remainder, at_us, buckets, crossed)
+    kind = rule.kind
+    if kind != "window":
+        if kind == "slots":
+            actual = overrun = 0
+        elif kind == "rolling":
+            buckets = age(account, now_us).buckets
+            buckets = _bucketed(buckets, rule.period_us // 60, reserved_us, actual, now_us - rule.period_us)
+            spent = sum(amount for _, amount in buckets) - actual
+        elif kind == "refill":
+            level, remainder, at_us = _refilled(rule, level, remainder, at_us, now_us)
+            level += held - actual
+            if level >= rule.limit:
+                level, remainder = rule.limit, 0
+    fields = (
+        rule, spent + actual, reserved - held, over + overrun, refused, minute, in_minute, level, remainder, at_us, buckets, crossed
+    )  # fmt: skip
     return _new(Account, fields)
 
 

@@ -16,7 +16,7 @@ from bursar.waiting import Ticket
 
 if TYPE_CHECKING:
     from bursar.errors import Stopped
-    from bursar.policy import Matched
+    from bursar.policy import Matched, Policy
 
 CHANGEABLE = ("model", "max_output_tokens")
 MODEL_UNITS = ("USD", "tokens", "requests", "failures", "slots")
@@ -116,6 +116,7 @@ class Call:
         "given_id",
         "id",
         "looked",
+        "matched",
         "model",
         "model_asked",
         "price",
@@ -173,6 +174,8 @@ class Call:
         self.model_asked = ""
         self.throttles: tuple[Matched, ...] = ()
         self.stopped: Stopped | None = None
+        # which policy, for which model, from when until, found what
+        self.matched: tuple[Policy, str, int, int, tuple[Matched, ...]] | None = None
         self.looked = -1  # the version of the policy whose switches it was last held against
         self.state = "new"
         self._tags: tuple[tuple[object, ...], dict[str, str]] = (), {}  # of what, and the tags

@@ -158,7 +158,8 @@ class Draw(NamedTuple):
 
     `id`: of the lease, a reservation; once it has ended the amounts are booked all the same, for they were spent (I7). `rules`:
     of the accounts that the entries name, all of kind `window`. `overruns`: by account key, by how much the entries exceed what
-    was held for them. Entries, each with an id of its own, that are on the books already are left alone.
+    was held for them. Entries, each with an id of its own, that are on the books already are left alone. `texts`: by id, those
+    entries of which the text has been made already (`stores.entry_text`).
     """
 
     id: str
@@ -167,6 +168,7 @@ class Draw(NamedTuple):
     overruns: Mapping[str, int] = {}
     version: int = 0
     max_accounts: int = 1_000_000
+    texts: Mapping[str, str] = {}
 
 
 class Tell(NamedTuple):

@@ -75,7 +75,7 @@ class Guard:
         queue = Queueing(self.room, now_us)
         try:
             for _ in range(MAX_LOOKS):
-                final = not call.resize and not any(one.budget.wait_s for one in self.matched(call, now_us))
+                final = not call.resize and all(one.budget.on_exceed == "refuse" for one in self.matched(call, now_us))
                 answer, now_us = yield from self._try(call, queue, now_us, quiet=not final)
                 if type(answer) is Refused:
                     pause = queue.after(answer, self.matched(call, now_us), now_us)
@@ -102,10 +102,13 @@ class Guard:
 
     def matched(self, call: Call, now_us: int) -> tuple[Matched, ...]:
         """The accounts of the call at this time."""
-        matched = self.policy.match(
-            call.scope, call.units, now_us, call.provider, call.model, call.tool, call.connection
-        )
-        return (*matched, *call.throttles) if call.throttles else matched
+        policy, held = self.policy, call.matched
+        if held is None or held[0] is not policy or held[1] != call.model or not held[2] <= now_us < held[3]:
+            match = policy.matching(
+                call.scope, call.units, now_us, call.provider, call.model, call.tool, call.connection
+            )
+            held = call.matched = policy, call.model, *match
+        return (*held[4], *call.throttles) if call.throttles else held[4]
 
     def _policy(self) -> Policy:
         return self.policy

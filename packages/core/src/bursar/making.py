@@ -105,7 +105,8 @@ class CallMaker:
             return scope
         # the innermost explicit scope's run, else the caller's (a framework's), else one per process
         return scope.with_tags(
-            check_tags(tags or {}), {"run": process_run(), **self._tags, **check_tags(defaults or {})}
+            check_tags(tags) if tags else {},
+            {"run": process_run(), **self._tags, **(check_tags(defaults) if defaults else {})},
         )
 
 

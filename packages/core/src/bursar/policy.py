@@ -18,6 +18,8 @@ from bursar.windows import Window, window
 
 NONE = "(none)"
 MAX_BUDGETS = 1_000
+_EVER_US = 2**62
+_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
 
 
 class Matched(NamedTuple):
@@ -25,6 +27,14 @@ class Matched(NamedTuple):
 
     budget: Budget
     rule: Rule
+
+
+class Match(NamedTuple):
+    """The accounts that a call matches from one time until another: then a window begins, or ends what was granted."""
+
+    since_us: int
+    until_us: int
+    matched: tuple[Matched, ...]
 
 
 def limits(rule: Rule) -> bool:
@@ -39,7 +49,7 @@ def _window_name(budget: Budget, limit: Limit) -> str:
 class _Compiled:
     """One budget, ready to match calls."""
 
-    __slots__ = ("budget", "decisions", "kind", "limit", "matches", "per", "window", "window_name")
+    __slots__ = ("_last", "budget", "decisions", "kind", "limit", "matches", "per", "window", "window_name")
 
     def __init__(self, budget: Budget, limit: Limit, decisions: Decisions = NO_DECISIONS) -> None:
         self.budget = budget
@@ -54,6 +64,7 @@ class _Compiled:
             self.kind = "refill"
         else:
             self.kind = "rolling" if self.window.rolling_us else "window"
+        self._last: tuple[tuple[str, ...], int, int, Rule] | None = None  # of which values, since and until when
         self.matches = tuple(
             (tag, _matcher((value,) if isinstance(value, str) else tuple(value)))
             for tag, value in (budget.match or {}).items()
@@ -70,16 +81,25 @@ class _Compiled:
 
     def account_rule(self, tags: Mapping[str, str], now_us: int) -> Rule:
         """The account for these tags, matched or not."""
-        scope = {tag: tags.get(tag, NONE) for tag in self.per}
+        values = tuple([tags.get(tag, NONE) for tag in self.per])
+        last = self._last  # most budgets have the same account for the next run too
+        if last is not None and last[0] == values and last[1] <= now_us < last[2]:
+            return last[3]
+        rule = self._rule_of(dict(zip(self.per, values, strict=True)), now_us)
+        until_us = min(rule.end_us or _EVER_US, self.decisions.ends_us(rule.key, now_us))
+        self._last = values, rule.start_us, until_us, rule
+        return rule
+
+    def _rule_of(self, scope: dict[str, str], now_us: int) -> Rule:
         start_us, end_us = self.window.bounds(now_us)
         unit = self.limit.unit
-        key = json.dumps([self.budget.name, unit, self.window_name, scope, start_us], ensure_ascii=False)
+        key = _text([self.budget.name, unit, self.window_name, scope, start_us])
         raised, waived = self.decisions.granted(key, now_us)
         limit = self.limit.amount + raised
         return Rule(
             key,
             self.budget.name,
-            json.dumps(scope, ensure_ascii=False),
+            _text(scope),
             unit,
             self.kind,  # type: ignore[arg-type]
             limit,
@@ -95,7 +115,7 @@ def throttle_rule(rule: Rule, rate: str) -> Rule:
     """The account of a threshold's rate, beside the account that reached it."""
     limit = parse_limit(Budget(rule.budget, rate))
     name = f"throttle /{limit.period_us}"
-    key = json.dumps([rule.budget, limit.unit, name, json.loads(rule.scope), 0], ensure_ascii=False)
+    key = _text([rule.budget, limit.unit, name, json.loads(rule.scope), 0])
     return Rule(key, rule.budget, rule.scope, limit.unit, "refill", limit.amount, period_us=limit.period_us)
 
 
@@ -151,7 +171,7 @@ class Policy:
         self._compiled = sorted(compiled, key=lambda one: (-len(one.per) - len(one.matches), one.budget.name))
         every = self._compiled if self._default is None else [*self._compiled, self._default]
         self._tags = tuple({tag for one in every for tag in (*one.per, *(name for name, _ in one.matches))})
-        self._cache: dict[tuple[object, ...], tuple[int, int, tuple[Matched, ...]]] = {}
+        self._cache: dict[tuple[object, ...], Match] = {}
 
     def match(
         self,
@@ -164,23 +184,29 @@ class Policy:
         connection: str = "",
     ) -> tuple[Matched, ...]:
         """The accounts of a call in this scope that count any of `units`, ancestors' accounts included."""
+        return self.matching(scope, units, now_us, provider, model, tool, connection).matched
+
+    def matching(
+        self, scope: Scope, units: tuple[str, ...], now_us: int, provider: str, model: str, tool: str, connection: str
+    ) -> Match:
+        """As `match`, and how long it is so."""
         # only what budgets ask for: else every run would be matched anew
         asked = scope.key if scope.limits else tuple([tags.get(tag) for tags in scope.path for tag in self._tags])
         key = (asked, provider, model, tool, connection, units)
         held = self._cache.get(key)
-        if held is not None and held[0] <= now_us < held[1]:
-            return held[2]
+        if held is not None and held.since_us <= now_us < held.until_us:
+            return held
         own = {"provider": provider, "model": model, "tool": tool, "connection": connection}
         own = {tag: value for tag, value in own.items() if value}
         matched = self._match(scope, own, units, now_us)
         if len(self._cache) >= self.CACHE:
             self._cache.clear()
         since = max((one.rule.start_us for one in matched), default=0)
-        until = min((one.rule.end_us for one in matched if one.rule.end_us is not None), default=2**62)
-        until = min([until, *(one.window.bounds(now_us)[1] or 2**62 for one in self._compiled)])
+        until = min((one.rule.end_us for one in matched if one.rule.end_us is not None), default=_EVER_US)
+        until = min([until, *(one.window.bounds(now_us)[1] or _EVER_US for one in self._compiled)])
         until = min([until, *(self.decisions.ends_us(one.rule.key, now_us) for one in matched)])
-        self._cache[key] = (since, until, matched)
-        return matched
+        held = self._cache[key] = Match(since, until, matched)
+        return held
 
     def _match(self, scope: Scope, own: dict[str, str], units: tuple[str, ...], now_us: int) -> tuple[Matched, ...]:
         found: dict[str, Matched] = {}

@@ -39,6 +39,9 @@ def check_tags(tags: Mapping[str, object]) -> dict[str, str]:
     if not isinstance(tags, (dict, Mapping)):
         raise InvalidInput(f'Tags cannot be {shown(tags)}. Give them as {{"team": "research"}}.', argument="tags")
     for name, value in tags.items():
+        if type(value) is str and name in _KNOWN and 0 < len(value) <= MAX_VALUE_LENGTH and value.isprintable():
+            checked[name] = value
+            continue
         if value is None:
             continue
         if not isinstance(name, str) or (name not in _KNOWN and not _NAME.fullmatch(name)):

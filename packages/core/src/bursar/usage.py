@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bursar.errors import InvalidInput, shown
 from bursar.money import MAX_NANOS
@@ -14,10 +13,9 @@ from bursar.money import MAX_NANOS
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 MAX_COUNT = 2**48
 MAX_FACT = 512
-_FACTS = ("model", "service_tier", "region")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """Counts of one call. Totals hold their parts, so nothing is counted twice.
 
@@ -63,44 +61,19 @@ class Usage:
     stated_cost_nanos: int | None = None
     other_models: tuple[Usage, ...] = ()
 
-    def __post_init__(self) -> None:
-        for value in _counts(self):
-            if type(value) is not int or not 0 <= value <= MAX_COUNT:
-                name = next(name for name in _COUNTS if getattr(self, name) is value)
-                raise InvalidInput(
-                    f"Usage.{name} must be a whole number from 0 to 2^48, got {shown(value)}. "
-                    "Pass the provider's count as it is.",
-                    argument=name,
-                    value=value,
-                )
-        for tool, count in self.server_tools.items():
-            named = isinstance(tool, str) and len(tool) <= MAX_FACT and tool.isprintable()
-            if type(count) is not int or not 0 <= count <= MAX_COUNT or not named:
-                raise InvalidInput(
-                    f"Usage.server_tools[{shown(tool)}] must be a whole number, got {shown(count)}. Pass the count of calls.",
-                    argument="server_tools",
-                    value=count,
-                )
-        bill = self.stated_cost_nanos
-        if bill is not None and (type(bill) is not int or not 0 <= bill <= MAX_NANOS):
-            raise InvalidInput(
-                f"Usage.stated_cost_nanos must be a whole number from 0 to 2^62, got {shown(bill)}. "
-                "Leave it out where the provider states no bill.",
-                argument="stated_cost_nanos",
-                value=bill,
-            )
-        for name in _FACTS:
-            fact = getattr(self, name)
-            if fact is not None and not (isinstance(fact, str) and len(fact) <= MAX_FACT and fact.isprintable()):
-                raise InvalidInput(
-                    f"Usage.{name} must be a text of {MAX_FACT} printable characters at most, got {shown(fact)}. "
-                    "Leave it out where it is not known.",
-                    argument=name,
-                    value=fact,
-                )
-        if self.other_models:
-            others = tuple(other if isinstance(other, Usage) else Usage(**other) for other in self.other_models)
-            object.__setattr__(self, "other_models", others)
+    if not TYPE_CHECKING:
+
+        def __init__(self, **given: Any) -> None:  # the dataclass's own sets 29 fields, which takes five times as long
+            """Keeps and checks what is given; all else reads as the class's defaults."""
+            for name, value in given.items():
+                if name in _COUNTS:
+                    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+                        raise _wrong_count(name, value)
+                elif name in _CHECKS:
+                    given[name] = _CHECKS[name](name, value)
+                else:
+                    raise TypeError(f"Usage has no {name!r}. Use the fields that its documentation lists.")
+            self.__dict__.update(given)
 
     @classmethod
     def from_response(
@@ -137,7 +110,9 @@ class Usage:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and facts that are not empty, as plain JSON data; `Usage(**usage.as_dict())` gives it back."""
-        result = {name: value for name, empty in _EMPTY if (value := getattr(self, name)) != empty}
+        given = self.__dict__
+        # in the order of the fields, however they were given
+        result = {name: given[name] for name in sorted(given, key=_ORDER.__getitem__) if given[name] != _EMPTY[name]}
         if self.server_tools:
             result["server_tools"] = dict(self.server_tools)
         if self.other_models:
@@ -145,6 +120,64 @@ class Usage:
         return result
 
 
-_EMPTY = tuple((f.name, _NOTHING if f.name == "server_tools" else f.default) for f in fields(Usage))
-_COUNTS = tuple(f.name for f in fields(Usage) if type(f.default) is int)
-_counts = attrgetter(*_COUNTS)  # all at once, for every Usage that is made
+def _wrong_count(name: str, value: object) -> InvalidInput:
+    return InvalidInput(
+        f"Usage.{name} must be a whole number from 0 to 2^48, got {shown(value)}. Pass the provider's count as it is.",
+        argument=name,
+        value=value,
+    )
+
+
+def _tools(_: str, tools: Mapping[str, int]) -> Mapping[str, int]:
+    for tool, count in tools.items():
+        named = isinstance(tool, str) and len(tool) <= MAX_FACT and tool.isprintable()
+        if type(count) is not int or not 0 <= count <= MAX_COUNT or not named:
+            raise InvalidInput(
+                f"Usage.server_tools[{shown(tool)}] must be a whole number, got {shown(count)}. Pass the count of calls.",
+                argument="server_tools",
+                value=count,
+            )
+    return tools
+
+
+def _bill(name: str, bill: int | None) -> int | None:
+    if bill is not None and (type(bill) is not int or not 0 <= bill <= MAX_NANOS):
+        raise InvalidInput(
+            f"Usage.{name} must be a whole number from 0 to 2^62, got {shown(bill)}. "
+            "Leave it out where the provider states no bill.",
+            argument=name,
+            value=bill,
+        )
+    return bill
+
+
+def _fact(name: str, fact: str | None) -> str | None:
+    if fact is not None and not (isinstance(fact, str) and len(fact) <= MAX_FACT and fact.isprintable()):
+        raise InvalidInput(
+            f"Usage.{name} must be a text of {MAX_FACT} printable characters at most, got {shown(fact)}. "
+            "Leave it out where it is not known.",
+            argument=name,
+            value=fact,
+        )
+    return fact
+
+
+def _others(_: str, others: Iterable[Usage | Mapping[str, Any]]) -> tuple[Usage, ...]:
+    return tuple(other if isinstance(other, Usage) else Usage(**other) for other in others)
+
+
+def _any(_: str, value: object) -> object:
+    return value
+
+
+type.__setattr__(Usage, "server_tools", _NOTHING)  # a default that the dataclass takes only from a factory
+_EMPTY = {f.name: _NOTHING if f.name == "server_tools" else f.default for f in fields(Usage)}
+_ORDER = {name: number for number, name in enumerate(_EMPTY)}
+_COUNTS = frozenset(name for name, empty in _EMPTY.items() if type(empty) is int)
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(("model", "service_tier", "region"), _fact),
+    "server_tools": _tools,
+    "batch": _any,
+    "stated_cost_nanos": _bill,
+    "other_models": _others,
+}

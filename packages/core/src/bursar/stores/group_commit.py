@@ -74,7 +74,8 @@ class GroupCommit:
 
     def run(self, command: Command) -> Answer:
         """Apply one command and wait for its answer."""
-        self._check_open()
+        if self._closed:
+            self._check_open()
         if self._company < 2 and not self._queue and not self._turn.locked():
             return self._run_alone(command)
         item = _Item(command)

@@ -28,7 +28,9 @@ class ServerClock:
         self.seen_us = max(self.seen_us, said_us)
 
     def now_us(self) -> int:
-        self.seen_us = max(self.seen_us, self._estimate_us())
+        now_us = self._said_us + (time.monotonic_ns() - self._at_ns) // 1_000
+        if now_us > self.seen_us:
+            self.seen_us = now_us
         return self.seen_us
 
     def _estimate_us(self) -> int:

@@ -26,6 +26,7 @@ from bursar.commands import (
     Expire,
     Reservation,
     Reserve,
+    Row,
 )
 from bursar.errors import BursarError, InvalidInput, StoreError, shown
 from bursar.files import open_to_all
@@ -247,7 +248,9 @@ class SqliteStore:
         `trusting`: an id without a digest was made to be unique, so it is not looked up. Where that proves wrong at the
         insert the transaction fails with a constraint, and has to be made again without trust.
         """
-        connection, known = self._writer()
+        connection, known = self._connection, self._rows
+        if connection is None or known is None:
+            connection, known = self._open_anew()
         if self._unfolded >= FOLD_COMMITS:
             self._unfolded = 0
             with contextlib.suppress(sqlite3.Error):  # as SQLite does: the log holds all, and the next fold may go well
@@ -256,14 +259,15 @@ class SqliteStore:
             known.begin(wait_s)
             now_us = self._clock.now_us()  # with the lock held: no other process can be ahead of this
             answers: list[Answer | BaseException] = []
+            written: dict[str, Row] = {}
             for command in commands:
                 if trusting and (type(command) is Reserve or type(command) is Charge) and not command.digest:
                     known.setdefault(command.id, None)
                 answer, puts = decide(known.__getitem__, command, now_us)
-                if puts:
-                    known.put(puts)
+                known.update(puts)
+                written.update(puts)
                 answers.append(answer)
-            known.commit(wait_s)
+            known.commit(written, wait_s)
         except BaseException:
             known.forget()
             if connection.in_transaction:
@@ -272,12 +276,12 @@ class SqliteStore:
         self._unfolded += 1
         return answers
 
-    def _writer(self) -> tuple[sqlite3.Connection, rows.Rows]:
-        if self._connection is None or self._rows is None:
-            if self._closed:
-                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
-            self._connection = self._connect()
-            self._rows = rows.Rows(self._connection)
+    def _open_anew(self) -> tuple[sqlite3.Connection, rows.Rows]:
+        """The connection to write with, after a fork."""
+        if self._closed:
+            raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
+        self._connection = self._connect()
+        self._rows = rows.Rows(self._connection)
         return self._connection, self._rows
 
     def sweep(self) -> int:

@@ -74,6 +74,7 @@ _MOVE_RESERVATION = "UPDATE reservations SET held=?, expires_us=?, draft=? WHERE
 _GET_ACCOUNT = f"SELECT {_ACCOUNT} FROM accounts WHERE key=?"
 RESERVATIONS = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations ORDER BY id"
 _GET_RESERVATION = "SELECT id, held, reserved_us, expires_us, on_expiry, digest, draft FROM reservations WHERE id=?"
+_ENDS = frozenset({"settlement", "release", "expiry"})  # the kinds of entries that take a reservation's place
 _END_RESERVATION = "DELETE FROM reservations WHERE id=?"
 RECORD = f"{ENTRY}, {_TAG_COLUMNS}, model_answered"
 _PUT_ENTRY = f"INSERT INTO records({RECORD}) VALUES ({', '.join('?' * 27)})"
@@ -153,12 +154,11 @@ class Rows(dict[str, Row | None]):
         self._data_version = -1
         self._stored: dict[str, Rule] = {}  # the rules of accounts as the table has them
         self._drafts: dict[str, str] = {}  # of reservations in the table: the JSON of their drafts
-        self._puts: dict[str, Row] = {}
 
     def begin(self, wait_s: float) -> None:
         """Begin a transaction, and forget what another connection may have changed; wait so long for its lock."""
         self._patiently("BEGIN IMMEDIATE", wait_s)
-        data_version = self._execute("PRAGMA data_version").fetchone()[0]
+        (data_version,) = self._execute("PRAGMA data_version").fetchone()
         if data_version != self._data_version or len(self) > MAX_ROWS:
             self.forget()
             self._data_version = data_version
@@ -169,7 +169,6 @@ class Rows(dict[str, Row | None]):
         self.clear()
         self._stored.clear()
         self._drafts.clear()
-        self._puts.clear()
 
     def __missing__(self, key: str) -> Row | None:
         row: Row | None
@@ -202,11 +201,6 @@ class Rows(dict[str, Row | None]):
         found = self._execute(_GET_ENTRY, (id,)).fetchone()
         return entry(found) if found else None
 
-    def put(self, puts: dict[str, Row]) -> None:
-        """Take the rows of one decision."""
-        self.update(puts)
-        self._puts.update(puts)
-
     def _patiently(self, sql: str, wait_s: float) -> None:
         waits = 0
         while True:
@@ -220,11 +214,11 @@ class Rows(dict[str, Row | None]):
             waits, wait_s = waits + 1, wait_s - delay_s
             time.sleep(delay_s)
 
-    def commit(self, wait_s: float) -> None:
-        """Write every row that was put, each once, and commit. It waits for readers on disks that cannot have a log."""
+    def commit(self, puts: dict[str, Row], wait_s: float) -> None:
+        """Write the rows that were put, each once, and commit. It waits for readers on disks that cannot have a log."""
         moved, new, opened, ended, entries, alerts = [], [], [], [], [], []
         stored, drafts = self._stored, self._drafts
-        for key, row in self._puts.items():
+        for key, row in puts.items():
             if type(row) is Account:
                 rule, buckets = row.rule, row.buckets
                 text = dumps(buckets) if buckets else ""
@@ -244,7 +238,7 @@ class Rows(dict[str, Row | None]):
                     opened.append((key, dumps(row.held), *row[2:6], draft))
             elif type(row) is Entry:
                 del self[key]  # nobody asks for it but a repeated command
-                if row.kind in ("settlement", "release", "expiry"):
+                if row.kind in _ENDS:
                     ended.append((key,))
                 entries.append(values(row, drafts.pop(key, None)))
             elif type(row) is Alert:
@@ -265,7 +259,6 @@ class Rows(dict[str, Row | None]):
         if alerts:
             self._many(_PUT_ALERT, alerts)
         self._patiently("COMMIT", wait_s)
-        self._puts.clear()
 
 
 def values(entry: Entry, draft: str | None = None) -> tuple[Any, ...]:

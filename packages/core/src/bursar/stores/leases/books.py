@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from bursar.commands import Answer, Command, Ended, Entry, Expire, Rejected, Reserve
+from bursar.commands import Answer, Command, Ended, Entry, Expire, Extend, Rejected, Release, Reserve, Settle
 from bursar.errors import StoreError
+from bursar.stores.entry_text import entry_text
 from bursar.stores.leases.journal import Journal
 from bursar.stores.leases.lease import Lease
 from bursar.stores.leases.sizing import Demand, leasable
 
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
+_ENDS = frozenset({Settle, Release, Extend, Expire})
 MAX_BUNDLES = 1_024  # whose demand is known, those of the last calls
 
 
@@ -43,13 +45,13 @@ class Books:
         self._holders: dict[str, Lease] = {}
         self._demand: OrderedDict[Bundle, Demand] = OrderedDict()
 
-    def holds(self, id: str) -> bool:
-        """Whether this call was made out of a lease."""
-        return id in self._holders
+    def ends(self, command: Command) -> bool:
+        """Whether the command is the end, or the extension, of a call that was made out of a lease."""
+        return type(command) in _ENDS and command.id in self._holders
 
     def reserve(self, command: Reserve) -> Answer | None:
         """Reserve out of a lease; None where that is not to be had now, and the shared store has to be asked."""
-        if command.digest or command.behind or command.complied:  # see `leasable`
+        if not command.lines or command.digest or command.behind or command.complied:  # see `leasable`
             return None
         bundle = tuple([rule.key for rule, _ in command.lines])
         with self.lock:
@@ -168,12 +170,15 @@ class Books:
             now_us = self._now_us()
             for number, command in enumerate(commands):
                 lease = self._holders.get(command.id)
-                answer = Rejected("unknown", command.id) if lease is None else lease.end(command, now_us)
-                if lease is not None and type(answer) is Ended and answer.entry.id in lease.unwritten:
+                if lease is None:
+                    answers.append(Rejected("unknown", command.id))
+                    continue
+                answer = lease.end(command, now_us)
+                if type(answer) is Ended and answer.entry.id in lease.unwritten:
                     booked[number] = (lease, answer.entry)
                 answers.append(answer)
         try:
-            self.write(list(booked.values()))
+            self.write([*booked.values()])
         except StoreError as error:  # they stay unwritten, and are written by whoever comes next
             for number in booked:
                 answers[number] = error
@@ -184,9 +189,13 @@ class Books:
         if not booked:
             return
         assert self.journal is not None, "there is no lease without a journal"
-        numbers = self.journal.write([(lease.id, entry) for lease, entry in booked])
+        rows = [(lease.id, entry_text(entry)) for lease, entry in booked]
+        number = self.journal.write(rows)
         with self.lock:
-            for number, (lease, entry) in zip(numbers, booked, strict=True):
-                if lease.unwritten.get(entry.id) is entry:  # else somebody else has written it meanwhile
+            for (lease, entry), (_, text) in zip(booked, rows, strict=True):
+                id = entry.id
+                if lease.unwritten.get(id) is entry:  # else somebody else has written it meanwhile
+                    lease.texts[id] = text
                     lease.unsent[number] = entry
-                    del lease.unwritten[entry.id]
+                    del lease.unwritten[id]
+                number += 1

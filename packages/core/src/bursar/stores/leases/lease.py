@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from bursar.accounts import Account, Rule
 from bursar.commands import Answer, Command, Draw, Ended, Entry, Granted, Reservation, Reserve, Row
@@ -10,15 +10,17 @@ from bursar.law import decide
 
 _new = tuple.__new__  # see bursar.law
 _NOTHING: dict[str, int] = {}
+_NO_TEXTS: dict[str, str] = {}
 
 
 class Lease:
     """What one process holds of the accounts of `rules`. Not safe for threads: its owner has the lock.
 
     `rows`: its accounts, and the calls of which the shared store lacks something; `open`: the ids of those in flight.
-    `unwritten`: entries that the journal lacks. `unsent`: those that the shared store lacks, by their numbers in the journal.
-    `drawn`: what it has of the lease, and `told`: the overruns that it knows of, by account key. `retired`: nothing more is
-    reserved out of it. `ended`: the reservation behind it is over (its time had come while the store was out of reach).
+    `unwritten`: entries that the journal lacks. `unsent`: those that the shared store lacks, by their numbers in the journal;
+    `texts`: as it has them, by id. `drawn`: what the shared store has of the lease, and `told`: the overruns that it knows of, by
+    account key. `retired`: nothing more is reserved out of it. `ended`: the reservation behind it is over (its time had come
+    while the store was out of reach).
     """
 
     __slots__ = (
@@ -34,6 +36,7 @@ class Lease:
         "retired",
         "rows",
         "rules",
+        "texts",
         "told",
         "unsent",
         "unwritten",
@@ -54,6 +57,7 @@ class Lease:
         self.open: dict[str, None] = {}
         self.unwritten: dict[str, Entry] = {}
         self.unsent: dict[int, Entry] = {}
+        self.texts: dict[str, str] = {}
         self.drawn: dict[str, int] = {}
         self.told: dict[str, int] = {}
         self.used_us = self.extended_us = self.first_us = now_us
@@ -61,7 +65,7 @@ class Lease:
 
     def serves(self, command: Reserve) -> bool:
         """Whether the call's accounts are those of the lease, under the same limits."""
-        return all(rule is own or rule == own for (rule, _), own in zip(command.lines, self.rules, strict=True))
+        return tuple([rule for rule, _ in command.lines]) == self.rules
 
     def reserve(self, command: Reserve, now_us: int) -> Answer | None:
         """Reserve out of the lease; None where it has too little left."""
@@ -92,7 +96,11 @@ class Lease:
 
     def sent(self, numbers: Iterable[int]) -> list[str]:
         """The shared store has these entries: it decides from now on about the calls that have ended; the ids of these."""
-        done = [_call(self.unsent.pop(number)) for number in numbers]
+        done = []
+        for number in numbers:
+            entry = self.unsent.pop(number)
+            self.texts.pop(entry.id, None)
+            done.append(_call(entry))
         busy = {_call(entry) for entry in (*self.unsent.values(), *self.unwritten.values())}
         over = [id for id in done if id not in busy and self.rows.pop(id, None) is not None]
         for id in over:
@@ -131,6 +139,14 @@ def sums(rules: Sequence[Rule], entries: Sequence[Entry], before: dict[str, int]
     }
 
 
-def draw(id: str, rules: Sequence[Rule], entries: Sequence[Entry], overruns: dict[str, int], version: int = 0) -> Draw:
+def draw(
+    id: str,
+    rules: Sequence[Rule],
+    entries: Sequence[Entry],
+    overruns: dict[str, int],
+    version: int = 0,
+    texts: Mapping[str, str] = _NO_TEXTS,
+) -> Draw:
     """The command that books these entries on the shared store, the last of each id."""
-    return Draw(id, tuple(rules), tuple({entry.id: entry for entry in entries}.values()), overruns, version)
+    last = tuple({entry.id: entry for entry in entries}.values())
+    return Draw(id, tuple(rules), last, overruns, version, texts=texts)

@@ -15,21 +15,15 @@ from bursar.commands import (
     Command,
     Definitions,
     Entry,
-    Expire,
-    Extend,
     Rejected,
-    Release,
     Reservation,
     Reserve,
-    Settle,
 )
 from bursar.errors import InvalidInput, StoreError
 from bursar.stores import forks
 from bursar.stores.base import Store
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.leases.tender import WAIT_S, Crossed, Tender, new_id
-
-_ENDS = frozenset({Settle, Release, Extend, Expire})
 
 
 class LeasedStore:
@@ -78,16 +72,17 @@ class LeasedStore:
 
     def execute(self, command: Command) -> Answer:
         self._check_open()
-        answer = self._leased(command)
-        if answer is None and type(command) is Reserve and (asked := self._tender.coming(command)) is not None:
-            # it would wait no less for the shared store, and hold up the lease there
-            with suppress(TimeoutError):
-                asked.result(WAIT_S)
-            answer = self._leased(command)
-        if answer is None and type(command) in _ENDS and self._tender.books.holds(command.id):
-            answer = self._commits.run(command)
-            if type(answer) is Rejected and answer.why == "unknown":  # it was given back a moment ago
-                answer = None
+        books = self._tender.books
+        answer = None
+        if type(command) is Reserve:
+            answer = books.reserve(command)
+            if answer is None and (asked := self._tender.coming(command)) is not None:
+                # it would wait no less for the shared store, and hold up the lease there
+                with suppress(TimeoutError):
+                    asked.result(WAIT_S)
+                answer = books.reserve(command)
+        elif books.ends(command):
+            answer = _not_unknown(self._commits.run(command))
         if answer is None:
             with self._waiting(command):
                 answer = self.shared.execute(command)
@@ -95,17 +90,19 @@ class LeasedStore:
 
     async def aexecute(self, command: Command) -> Answer:
         self._check_open()
-        answer = self._leased(command)
-        if answer is None and type(command) is Reserve and (asked := self._tender.coming(command)) is not None:
-            from asyncio import wait, wrap_future  # callers without an event loop need not load it
+        books = self._tender.books
+        answer = None
+        if type(command) is Reserve:
+            answer = books.reserve(command)
+            if answer is None and (asked := self._tender.coming(command)) is not None:
+                from asyncio import wait, wrap_future  # callers without an event loop need not load it
 
-            await wait([wrap_future(asked)], timeout=WAIT_S)
-            answer = self._leased(command)
-        if answer is None and type(command) in _ENDS and self._tender.books.holds(command.id):
+                await wait([wrap_future(asked)], timeout=WAIT_S)
+                answer = books.reserve(command)
+        elif books.ends(command):
             # without an fsync, the hop to another thread would take longer than the write
-            answer = await self._commits.arun(command) if self.durability == "full" else self._commits.run(command)
-            if type(answer) is Rejected and answer.why == "unknown":
-                answer = None
+            ended = await self._commits.arun(command) if self.durability == "full" else self._commits.run(command)
+            answer = _not_unknown(ended)
         if answer is None:
             with self._waiting(command):
                 answer = await self.shared.aexecute(command)
@@ -121,12 +118,9 @@ class LeasedStore:
             if type(command) is Reserve:
                 self._tender.books.waited(command, self.now_us() - begun_us)
 
-    def _leased(self, command: Command) -> Answer | None:
-        return self._tender.books.reserve(command) if type(command) is Reserve and command.lines else None
-
     def post(self, command: Command) -> None:
         self._check_open()
-        if type(command) in _ENDS and self._tender.books.holds(command.id):
+        if self._tender.books.ends(command):
             self._commits.post(command)
         else:
             self.shared.post(command)
@@ -195,3 +189,8 @@ class LeasedStore:
         self._tender.after_fork(in_child=in_child)
         if in_child:
             self._commits = GroupCommit(self._tender.books.apply)
+
+
+def _not_unknown(answer: Answer) -> Answer | None:
+    """None where the call has just been given back: the shared store has it."""
+    return None if type(answer) is Rejected and answer.why == "unknown" else answer

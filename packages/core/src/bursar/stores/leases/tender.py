@@ -175,9 +175,10 @@ class Tender:
     def _send(self, lease: Lease, numbers: list[int]) -> None:
         with self.books.lock:
             entries = [lease.unsent[number] for number in numbers]
+            texts = {entry.id: text for entry in entries if (text := lease.texts.get(entry.id)) is not None}
             overruns = lease.overruns()
         untold = {key: over - lease.told.get(key, 0) for key, over in overruns.items()}
-        answer = self._shared.execute(draw(lease.id, lease.rules, entries, untold, lease.version))
+        answer = self._shared.execute(draw(lease.id, lease.rules, entries, untold, lease.version, texts))
         if type(answer) is not Drawn:
             raise StoreError(
                 f"The store rejects records of the lease {lease.id}: {answer}. They stay in the journal: report this as a defect.",

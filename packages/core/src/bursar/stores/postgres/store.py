@@ -32,6 +32,7 @@ from bursar.errors import StoreError
 from bursar.signing import changes
 from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
+from bursar.stores.entry_text import COLUMNS
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
@@ -61,7 +62,7 @@ MAX_DRAWS = 8
 MAX_ERASURES = 50
 DAY_US = 86_400_000_000
 _DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
-_COPY = f"COPY records({rows.RECORD}) FROM STDIN"
+_COPY = f"COPY records({COLUMNS}) FROM STDIN"
 _APPLY = f"SELECT {LAW}apply($1::jsonb, $2::boolean, $3::bigint, $4::bigint)"
 
 
@@ -185,7 +186,7 @@ class PostgresStore:
                     assert row is not None
                     if new.entries:
                         with connection.cursor().copy(_COPY) as copy:
-                            copy.write(copied(new.entries))
+                            copy.write(copied(new))
                 return answer_of(new, from_json(row[0]))
             except psycopg.errors.UniqueViolation:
                 ids = [entry.id for entry in command.entries]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -17,7 +17,6 @@ from bursar.commands import (
     Draw,
     Drawn,
     Ended,
-    Entry,
     Expire,
     Extend,
     Extended,
@@ -35,6 +34,7 @@ from bursar.commands import (
 from bursar.law import difference
 from bursar.signing import verifies
 from bursar.stores import sqlite_rows as rows
+from bursar.stores.entry_text import entry_text
 from bursar.stores.postgres.fast import MAX_KNOWN, Values
 
 _ACCOUNT = itemgetter(
@@ -183,22 +183,10 @@ def late(command: Settle | Release, answer: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def copied(entries: Iterable[Entry]) -> str:
-    """The rows of these entries in the text format of COPY, for the columns `rows.RECORD`.
-
-    Source: PostgreSQL's manual, COPY, "Text Format".
-    """
-    return "".join(["\t".join(map(_field, rows.values(entry))) + "\n" for entry in entries])
-
-
-def _field(value: object) -> str:
-    if isinstance(value, str):
-        if "\\" in value:
-            value = value.replace("\\", "\\\\")
-        if not value.isprintable():
-            value = value.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-        return value
-    return "\\N" if value is None else str(value)
+def copied(command: Draw) -> str:
+    """The entries of a draw as COPY takes them, for the columns of `entry_text`."""
+    texts = command.texts
+    return "".join([f"{texts.get(entry.id) or entry_text(entry)}\n" for entry in command.entries])
 
 
 def answer_of(command: Command, told: Mapping[str, Any]) -> Answer:

@@ -5,6 +5,6 @@ for at = 3, #ARGV, 2 do
   local row = KEYS[1] .. 'i:' .. ARGV[at + 1]
   redis.call('XACK', KEYS[1] .. 'records', 'drain', ARGV[at])
   redis.call('XDEL', KEYS[1] .. 'records', ARGV[at])
-  redis.call('EXPIRE', row, redis.call('HGET', row, 'kind') == 'expiry' and ARGV[2] or ARGV[1])
+  redis.call('EXPIRE', row, (redis.call('HGET', row, 'entry') or ''):find('^%["expiry",') and ARGV[2] or ARGV[1])
 end
 return #ARGV

@@ -20,21 +20,16 @@ version = tonumber(policy[1] or 0)
 now_text = string.format(D, now)
 
 local law -- made when it is needed, since making its functions takes as long as a call that goes the short way
-local function decide(c)
-  local told
-  if c[1] == 'reserve' then told = short_reserve(c)
-  elseif c[1] == 'settle' then told = short_settle(c) end
-  if not told then
-    law = law or whole()
-    told = law(c)
-  end
-  return told
-end
-
-local answers, at = {'[' .. now_text}, 4
+local answers, at = {'[' .. now_text, nil}, 4
 while at <= #ARGV do
   local texts = tonumber(ARGV[at])
-  local well, told = pcall(decide, {unpack(ARGV, at + 1, at + texts)})
+  local c = {unpack(ARGV, at + 1, at + texts)}
+  local short, well, told = c[1] == 'reserve' and short_reserve or c[1] == 'settle' and short_settle, true, nil
+  if short then well, told = pcall(short, c) end
+  if well and not told then
+    law = law or whole()
+    well, told = pcall(law, c)
+  end
   if not well then told = cjson.encode({'failed', type(told) == 'table' and told.err or tostring(told)}) end
   answers[#answers + 1] = told
   at = at + texts + 1

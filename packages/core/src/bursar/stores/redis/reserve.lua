@@ -24,7 +24,7 @@ local function record_refusal(c, accounts, lines, short, mark)
   opened(a)
   local recorded = a.minute == minute and a.in_minute or 0
   a.refused, a.minute, a.in_minute = a.refused + 1, minute, recorded + 1
-  for at, other in ipairs(accounts) do budgets[at] = cjson.decode(other.rule)[9] end
+  for at, other in ipairs(accounts) do budgets[at] = fields_of(other.rule)[9] end
   for at, other in ipairs(accounts) do made = made or other.fresh and budgets[at] == budgets[short] end
   for at, other in ipairs(accounts) do
     if made and at ~= short and budgets[at] == budgets[short] then kept[#kept + 1] = other end
@@ -37,8 +37,8 @@ local function record_refusal(c, accounts, lines, short, mark)
   if c[9] ~= '' then facts[#facts + 1] = '"behind":' .. cjson.encode(c[9]) end
   if mark then facts[#facts + 1] = '"mark":' .. cjson.encode(marks(a)[mark][2]) end
   local head = '"refusal",null,"blocked",false,' .. cjson.encode(budgets[short]) .. ',0,{}'
-  record(c[2] .. '!' .. now_text .. '.' .. dec(a.refused), 'refusal', entry_of(head, {}, table.concat(facts, ',') .. '}'),
-    'held', '', 'reserved_us', now_text, 'digest', '', 'draft', c[10])
+  record(c[2] .. '!' .. now_text .. '.' .. dec(a.refused), entry_of(head, {}, table.concat(facts, ',') .. '}'), 'held', '',
+    'begun', begun_of('""', c[10]))
 end
 
 local function refuse(c, accounts, lines, short, mark)
@@ -79,7 +79,7 @@ local function reserve(c)
   local lines, accounts, made, any_marks = lines_of(c[12]), {}, {}, false
   for at, line in ipairs(lines) do
     local a, why = standing(line.key, c[12 + at], now, made, tonumber(c[7]))
-    if not a then return rejected(why, cjson.decode(c[12 + at])[9]) end
+    if not a then return rejected(why, fields_of(c[12 + at])[9]) end
     age(a)
     accounts[at] = a
     any_marks = any_marks or a.marked > 0
@@ -110,8 +110,7 @@ local function reserve(c)
   end
   for _, a in ipairs(accounts) do put(a) end
   make(accounts)
-  redis.call('HSET', P .. 'i:' .. id, 'held', c[12], 'reserved_us', now_text, 'expires_us', dec(now + ttl), 'on_expiry', c[5],
-    'digest', c[3], 'draft', draft)
+  redis.call('HSET', P .. 'i:' .. id, 'held', c[12], 'begun', begun_of(c[3], draft), 'until', dec(now + ttl) .. ',' .. c[5])
   redis.call('ZADD', P .. 'due', now + ttl, id)
   return '["granted",' .. now_text .. ',[' .. table.concat(texts, ',') .. '],'
     .. (#shadowed > 0 and cjson.encode(shadowed) or '[]') .. ']'

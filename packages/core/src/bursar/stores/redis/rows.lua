@@ -1,8 +1,9 @@
 -- Rows: reservations and the entries that end them, alerts, and what the answers tell of them.
 --
--- The hash `i:ID` is the row under an id: `held` (lines of key, unit and amount), `reserved_us`, `digest`, `draft`; while it is
--- open `expires_us` and `on_expiry`; once it has ended `kind` and `entry`, a JSON array. `due` orders the open ones by expiry,
--- the stream `records` the ended ones by their end. JSON in a command is written down as it came.
+-- The hash `i:ID` is the row under an id: `held`, lines of key, unit and amount; `begun`, the time of the reserve, the digest and
+-- the draft, as the elements of a JSON array; `until`, when it expires and what then; once it has ended `entry`, a JSON array whose
+-- first element is its kind. `due` orders the open ones by expiry, the stream `records` the ended ones by their end. JSON in a
+-- command is written down as it came, digests too.
 
 local function rejected(why, detail)
   return cjson.encode({'rejected', why, detail})
@@ -31,9 +32,13 @@ local function found(id)
     .. ',[' .. table.concat(accounts, ',') .. ']]'
 end
 
+local function begun_of(digest, draft)
+  return now_text .. ',' .. digest .. ',' .. draft
+end
+
 -- Write an entry under its id, with what belongs to it beside its text.
-local function record(id, kind, entry, ...)
-  redis.call('HSET', P .. 'i:' .. id, 'kind', kind, 'entry', entry, ...)
+local function record(id, entry, ...)
+  redis.call('HSET', P .. 'i:' .. id, 'entry', entry, ...)
   redis.call('XADD', P .. 'records', '*', 'id', id)
 end
 
@@ -76,7 +81,7 @@ local function standing(key, rule, at_us, made, max)
   end
   if a.till and (at_us < a.from or at_us >= a.till) then return nil, 'moved' end
   if a.fresh then
-    local budget = cjson.decode(rule)[9]
+    local budget = fields_of(rule)[9]
     if not made[budget] then made[budget] = tonumber(redis.call('HGET', P .. 'counts', budget) or 0) end
     if made[budget] >= max then return nil, 'accounts' end
     made[budget] = made[budget] + 1
@@ -86,24 +91,24 @@ local function standing(key, rule, at_us, made, max)
 end
 
 -- Book on an account; the alerts of the marks that this reaches are added to `alerts`.
-local function move(a, held, actual, reserved_us, overrun, id, draft, alerts)
+local function move(a, held, actual, begun, overrun, id, alerts)
   local told = 0
   if a.marked > 0 then
     opened(a)
     age(a)
     told = still_crossed(a)
   end
-  book(a, held, actual, reserved_us, overrun)
+  book(a, held, actual, tonumber(begun:match('^%d+')), overrun)
   if a.marked == 0 then return end
   local now_reached = reached(a)
   for index = told, now_reached - 1 do
-    local rule, mark = cjson.decode(a.rule), marks(a)[index + 1]
+    local rule, mark = fields_of(a.rule), marks(a)[index + 1]
     local text = cjson.encode
     alerts[#alerts + 1] = {id = id .. '^' .. a.key .. '^' .. index, kind = 'threshold', facts = table.concat({
       '{"account":', text(a.key), ',"budget":', text(rule[9]), ',"scope":', text(rule[10]), ',"unit":', text(rule[11]),
       ',"limit":', dec(a.limit), ',"spent":', dec(a.spent), ',"mark":', index, ',"at":', dec(mark[1]),
       ',"action":', text(mark[2]), ',"enforce":', tostring(a.enforce), ',"until_us":', a.till and dec(a.till) or 'null',
-      ',"call":', text(id), ',"tags":', text(cjson.decode(draft).tags), '}',
+      ',"call":', text(id), ',"tags":', text(cjson.decode('[' .. begun .. ']')[3].tags), '}',
     })}
   end
   if now_reached > told then a.crossed = now_reached end

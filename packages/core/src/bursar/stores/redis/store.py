@@ -285,8 +285,8 @@ class RedisStore:
             ]
         else:
             wanted = [(self.slots.of_account(key), key) for key in keys]
-        rows = self.server.many(("HGETALL", f"{slot}a:{key}") for slot, key in wanted)
-        return iter([self._wire.stored_account(fields_of(row)) for row in rows if row])
+        rows = self.server.many(("MGET", f"{slot}r:{key}", f"{slot}a:{key}") for slot, key in wanted)
+        return iter([self._wire.stored_account(*row) for row in rows if None not in row])
 
     def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
         """Those that have not been drained. All ids are read first, since they come in the order of time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,29 +38,35 @@ from bursar.law import OPERATOR_KEY
 from bursar.stores.sqlite_rows import dumps
 
 MAX_KNOWN = 4_096  # rules whose text is remembered
+MAX_OPEN = 4_096  # reservations that are remembered
+NUMBER = 18  # digits of a rule's number, by which it is told from others of its account
 
 Fields = Mapping[str, str]
 
 
 class Wire:
-    """Writes commands and reads answers. Figures travel as texts, since the server's numbers are not exact."""
+    """Writes commands and reads answers. Figures travel as texts, since the server's numbers are not exact.
+
+    It remembers what its own process has open, so that the server need not tell it again of what is settled.
+    """
 
     def __init__(self) -> None:
-        self._texts: dict[Rule, tuple[str, str]] = {}
+        self._texts: dict[Rule, tuple[str, str, str]] = {}
         self._rules: dict[str, tuple[list[Any], Rule]] = {}
+        self._open: dict[str, tuple[Reserve, int]] = {}  # when it was reserved; nothing of it was shadowed
 
     def texts(self, command: Command, entry: Entry | None = None, operator: str | None = None) -> list[str]:
         """The command, its parts as texts. `entry`: what the law has made of a row that the server told, see `rows`."""
         if type(command) is Reserve:
             fields = [
-                "reserve", command.id, command.digest, str(command.ttl_us), command.on_expiry, str(command.version),
+                "reserve", command.id, dumps(command.digest), str(command.ttl_us), command.on_expiry, str(command.version),
                 str(command.max_accounts), "1" if command.quiet else "", command.behind, dumps(command.draft),
                 dumps(command.complied) if command.complied else "{}",
             ]  # fmt: skip
             return self._with_lines(fields, command.lines)
         if type(command) is Charge:
             fields = [
-                "charge", command.id, command.digest, _head("charge", None, command), dumps(command.facts),
+                "charge", command.id, dumps(command.digest), _head("charge", None, command), dumps(command.facts),
                 str(command.version), str(command.max_accounts), dumps(command.draft),
             ]  # fmt: skip
             return self._with_lines(fields, command.lines)
@@ -76,7 +83,9 @@ class Wire:
         if type(command) is Settle or type(command) is Release:
             actuals = dumps({unit: str(amount) for unit, amount in command.actuals.items()})
             head = _head("settlement" if type(command) is Settle else "release", None, command)
-            return [_NAMES[type(command)], command.id, head, dumps(command.facts), "", "", actuals]
+            fields = [_NAMES[type(command)], command.id, head, dumps(command.facts), "", "", actuals]
+            known = self._open.get(command.id) if type(command) is Settle else None
+            return fields if known is None else [*fields, *[self._line(rule)[2] for rule, _ in known[0].lines]]
         if type(command) is Extend:
             return ["extend", command.id, str(command.ttl_us)]
         if type(command) is Expire:
@@ -86,11 +95,11 @@ class Wire:
 
     def _with_lines(self, fields: list[str], lines: tuple[tuple[Rule, int], ...]) -> list[str]:
         known = [(self._line(rule), amount) for rule, amount in lines]
-        held = "".join([f"{line}{amount}\n" for (line, _), amount in known])
-        return [*fields, held, *[rule for (_, rule), _ in known]]
+        held = "".join([f"{line}{amount}\n" for (line, _, _), amount in known])
+        return [*fields, held, *[rule for (_, rule, _), _ in known]]
 
-    def _line(self, rule: Rule) -> tuple[str, str]:
-        """The text of a line before its amount, and of its rule."""
+    def _line(self, rule: Rule) -> tuple[str, str, str]:
+        """The text of a line before its amount, that of its rule, and of that what the server needs to book under it."""
         texts = self._texts.get(rule)
         if texts is None:
             if "\n" in rule.key or "\n" in rule.unit:
@@ -100,11 +109,11 @@ class Wire:
             if len(self._texts) >= MAX_KNOWN:
                 self._texts.clear()
             marks = [(str(mark.at), mark.action) for mark in rule.marks]
-            told = (
-                rule.kind, rule.limit, rule.period_us, len(marks), int(rule.enforce), rule.start_us, rule.end_us, rule.key,
-                rule.budget, rule.scope, rule.unit, marks,
-            )  # fmt: skip
-            texts = self._texts[rule] = f"{rule.key}\n{rule.unit}\n", dumps(told)
+            figures = rule.kind, rule.limit, rule.period_us, len(marks), int(rule.enforce), rule.start_us, rule.end_us
+            told = dumps((*figures, rule.key, rule.budget, rule.scope, rule.unit, marks))
+            digest = hashlib.blake2b(told.encode(), digest_size=8).digest()
+            number = 10**17 + int.from_bytes(digest, "big") % (9 * 10**17)
+            texts = self._texts[rule] = f"{rule.key}\n{rule.unit}\n", f"{number}{told}", _booking(number, rule)
         return texts
 
     # -- answers
@@ -115,7 +124,11 @@ class Wire:
         if kind == "granted":
             assert type(command) is Reserve
             return self._granted(command, told)
+        if kind == "booked":
+            assert type(command) is Settle
+            return self._booked(command, told)
         if kind == "ended":
+            self._open.pop(command.id, None)
             return self._ended(command, told)
         if kind == "refused":
             assert type(command) is Reserve
@@ -140,10 +153,24 @@ class Wire:
         _, now_us, found, names = told
         shadowed = tuple(names)
         draft = {**command.draft, "shadowed": names} if shadowed else command.draft
+        if not shadowed:
+            while len(self._open) >= MAX_OPEN:
+                del self._open[next(iter(self._open))]
+            self._open[command.id] = command, now_us
         accounts = tuple([_account(rule, row) for (rule, _), row in zip(command.lines, found, strict=True)])
         held = tuple([(rule.key, rule.unit, amount) for rule, amount in command.lines])
         fields = (command.id, held, now_us, now_us + command.ttl_us, command.on_expiry, command.digest, draft)
         return Granted(Reservation._make(fields), accounts, shadowed)
+
+    def _booked(self, command: Settle, told: Sequence[Any]) -> Ended:
+        """A settlement of what is remembered; the server has told what it could not know."""
+        reserve, reserved_us = self._open.pop(command.id)
+        _, amounts, now_us, found = told
+        booked = {rule.key: amount for (rule, _), amount in zip(reserve.lines, amounts, strict=True)}
+        head = (command.id, "settlement", None, command.outcome, command.estimated, command.reason, command.cost_nanos)
+        rest = (command.usage, booked, reserved_us, now_us, reserve.digest, reserve.draft, command.facts)
+        accounts = tuple([_account(rule, row) for (rule, _), row in zip(reserve.lines, found, strict=True)])
+        return Ended(Entry._make((*head, *rest)), accounts)
 
     def _ended(self, command: Command, told: Sequence[Any]) -> Ended:
         _, reserved_us, digest, draft, found, alerts, entry = told
@@ -183,9 +210,11 @@ class Wire:
             known = self._rules[told[7]] = told, _rule(told)
         return _account(known[1], row)
 
-    def stored_account(self, fields: Fields) -> Account:
-        """The account in a hash."""
-        return self.account(from_json(f"[{fields['rule']},{fields['spent']},{fields['reserved']},{fields['rest']}]"))
+    def stored_account(self, rule: bytes, figures: bytes) -> Account:
+        """The account whose texts those are."""
+        row = from_json(b"[%b]" % figures)
+        row[0] = from_json(rule[NUMBER:])
+        return self.account(row)
 
 
 _NAMES: dict[type, str] = {Settle: "settle", Release: "release", Expire: "expire"}
@@ -200,12 +229,19 @@ def _head(kind: str, corrects: str | None, told: Entry | Charge | Settle | Relea
     return dumps((kind, corrects, told.outcome, estimated, told.reason, cost_nanos, usage))[1:-1]
 
 
+def _booking(number: int, rule: Rule) -> str:
+    """What a settlement needs of a rule; empty of one under which only the law settles."""
+    if rule.marks or rule.kind == "rolling":
+        return ""
+    return f"{number}" if rule.kind == "window" else f"{number}{rule.kind},{rule.limit},{rule.period_us}"
+
+
 def _written(entry: Entry) -> tuple[str, ...]:
     """An entry as its row is to hold it. The units of its amounts are told nowhere, and nobody needs them any more."""
     head = _head(entry.kind, entry.corrects, entry)
     text = f"[{head},{dumps(list(entry.amounts.values()))},{entry.settled_us},{dumps(entry.facts)}]"
     held = "".join(f"{key}\n\n0\n" for key in entry.amounts)
-    return entry.id, entry.kind, text, str(entry.reserved_us), entry.digest, dumps(entry.draft), held
+    return entry.id, text, str(entry.reserved_us), dumps(entry.digest), dumps(entry.draft), held
 
 
 def _account(rule: Rule, row: Sequence[Any]) -> Account:
@@ -234,12 +270,12 @@ def row_of(id: str, fields: Fields) -> Reservation | Entry:
     """The row under an id: an open reservation, or the entry that ended it."""
     lines = fields["held"].split("\n")
     keys, units, amounts = lines[:-1:3], lines[1::3], lines[2::3]
-    if "kind" not in fields:
+    reserved_us, digest, draft = from_json(f"[{fields['begun']}]")
+    if "entry" not in fields:
         held = tuple((key, unit, int(amount)) for key, unit, amount in zip(keys, units, amounts, strict=True))
-        times = int(fields["reserved_us"]), int(fields["expires_us"])
-        return Reservation(id, held, *times, fields["on_expiry"], fields["digest"], from_json(fields["draft"]))
-    told = from_json(fields["entry"])
-    return _entry(id, keys, int(fields["reserved_us"]), fields["digest"], from_json(fields["draft"]), told)
+        expires_us, _, on_expiry = fields["until"].partition(",")
+        return Reservation(id, held, reserved_us, int(expires_us), on_expiry, digest, draft)
+    return _entry(id, keys, reserved_us, digest, draft, from_json(fields["entry"]))
 
 
 def _entry(id: str, keys: Sequence[str], reserved_us: int, digest: str, draft: Any, told: Sequence[Any]) -> Entry:
