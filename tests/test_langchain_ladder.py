@@ -295,10 +295,12 @@ def test_a_tool_that_asks_pauses_and_its_sibling_does_not_run_twice(
     with Bursar("memory:", budgets) as guard:
         operator = Operator(guard.store, Operator(guard.store).appoint())
         made = agent(provider, guard, search, checkpointer=InMemorySaver())
-        paused = run(made, is_async, thread())
+        # Both at once may both be granted: a mark is crossed by what is booked.
+        one_by_one = thread() | {"max_concurrency": 1}
+        paused = run(made, is_async, one_by_one)
         assert len(ran) == 1
         operator.approve(paused["__interrupt__"][0].value["id"])
-        done = run(made, is_async, thread(), Command(resume=True))
+        done = run(made, is_async, one_by_one, Command(resume=True))
     assert sorted(ran) == ["one", "two"]
     assert provider.requests == 2
     assert {message.status for message in done["messages"] if isinstance(message, ToolMessage)} == {"success"}
