@@ -210,6 +210,11 @@ class Scenario:
                 steps = block._leaving(error)
                 if steps is not None:
                     yield from steps
+                elif host.bursar._driver.keeper.keeps(
+                    block._call
+                ):  # it was interrupted: it is told again in the background
+                    fact.kept = host
+                    return
                 fact.ended = fact.ended or ("released" if fact.outcome == "refused" else "estimated")
             elif fact.outcome == "cut":
                 yield from reservation._settle_unknown("cut", known=fact.usage)
