@@ -47,7 +47,11 @@ def drawn(books: Books, entry: Entry) -> None:
 
 
 def _sum(first: Any, more: Any) -> dict[str, Any]:
-    return {name: first.get(name, 0) + more.get(name, 0) for name in {**first, **more}}
+    """A usage and what corrects it: counts add up, of a model's name the later one holds."""
+    return {
+        name: more[name] if isinstance(more.get(name), str) else first.get(name, 0) + more.get(name, 0)
+        for name in {**first, **more}
+    }
 
 
 class Books:
