@@ -200,6 +200,22 @@ def test_the_usual_message_reads_at_once_as_its_family_reads_it() -> None:
         assert reading(row, answer) == by_family, answer
 
 
+def test_what_the_usual_readers_cannot_look_into_is_read_by_its_family() -> None:
+    """A choice or a block that is of some other class may tell of tools all the same."""
+
+    class Told(dict[str, Any]):
+        pass
+
+    used = {"executed_tools": [{"type": "search"}]}
+    counts = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    for choice in (Told(message=used), {"message": Told(used)}, {"delta": Told(used)}):
+        answer = {"object": "chat.completion", "model": "m", "choices": [choice], "usage": counts}
+        assert read_usage("groq", answer).server_tools == {"web_search": 1}
+    block = Told(type="server_tool_use", name="code_execution")
+    message = {"type": "message", "content": [block], "usage": {"input_tokens": 3, "output_tokens": 2}}
+    assert read_usage("anthropic", message).server_tools == {"code_execution": 1}
+
+
 def test_a_reader_keeps_no_text() -> None:
     reader = StreamReader("openai")
     for _ in range(1000):

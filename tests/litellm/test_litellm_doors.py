@@ -151,6 +151,11 @@ def test_anthropics_cached_tokens_are_booked_as_such(provider: Provider, guarded
 # -- what is not a chat ------------------------------------------------------------------------------------------
 
 
+_BEGUN = {"id": "m", "type": "message", "role": "assistant", "model": "claude-sonnet-4-5", "content": []} | {
+    "usage": {"input_tokens": 1_000, "output_tokens": 1}
+}
+
+
 class _Media(BaseHTTPRequestHandler):
     """The endpoints that the provider for tests does not serve, answered in the words of the real ones."""
 
@@ -188,15 +193,24 @@ class _Media(BaseHTTPRequestHandler):
             "results": [{"index": 0, "relevance_score": 0.5}],
             "meta": {"billed_units": {"search_units": 1}},
         },
+        "/v1/messages": b"".join(  # a stream that ends in the middle, as one whose connection was closed does
+            b"data: " + json.dumps(event).encode() + b"\n\n"
+            for event in (
+                {"type": "message_start", "message": _BEGUN},
+                {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "long " * 50}},
+            )
+        ),
         "/v1/moderations": {"id": "m", "model": "omni-moderation-latest", "results": [{"flagged": False}]},
     }
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests += 1  # type: ignore[attr-defined]
-        body = b"sound" if "speech" in self.path else json.dumps(self.ANSWERS[self.path]).encode()
+        answer = b"sound" if "speech" in self.path else self.ANSWERS[self.path]
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        kind = "audio/mpeg" if "speech" in self.path else "text/event-stream" if body is answer else "application/json"
         self.send_response(200)
-        self.send_header("Content-Type", "audio/mpeg" if "speech" in self.path else "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -273,6 +287,20 @@ def test_images_sound_texts_and_reranking_are_refused(name: str, media: Threadin
         with pytest.raises(BudgetExceeded):
             media_calls(media)[name]()
     assert media.requests == 0  # type: ignore[attr-defined]
+
+
+def test_a_stream_without_its_last_counts_is_booked_at_the_most_it_may_have(
+    media: ThreadingHTTPServer, guarded: Guarded
+) -> None:
+    """Its beginning tells the input, and one token of output."""
+    server = f"http://127.0.0.1:{media.server_address[1]}"
+    call = {"model": "anthropic/claude-sonnet-4-5", "api_base": server, "api_key": "any", "max_tokens": 500}
+    with guarded() as bursar:
+        run(litellm.anthropic_messages(**call, messages=MESSAGES, stream=True))
+        read(litellm.completion(**call, messages=MESSAGES, stream=True))
+    for record in bursar.records():
+        assert record.estimated
+        assert (record.usage["input_tokens"], record.usage["output_tokens"]) == (1_000, 500)
 
 
 def test_moderation_is_free(media: ThreadingHTTPServer, broke: Guarded) -> None:

@@ -107,8 +107,8 @@ class PolicyError(BursarError, ValueError):
 class StoreError(BursarError, RuntimeError):
     """The store could not do its work; nothing of the command was done.
 
-    Field `fault`: `locked`, `full`, `readonly`, `damaged`, `newer`, `unreachable`, `loading`, `denied`, `evicts`, `clock`,
-    `accounts`, `overflow`, `closed`.
+    Field `fault`: `locked`, `full`, `readonly`, `damaged`, `newer`, `older`, `unreachable`, `loading`, `denied`, `evicts`,
+    `clock`, `accounts`, `overflow`, `closed`.
     """
 
 

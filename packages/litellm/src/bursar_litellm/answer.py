@@ -46,15 +46,16 @@ def read_error(provider: str, error: BaseException, details: Mapping[str, Any] |
     return failed(_cause(error))
 
 
-def read_usage(provider: str, answer: Any) -> Usage | None:
+def read_usage(provider: str, answer: Any, *, final: bool = False) -> Usage | None:
     """The usage that an answer, or the list of events of a stream, tells; None where it tells none that can be read.
 
+    `final`: not what the beginning of a stream tells that was cut.
     Never raises: that would cost the user the answer, and leave the reservation open.
     """
     try:
         return Usage.from_response(provider, answer)
     except BursarError as error:
-        partial = error.fields.get("partial")
+        partial = None if final else error.fields.get("partial")
         return partial if isinstance(partial, Usage) else None
     except Exception as error:  # noqa: BLE001 - see above
         log.error("the usage of an answer could not be read: %r", error)
@@ -65,6 +66,17 @@ def kept(stream: Any) -> Any:
     """The pieces that a stream of LiteLLM's keeps of itself; None where it keeps none."""
     pieces = getattr(stream, "chunks", None)
     return getattr(getattr(stream, "completion_stream", None), "chunks", None) if pieces is None else pieces
+
+
+def is_answered(stream: Any) -> bool:
+    """Whether the provider has said why a chat or a text ends here."""
+    inner = getattr(stream, "completion_stream", None)
+    return any(getattr(one, "received_finish_reason", None) is not None for one in (stream, inner))
+
+
+def tells_last(stream: Any) -> bool:
+    """Whether the usage came last: Anthropic's streams begin with a first count, and what follows may be cut off."""
+    return bool(getattr((kept(stream) or (None,))[-1], "__dict__", _NOTHING).get("usage"))
 
 
 def chat_events(stream: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bursar.ending import Ending, released, settled, unknown
 from bursar.usage import Usage
-from bursar_litellm.answer import chat_events, is_cached, kept, log, read_error, read_usage
+from bursar_litellm.answer import chat_events, is_answered, is_cached, kept, log, read_error, read_usage, tells_last
 from bursar_litellm.errors import litellm_error
 from bursar_litellm.gate import Attempt, end_soon, expect_orphans
 
@@ -88,20 +88,20 @@ class _Reading:
         """Whether its end is still to be told."""
         return any(one.gate.has(one) for one in self.attempts)
 
-    def usage(self, stream: Any) -> Usage | None:
-        """What the stream has told so far; None when nothing."""
+    def usage(self, stream: Any, *, final: bool = False) -> Usage | None:
+        """What the stream has told so far, or with `final` at its end; None when nothing."""
         events = self.events or chat_events(stream)
         if not events:
             return None
-        # One chunk that tells it reads as a whole answer does, at once.
-        return read_usage(self.provider, events[0] if len(events) == 1 and isinstance(events[0], dict) else events)
+        # One chunk of a chat that tells it reads as a whole answer does, at once.
+        return read_usage(self.provider, events if self.events or len(events) > 1 else events[0], final=final)
 
     def ended(self, stream: Any) -> Ending:
-        """It was read to its end."""
+        """It was read to its end, or so it looks where a connection was closed: then the counts are but the first ones."""
         if self.is_from_cache:
             return released("answered from LiteLLM's cache")
-        usage = self.usage(stream)
-        return unknown("the stream stated no usage") if usage is None else settled(usage)
+        usage = self.usage(stream, final=True) if self.events or is_answered(stream) or tells_last(stream) else None
+        return unknown("the stream stated no usage", self.usage(stream)) if usage is None else settled(usage)
 
     def failed(self, stream: Any, error: BaseException) -> Ending:
         """It broke off, or its reader was cancelled. Only a refusal of the request itself is free, whatever status it has."""
@@ -118,7 +118,7 @@ class _Reading:
         return None
 
     def _is_answered(self, stream: Any) -> bool:
-        return self.is_complete or getattr(stream, "received_finish_reason", None) is not None
+        return self.is_complete or is_answered(stream)
 
     def abandoned(self, stream: Any) -> Ending:
         """Nobody reads on. Where the answer was complete all the same, its usage is the real one."""

@@ -125,7 +125,7 @@ def usual_message(answer: Any) -> Usage | None:
     if (split and hour + five != written) or not 0 < into + out + read + written <= MAX_COUNT or stated not in _TIERS:
         return None
     for block in map(fields_of, blocks) if isinstance(blocks, (list, tuple)) else ():
-        if block and block.get("type") == "server_tool_use":
+        if block is None or block.get("type") == "server_tool_use":
             return None
     return Usage(
         input_tokens=into + read + written,

@@ -140,8 +140,10 @@ def usual_usage(answer: Any) -> Usage | None:
         return None
     choices = data.get("choices")
     for choice in map(fields_of, choices) if isinstance(choices, (list, tuple)) else ():
-        for told in (choice.get("message"), choice.get("delta")) if choice else ():
-            if "executed_tools" in (fields_of(told) or ()):
+        if choice is None:
+            return None
+        for told in (choice.get("message"), choice.get("delta")):
+            if told is not None and ((said := fields_of(told)) is None or "executed_tools" in said):
                 return None
     stated = data.get("service_tier")
     return Usage(
