@@ -143,7 +143,7 @@ def usual_usage(answer: Any) -> Usage | None:
         if choice is None:
             return None
         for told in (choice.get("message"), choice.get("delta")):
-            if told is not None and ((said := fields_of(told)) is None or "executed_tools" in said):
+            if told is not None and ((fields := fields_of(told)) is None or "executed_tools" in fields):
                 return None
     stated = data.get("service_tier")
     return Usage(
