@@ -29,11 +29,11 @@ class StoreClock:
     """A store's time: the host's, but never back. A host clock 60 s behind the store's is an error (I8)."""
 
     def __init__(self, clock: Clock, high_us: int = 0) -> None:
-        self._now = None if type(clock) is SystemClock else clock.now_us
+        self._now = clock.now_us
         self._high = high_us
 
     def now_us(self) -> int:
-        now = time.time_ns() // 1_000 if self._now is None else self._now()  # every call asks five times
+        now = self._now()
         if now >= self._high:
             self._high = now
             return now

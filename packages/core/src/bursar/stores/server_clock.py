@@ -28,7 +28,7 @@ class ServerClock:
         self.seen_us = max(self.seen_us, said_us)
 
     def now_us(self) -> int:
-        now_us = self._said_us + (time.monotonic_ns() - self._at_ns) // 1_000
+        now_us = self._estimate_us()
         if now_us > self.seen_us:
             self.seen_us = now_us
         return self.seen_us

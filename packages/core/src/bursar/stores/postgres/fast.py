@@ -41,9 +41,8 @@ class Fast:
             reserve = self._open.pop(command.id, None)
             if reserve is None:
                 return None
-            self._open[command.id] = (
-                reserve  # as the newest: no grant in its batch may push it out before its own answer
-            )
+            # as the newest: no grant in its batch may push it out before its own answer
+            self._open[command.id] = reserve
             return self._settle(command, reserve)
         return None
 
