@@ -54,6 +54,16 @@ class Leases(Base):
         assert run(changed) == Rejected("conflict", "x")
         assert self.account(store, a).spent == 120
 
+    def test_I10_a_draw_that_is_rejected_books_nothing(self, store: Store, run: Run) -> None:
+        a, b = rule("a", 1_000), rule("b", 1_000)
+        run(reserve("lease", (a, 300)))
+        entry = self.spent(store, "x", {a.key: 50, b.key: 50})
+        assert run(Draw("lease", (a, b), (entry,), max_accounts=0)) == Rejected("accounts", "b")
+        assert (list(store.entries()), self.account(store, a).spent) == ([], 0)
+        answer = run(Draw("lease", (a, b), (entry,)))
+        assert type(answer) is Drawn
+        assert (answer.new, answer.left, self.account(store, b).spent) == (1, {a.key: 250}, 50)
+
     def test_nothing_to_draw_tells_what_the_lease_holds(self, store: Store, run: Run) -> None:
         a = rule("a", 1_000)
         run(reserve("lease", (a, 300)))
