@@ -51,9 +51,9 @@ _numbers = count(10**9)
 def _lease_unbounded(original: Any) -> Any:
     """A lease gives out more than it holds."""
 
-    def reserve(self: Any, command: Any, now_us: int) -> Any:
+    def reserve(self: Any, *told: Any) -> Any:
         self._lines = tuple(rule._replace(limit=10**15) for rule in self._lines)
-        return original(self, command, now_us)
+        return original(self, *told)
 
     return reserve
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from bursar.commands import Entry
-from bursar.stores.sqlite_rows import TAGS, dumps
+from bursar.stores.sqlite_rows import TAGS
 
 # The kind first: it tells such a line from JSON, which begins with a bracket.
 COLUMNS = (
@@ -30,7 +30,7 @@ def entry_text(entry: Entry) -> str:
         entry
     )
     # Of what has to be escaped, JSON has backslashes alone.
-    told = f"{dumps(usage)}\t{dumps(amounts)}\t{dumps(draft)}\t{dumps(facts)}".replace("\\", "\\\\")
+    told = b"\t".join((to_json(usage), to_json(amounts), to_json(draft), to_json(facts))).decode().replace("\\", "\\\\")
     return (
         f"{kind}\t{_field(id)}\t{_NULL if corrects is None else _field(corrects)}\t{outcome}\t{estimated:d}\t"
         f"{reason and _field(reason)}\t{cost}\t{reserved}\t{settled}\t{digest and _field(digest)}\t{told}\t"

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from operator import attrgetter
 from typing import NamedTuple
 
 from bursar.commands import Answer, Command, Ended, Entry, Expire, Extend, Rejected, Release, Reserve, Settle
@@ -18,6 +19,9 @@ from bursar.stores.leases.sizing import Demand, leasable
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
 _ENDS = frozenset({Settle, Release, Extend, Expire})
 MAX_BUNDLES = 1_024  # whose demand is known, those of the last calls
+
+
+_key = attrgetter("key")
 
 
 class Wanted(NamedTuple):
@@ -53,7 +57,8 @@ class Books:
         """Reserve out of a lease; None where that is not to be had now, and the shared store has to be asked."""
         if not command.lines or command.digest or command.behind or command.complied:  # see `leasable`
             return None
-        bundle = tuple([rule.key for rule, _ in command.lines])
+        rules, amounts = zip(*command.lines, strict=True)
+        bundle = tuple(map(_key, rules))
         with self.lock:
             if command.version != self.version:
                 if command.version < self.version:
@@ -70,9 +75,9 @@ class Books:
             queue = self._queues.get(bundle, ())
             while queue:
                 lease = queue[0]
-                if not lease.retired and lease.serves(command):
+                if not lease.retired and lease.rules == rules:
                     self._holders[command.id] = lease
-                    answer = lease.reserve(command, now_us)
+                    answer = lease.reserve(command, amounts, now_us)
                     if answer is not None:
                         if len(queue) == 1 and lease.low():
                             self._want(bundle, command, demand, now_us)
@@ -93,7 +98,7 @@ class Books:
 
     def coming(self, command: Reserve) -> Future[None] | None:
         """Done when the lease that is asked for these accounts is there or cannot be had; None where none is asked for."""
-        wanted = self.wanted.get(tuple([rule.key for rule, _ in command.lines])) if self.wanted else None
+        wanted = self.wanted.get(_bundle(command)) if self.wanted else None
         return None if wanted is None else wanted.asked
 
     def unwant(self) -> None:
@@ -109,7 +114,7 @@ class Books:
 
     def waited(self, command: Reserve, us: int) -> None:
         """So long this call has waited for the shared store."""
-        demand = self._demand.get(tuple([rule.key for rule, _ in command.lines]))
+        demand = self._demand.get(_bundle(command))
         if demand is not None:
             demand.waited(us)
 
@@ -165,23 +170,23 @@ class Books:
     def apply(self, commands: Sequence[Command], _first_time: bool = True) -> list[Answer | BaseException]:
         """End calls: decided in memory, and answered when the journal has what that books. `Rejected` unknown: not of a lease."""
         answers: list[Answer | BaseException] = []
-        booked: dict[int, tuple[Lease, Entry]] = {}
+        booked: list[tuple[Lease, Entry]] = []
         with self.lock:
             now_us = self._now_us()
-            for number, command in enumerate(commands):
+            for command in commands:
                 lease = self._holders.get(command.id)
                 if lease is None:
                     answers.append(Rejected("unknown", command.id))
                     continue
                 answer = lease.end(command, now_us)
                 if type(answer) is Ended and answer.entry.id in lease.unwritten:
-                    booked[number] = (lease, answer.entry)
+                    booked.append((lease, answer.entry))
                 answers.append(answer)
         try:
-            self.write([*booked.values()])
+            self.write(booked)
         except StoreError as error:  # they stay unwritten, and are written by whoever comes next
-            for number in booked:
-                answers[number] = error
+            kept_back = {entry.id for _, entry in booked}
+            return [error if type(one) is Ended and one.entry.id in kept_back else one for one in answers]
         return answers
 
     def write(self, booked: Sequence[tuple[Lease, Entry]]) -> None:
@@ -199,3 +204,8 @@ class Books:
                     lease.unsent[number] = entry
                     del lease.unwritten[id]
                 number += 1
+
+
+def _bundle(command: Reserve) -> Bundle:
+    """The accounts of its lines."""
+    return tuple([rule.key for rule, _ in command.lines])

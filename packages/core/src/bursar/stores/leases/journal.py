@@ -23,8 +23,9 @@ from bursar.stores.sqlite_rows import dumps
 log = logging.getLogger("bursar")
 
 SUFFIX = ".journal"
-# The log is folded into the file rarely: what has been sent is deleted soon, so the file stays small.
-CHECKPOINT_PAGES = 8_000
+# How often the log is folded into the file, in pages. Rarely where that waits for the disk: what has been sent is deleted soon, so
+# the file stays small. Else often: a log that stays in the processor's cache takes an eighth less of a write's time.
+CHECKPOINT_PAGES = {True: 8_000, False: 500}
 CACHE_KB = 1_000  # of pages in memory: what one draw sends is still there when it is deleted
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases(
@@ -94,7 +95,9 @@ class Journal:
         connection.execute("PRAGMA journal_mode=WAL")
         # not even at a checkpoint: where the machine's end may lose all, nobody shall wait for the disk
         connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'OFF'}")
-        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES[self._full]}")
+        # the log keeps what was deleted anyway, until it is written over; some builds would write zeros for it, too
+        connection.execute("PRAGMA secure_delete=OFF")
         connection.execute(f"PRAGMA cache_size=-{CACHE_KB}")
         self._execute = (
             connection.cursor().execute

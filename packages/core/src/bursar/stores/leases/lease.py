@@ -63,14 +63,10 @@ class Lease:
         self.used_us = self.extended_us = self.first_us = now_us
         self.retired = self.ended = False
 
-    def serves(self, command: Reserve) -> bool:
-        """Whether the call's accounts are those of the lease, under the same limits."""
-        return tuple([rule for rule, _ in command.lines]) == self.rules
-
-    def reserve(self, command: Reserve, now_us: int) -> Answer | None:
-        """Reserve out of the lease; None where it has too little left."""
-        lines = tuple([(own, amount) for own, (_, amount) in zip(self._lines, command.lines, strict=True)])
+    def reserve(self, command: Reserve, amounts: Iterable[int], now_us: int) -> Answer | None:
+        """Reserve these amounts, those of the call's lines, out of the lease; None where it has too little left."""
         id, _, ttl_us, draft, digest, on_expiry = command[:6]
+        lines = tuple(zip(self._lines, amounts, strict=True))
         own_command = _new(Reserve, (id, lines, ttl_us, draft, digest, on_expiry, 0, 1, True, _NOTHING, ""))
         answer, puts = decide(self.rows.get, own_command, now_us)
         if type(answer) is not Granted:

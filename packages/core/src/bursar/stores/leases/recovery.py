@@ -14,7 +14,7 @@ from bursar.stores.base import Store
 from bursar.stores.leases.journal import Journal, Kept, left_behind, put_aside
 from bursar.stores.leases.lease import draw, sums
 
-MAX_DRAW = 1_000  # entries that travel at a time
+MAX_DRAW = 1_500  # entries that travel at a time: Redis is busy with so many for some 15 ms
 
 log = logging.getLogger("bursar")
 

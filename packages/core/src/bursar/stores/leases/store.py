@@ -71,7 +71,8 @@ class LeasedStore:
         self._tender.tend()
 
     def execute(self, command: Command) -> Answer:
-        self._check_open()
+        if self._closed:
+            self._check_open()
         books = self._tender.books
         answer = None
         if type(command) is Reserve:
@@ -89,7 +90,8 @@ class LeasedStore:
         return answer
 
     async def aexecute(self, command: Command) -> Answer:
-        self._check_open()
+        if self._closed:
+            self._check_open()
         books = self._tender.books
         answer = None
         if type(command) is Reserve:
