@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bursar import accounts, clock, guard, keeper, law, windows
-from bursar.commands import Ended, Entry, Expire, Extend, Release, Reserve, Settle
+from bursar import accounts, clock, guard, keeper, windows
+from bursar.commands import Decision, Ended, Entry, Expire, Extend, Release, Reserve, Settle
+from bursar.law import POLICY_KEY, ends
 from bursar.prices import PriceBook
 from sim.planting import Patch, decision, everywhere, function, handler
 
@@ -19,7 +20,7 @@ def _double_settle(original: Any, read: Any, command: Any, now_us: int) -> Any:
         for key, amount in amounts.items():
             account = read(key)
             puts[key] = accounts.book(account, 0, amount, row.reserved_us, now_us, 0)
-        return law.Decision(Ended(row, ()), puts)
+        return Decision(Ended(row, ()), puts)
     return original(read, command, now_us)
 
 
@@ -39,7 +40,7 @@ def _room_off_by(one: int) -> Callable[..., Any]:
             key: row._replace(rule=rules.get(key, row.rule)) if type(row) is accounts.Account else row
             for key, row in puts.items()
         }
-        return law.Decision(answer, puts)
+        return Decision(answer, puts)
 
     return change
 
@@ -47,7 +48,7 @@ def _room_off_by(one: int) -> Callable[..., Any]:
 def _late_settle_lost(original: Any, read: Any, command: Any, now_us: int) -> Any:
     row = read(command.id)
     if type(row) is Entry and row.kind == "expiry":
-        return law.Decision(Ended(row, (), again=True), {})
+        return Decision(Ended(row, (), again=True), {})
     return original(read, command, now_us)
 
 
@@ -55,7 +56,7 @@ def _release_twice(original: Any, read: Any, command: Any, now_us: int) -> Any:
     row = read(command.id)
     if type(row) is Entry and row.kind == "release":
         puts = {key: accounts.book(read(key), 1, 0, row.reserved_us, now_us, 0) for key in row.amounts}
-        return law.Decision(Ended(row, ()), puts)
+        return Decision(Ended(row, ()), puts)
     return original(read, command, now_us)
 
 
@@ -76,9 +77,7 @@ def _extend_forgotten(found: Any, read: Any, command: Any, now_us: int) -> Any:
 def _without_alerts(found: Any, read: Any, command: Any, now_us: int) -> Any:
     if type(found.answer) is not Ended:
         return found
-    return law.Decision(
-        found.answer._replace(alerts=()), {k: v for k, v in found.puts.items() if not k.startswith("^")}
-    )
+    return Decision(found.answer._replace(alerts=()), {k: v for k, v in found.puts.items() if not k.startswith("^")})
 
 
 def _record_lost(found: Any, read: Any, command: Any, now_us: int) -> Any:
@@ -118,7 +117,7 @@ def _refund_of_dead(original: Any, read: Any, command: Any, now_us: int) -> Any:
     row = read(command.id)
     if type(row) is Entry and row.kind == "settlement":
         amounts = {key: -amount for key, amount in row.amounts.items()}
-        return law._correct(read, row._replace(id=row.id), row.id + "~", amounts, command, -row.cost_nanos, {}, now_us)
+        return ends._correct(read, row._replace(id=row.id), row.id + "~", amounts, command, -row.cost_nanos, {}, now_us)
     return original(read, command, now_us)
 
 
@@ -195,7 +194,7 @@ def _forgets_kept(original: Any) -> Any:
 
 
 def _limit_of_old(original: Any, read: Any, command: Any, now_us: int) -> Any:
-    return original(lambda key: 0 if key == law.POLICY_KEY else read(key), command, now_us)
+    return original(lambda key: 0 if key == POLICY_KEY else read(key), command, now_us)
 
 
 def _any_accounts(original: Any, read: Any, command: Any, now_us: int) -> Any:
@@ -205,7 +204,7 @@ def _any_accounts(original: Any, read: Any, command: Any, now_us: int) -> Any:
 def _conflict_unseen(original: Any, read: Any, command: Any, now_us: int) -> Any:
     row = read(command.id)
     if type(row) is Entry and row.kind == "settlement":
-        return law.Decision(Ended(row, (), again=True), {})
+        return Decision(Ended(row, (), again=True), {})
     return original(read, command, now_us)
 
 

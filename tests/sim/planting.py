@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bursar import accounts, law
+from bursar.law import ends, incurred, reserving, standing
 
 Patch = Callable[[], "contextlib.AbstractContextManager[None]"]
 
@@ -57,7 +58,8 @@ def function(owner: Any, name: str, make: Callable[[Any], Any]) -> Patch:
 def everywhere(name: str, make: Callable[[Any], Any]) -> Patch:
     """A function of `accounts`, where the law uses it too."""
     original = getattr(accounts, name)
-    return lambda: replaced((accounts, name, make(original)), (law, name, make(original)))
+    users = [one for one in (accounts, standing, reserving, ends, incurred) if hasattr(one, name)]
+    return lambda: replaced(*((one, name, make(original)) for one in users))
 
 
 def with_rows(found: Any, **changed: Any) -> Any:

@@ -30,7 +30,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- bursar.law's `_draw`, of entries that are all new; they are copied into `records` in the same transaction.
+-- bursar.law's `draw`, of entries that are all new; they are copied into `records` in the same transaction.
 CREATE FUNCTION bursar_draw(c jsonb, given_us bigint, seen_us bigint) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     lease reservations;

@@ -1,4 +1,4 @@
--- How reservations end: bursar.law's `_settle`, `_release`, `_extend` and `_expire`.
+-- How reservations end: bursar.law's `settle`, `release`, `extend` and `expire`.
 
 -- Why an account is missing that a reservation or a record names: its key may have been changed while this waited for it.
 CREATE FUNCTION bursar_missing(id_ text, key_ text) RETURNS void LANGUAGE plpgsql AS $$

@@ -1,4 +1,4 @@
--- How amounts are held, or refused: bursar.law's `_reserve`.
+-- How amounts are held, or refused: bursar.law's `reserve`.
 
 CREATE FUNCTION bursar_refuse(
     c jsonb, accounts accounts[], lines accounts[], short bigint, mark bigint, made text[], now_us bigint

@@ -1,4 +1,4 @@
--- Costs that have been incurred, and are booked whatever the limits say: bursar.law's `_charge` and `_draw`.
+-- Costs that have been incurred, and are booked whatever the limits say: bursar.law's `charge` and `draw`.
 
 -- As `standing`, of an account on which a cost has been incurred already.
 local function incurring(line, rule, command_version, made, max)

@@ -1,4 +1,4 @@
--- How reservations end: bursar.law's `_settle`, `_release`, `_expire`, `_extend`.
+-- How reservations end: bursar.law's `settle`, `release`, `expire`, `extend`.
 
 -- Write what a command has done: accounts, the entry, alerts. The answer tells of them.
 local function ended(accounts, texts, alerts, id, entry, ...)

@@ -1,4 +1,4 @@
--- How amounts are held, or refused: bursar.law's `_reserve`.
+-- How amounts are held, or refused: bursar.law's `reserve`.
 
 -- When time alone makes room for all that lack it, if ever; and whether the end of calls in flight may help.
 local function relief(accounts, lines, short, mark)
