@@ -100,6 +100,9 @@ def dumps(value: object) -> str:
     return to_json(value).decode()
 
 
+array = dumps  # a list of texts, as a statement takes it
+
+
 def account(row: tuple[Any, ...]) -> Account:
     """The account in a row of `accounts`."""
     buckets = tuple((index, amount) for index, amount in from_json(row[19])) if row[19] else ()
