@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -85,10 +86,14 @@ class Running(watched.Server):
         self._data = pgserver.PostgresServer(self.folder / "data", postgres_version=VERSION)
         self._data.pgdata.mkdir()
         self._data.ensure_pgdata_inited()
+        self._fill()
         self._settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": ""} | settings
         self.port = watched.free_port()
         self.start()
         atexit.register(self.stop)
+
+    def _fill(self) -> None:
+        """Put something else into its folder than a new database."""
 
     def start(self) -> None:
         """That takes as long as it takes to recover."""
@@ -109,3 +114,26 @@ class Running(watched.Server):
     @property
     def url(self) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+
+class Standby(Running):
+    """A replica of another server, which can take its place."""
+
+    def __init__(self, primary: Running) -> None:
+        if not (primary._data.bin_path / "pg_basebackup").exists():
+            pytest.skip("these programs are a server's alone: a replica is made by pg_basebackup")
+        self._primary = primary
+        super().__init__()
+
+    def _fill(self) -> None:
+        data = self._data.pgdata
+        for path in data.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        source = ("-h", "127.0.0.1", "-p", str(self._primary.port), "-U", "postgres")
+        command = [self._data.bin_path / "pg_basebackup", "-D", data, "--write-recovery-conf", "-c", "fast", *source]
+        subprocess.run(command, user=self._data.system_user, group=self._data.system_user, check=True)
+
+    def promote(self) -> None:
+        """From now on it takes writes."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            assert connection.execute("SELECT pg_promote()").fetchone() == (True,)
