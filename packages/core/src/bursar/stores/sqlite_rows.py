@@ -48,6 +48,7 @@ ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"
 )
+# The tags that have a column of their own in `records`; all tags, free ones too, stand in the JSON of its column `draft`.
 TAGS = (
     "org",
     "team",
