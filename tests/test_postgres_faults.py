@@ -20,7 +20,7 @@ from postgres_server import SCHEMA, connect, fresh_url, server
 from bursar import Budget, Bursar, InvalidInput, StoreError, Usage, migrations
 from bursar.accounts import Mark, Rule
 from bursar.clock import SystemClock
-from bursar.commands import Ended, Granted, Refused, Rejected, Release, Reserve, Tell
+from bursar.commands import Draw, Drawn, Ended, Entry, Granted, Refused, Rejected, Release, Reserve, Tell
 from bursar.signing import OperatorKey
 from bursar.stores import open_store
 from bursar.stores.postgres import PostgresStore
@@ -54,6 +54,11 @@ def store(url: str) -> Iterator[PostgresStore]:
 def spent(store: PostgresStore, of: Rule = DOLLAR) -> tuple[int, int]:
     (account,) = store.accounts([of.key])
     return account.spent, account.reserved
+
+
+def drawn_entry(id: str, amount: int) -> Entry:
+    draft = {"path": [], "tags": {}, "cost_nanos": amount, "usage": {}}
+    return Entry(id, "settlement", None, "completed", False, "", amount, {}, {DOLLAR.key: amount}, 1, 2, "", draft, {})
 
 
 def in_threads(*jobs: Callable[[], object]) -> None:
@@ -189,6 +194,37 @@ def test_a_forked_child_has_connections_of_its_own(store: PostgresStore) -> None
     assert spent(store) == (25, 1)
 
 
+def test_a_fork_takes_the_connections_in_the_order_of_a_command_that_looks_something_up(store: PostgresStore) -> None:
+    """In the other order, a fork and a draw some of whose records are there would wait for each other for ever."""
+    taken: list[str] = []
+
+    class Noted:
+        def __init__(self, name: str, lock: Any) -> None:
+            self.name, self.lock = name, lock
+
+        def acquire(self) -> None:
+            taken.append(self.name)
+            self.lock.acquire()
+
+        def release(self) -> None:
+            self.lock.release()
+
+        def __enter__(self) -> None:
+            self.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.release()
+
+    store._using, store._reading = Noted("using", store._using), Noted("reading", store._reading)  # type: ignore[assignment]
+    entry = drawn_entry("e", 5)
+    for _ in range(2):
+        assert type(store.execute(Draw("lease", (DOLLAR,), (entry,), {}))) is Drawn
+    by_command, taken[:] = list(dict.fromkeys(taken)), []
+    store.before_fork()
+    store.after_fork(in_child=False)
+    assert taken == by_command == ["using", "reading"]
+
+
 def test_without_its_driver_the_store_says_what_to_install() -> None:
     code = "import sys; sys.modules['psycopg'] = None\nfrom bursar.stores import open_store\nopen_store('postgresql://x/y')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -207,6 +243,21 @@ def test_rows_that_somebody_holds_for_too_long(url: str) -> None:
             with fails("locked", "Another transaction holds"):
                 store.execute(settle("a", 25))
         assert type(store.execute(settle("a", 25))) is Ended
+    store.close()
+
+
+def test_whoever_stops_between_a_draw_and_its_commit_holds_the_accounts_for_a_while_only(url: str) -> None:
+    """A process that is stopped, or a host that is gone without a word: its connection stays until somebody ends it."""
+    store, other = PostgresStore(url, timeout_s=0.3), PostgresStore(url)
+    assert type(other.execute(reserve("a", (DOLLAR, 60)))) is Granted
+    connection = store._speak()
+    connection.execute("BEGIN")
+    connection.execute("SELECT 1 FROM accounts FOR UPDATE")
+    assert type(other.execute(settle("a", 25))) is Ended
+    assert type(store.execute(reserve("b", (DOLLAR, 1)))) is Granted  # on a connection of its own again
+    assert type(store.execute(Draw("lease", (DOLLAR,), (drawn_entry("e", 5),), {}))) is Drawn
+    assert spent(store) == (30, 1)
+    other.close()
     store.close()
 
 

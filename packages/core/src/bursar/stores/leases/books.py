@@ -48,6 +48,7 @@ class Books:
         self._queues: dict[Bundle, list[Lease]] = {}
         self._holders: dict[str, Lease] = {}
         self._demand: OrderedDict[Bundle, Demand] = OrderedDict()
+        self._writing = threading.Lock()
 
     def ends(self, command: Command) -> bool:
         """Whether the command is the end, or the extension, of a call that was made out of a lease."""
@@ -193,17 +194,19 @@ class Books:
         """Keep these entries in the journal; from then on they may be sent."""
         if not booked:
             return
-        assert self.journal is not None, "there is no lease without a journal"
-        rows = [(lease.id, entry_text(entry)) for lease, entry in booked]
-        number = self.journal.write(rows)
-        with self.lock:
-            for (lease, entry), (_, text) in zip(booked, rows, strict=True):
-                id = entry.id
-                if lease.unwritten.get(id) is entry:  # else somebody else has written it meanwhile
-                    lease.texts[id] = text
+        with self._writing:  # what two threads are about to write is written once: nobody would delete the other row
+            booked = [(lease, entry) for lease, entry in booked if lease.unwritten.get(entry.id) is entry]
+            if not booked:
+                return
+            assert self.journal is not None, "there is no lease without a journal"
+            rows = [(lease.id, entry_text(entry)) for lease, entry in booked]
+            number = self.journal.write(rows)
+            with self.lock:
+                for (lease, entry), (_, text) in zip(booked, rows, strict=True):
+                    lease.texts[entry.id] = text
                     lease.unsent[number] = entry
-                    del lease.unwritten[id]
-                number += 1
+                    del lease.unwritten[entry.id]
+                    number += 1
 
 
 def _bundle(command: Reserve) -> Bundle:

@@ -90,18 +90,22 @@ class Journal:
             yield self._connection or self._connect()
 
     def _connect(self) -> sqlite3.Connection:
-        self._connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA locking_mode=EXCLUSIVE")  # nobody else writes: half of a write's time
-        connection.execute("PRAGMA journal_mode=WAL")
-        # not even at a checkpoint: where the machine's end may lose all, nobody shall wait for the disk
-        connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'OFF'}")
-        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES[self._full]}")
-        # the log keeps what was deleted anyway, until it is written over; some builds would write zeros for it, too
-        connection.execute("PRAGMA secure_delete=OFF")
-        connection.execute(f"PRAGMA cache_size=-{CACHE_KB}")
-        self._execute = (
-            connection.cursor().execute
-        )  # one for every settlement: another for each takes a tenth of its time
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA locking_mode=EXCLUSIVE")  # nobody else writes: half of a write's time
+            connection.execute("PRAGMA journal_mode=WAL")
+            # not even at a checkpoint: where the machine's end may lose all, nobody shall wait for the disk
+            connection.execute(f"PRAGMA synchronous={'FULL' if self._full else 'OFF'}")
+            connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES[self._full]}")
+            # the log keeps what was deleted anyway, until it is written over; some builds would write zeros for it, too
+            connection.execute("PRAGMA secure_delete=OFF")
+            connection.execute(f"PRAGMA cache_size=-{CACHE_KB}")
+            # one cursor for every settlement: another for each takes a tenth of its time
+            execute = connection.cursor().execute
+            self._connection, self._execute = connection, execute
+        except BaseException:  # an interrupt: it holds the file's lock, and its caller's traceback holds it
+            connection.close()
+            raise
         return connection
 
     @contextlib.contextmanager
@@ -127,8 +131,8 @@ class Journal:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._use() as connection:
-            connection.execute("BEGIN")
             try:
+                connection.execute("BEGIN")
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
@@ -148,6 +152,7 @@ class Journal:
         """
         with self._using:
             first = self._last + 1
+            self._last += len(booked)  # now: an interrupt may come right after the write, and no number is used twice
             try:  # every settlement comes here: no context managers
                 connection = self._connection or self._connect()
                 if len(booked) == 1:
@@ -157,7 +162,6 @@ class Journal:
                         connection.executemany(_WRITE, [(first + at, *one) for at, one in enumerate(booked)])
             except sqlite3.Error as error:
                 raise self._fault(error) from error
-            self._last += len(booked)
         return first
 
     def sent(self, lease: str, numbers: Iterable[int], drawn: Mapping[str, int]) -> None:

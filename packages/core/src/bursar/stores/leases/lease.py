@@ -101,6 +101,7 @@ class Lease:
         over = [id for id in done if id not in busy and self.rows.pop(id, None) is not None]
         for id in over:
             self.rows.pop(f"{id}~", None)
+            self.open.pop(id, None)  # an interrupt may have kept it there
         return over
 
     def low(self) -> bool:
@@ -117,7 +118,7 @@ class Lease:
 
     def due(self, now_us: int) -> list[str]:
         """The calls whose time has come."""
-        return [id for id in self.open if type(row := self.rows[id]) is Reservation and row.expires_us <= now_us]
+        return [id for id in self.open if type(row := self.rows.get(id)) is Reservation and row.expires_us <= now_us]
 
     def _accounts(self) -> list[Account]:
         return [account for rule in self._lines if type(account := self.rows[rule.key]) is Account]

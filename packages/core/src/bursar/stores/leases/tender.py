@@ -130,8 +130,9 @@ class Tender:
         id = f"{now_us:014x}-{self._ids()}"
         lease = Lease(id, rules, size, calls, command.version, now_us)
         self._journal().begin(id, rules, dict(zip(bundle, size, strict=True)))
-        self.books.leases[id] = lease
         lease.retired = True  # until it is granted: else, whatever happens, it is given back
+        with self.books.lock:  # others go through them
+            self.books.leases[id] = lease
         answer = self._shared.execute(
             Reserve(
                 id,

@@ -117,8 +117,10 @@ def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) ->
         connection.execute(
             "SELECT set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
             "set_config('default_transaction_isolation', 'read committed', false), set_config('jit', 'off', false), "
-            "set_config('client_encoding', 'UTF8', false)",
-            (schema, str(round(timeout_s * 1_000))),
+            "set_config('client_encoding', 'UTF8', false), "
+            # a process that stops, or a host that is gone, between a draw and its commit keeps nobody from the accounts
+            "set_config('idle_in_transaction_session_timeout', %s, false)",
+            (schema, str(round(timeout_s * 1_000)), str(round(timeout_s * 1_000))),
         )
         connection.patience_s = PATIENCE * timeout_s
         if lawful:
@@ -204,7 +206,7 @@ def _value(connection: psycopg.Connection[Any], query: str, values: tuple[Any, .
 def is_lost(error: psycopg.Error) -> bool:
     """Whether the connection is gone, or leads to a server that may not write: another one may serve."""
     state = error.sqlstate or ""
-    return not state or state == "25006" or (state[:2] in ("08", "57") and state != "57014")
+    return not state or state in ("25006", "25P03") or (state[:2] in ("08", "57") and state != "57014")
 
 
 def is_passing(error: psycopg.Error) -> bool:

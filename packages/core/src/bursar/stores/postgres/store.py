@@ -354,16 +354,16 @@ class PostgresStore(TableReading):
     # A connection must not cross a fork: both sides would speak on one socket.
 
     def before_fork(self) -> None:
+        self._using.acquire()  # first, as by a command that has to look something up
         self._reading.acquire()
-        self._using.acquire()
 
     def after_fork(self, *, in_child: bool) -> None:
         if in_child:
             _inherited.extend(one for one in (self._connection, self._reader) if one is not None)
             self._connection = self._reader = None
             self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
-        self._using.release()
         self._reading.release()
+        self._using.release()
 
 
 @contextlib.contextmanager
