@@ -149,6 +149,18 @@ def test_a_server_that_was_killed_comes_back_with_every_acknowledged_settlement(
         assert sum(entry.cost_nanos for entry in store.entries()) == 525
 
 
+def test_a_server_that_comes_back_after_many_tries_is_used_again() -> None:
+    running = Running(appendonly="no")
+    with opened(running.url) as store:
+        running.kill()
+        for number in range(110):  # more than the driver's pool makes connections
+            with fails("unreachable", "Check the server"):
+                store.execute(reserve(f"a{number}", (DOLLAR, 1)))
+        running.start()
+        assert type(store.execute(reserve("b", (DOLLAR, 1)))) is Granted
+    running.stop()
+
+
 def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_told() -> None:
     for url in ("redis://user:hunter2@127.0.0.1:1/0", "redis+cluster://:hunter2@127.0.0.1:1"):
         with pytest.raises(StoreError, match="Check the server") as caught:

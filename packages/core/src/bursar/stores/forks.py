@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -21,6 +22,7 @@ class Forking(Protocol):
 _numbers = itertools.count()
 _stores: weakref.WeakValueDictionary[int, Forking] = weakref.WeakValueDictionary()
 _forking: list[Forking] = []
+_one_at_a_time = threading.Lock()  # from before a fork until after it, in the child as well: threads may fork at once
 
 
 def watch(store: Forking) -> None:
@@ -29,6 +31,7 @@ def watch(store: Forking) -> None:
 
 
 def _before_fork() -> None:
+    _one_at_a_time.acquire()
     _forking[:] = [store for _, store in sorted(_stores.items(), key=lambda item: -item[0])]
     for store in _forking:
         store.before_fork()
@@ -38,6 +41,7 @@ def _after_fork(in_child: bool) -> None:
     for store in reversed(_forking):
         store.after_fork(in_child=in_child)
     _forking.clear()
+    _one_at_a_time.release()
 
 
 if hasattr(os, "register_at_fork"):

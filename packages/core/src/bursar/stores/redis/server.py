@@ -56,7 +56,7 @@ class Server:
                 else:
                     options |= {"retry": Retry(NoBackoff(), 0), "retry_on_error": []}
                     client = redis.Redis.from_url(self._url, **options)
-                    client.connection_pool.make_connection()  # which connects to nothing yet, but knows its options
+                    _connection_of(client)  # which connects to nothing yet, but knows its options
                     self._client = client
             except (ValueError, TypeError):  # whose text may hold a password
                 raise InvalidInput(
@@ -104,7 +104,7 @@ class Server:
         with self.using:
             connection = self._connection
             if connection is None:
-                connection = self._connection = self.client().connection_pool.make_connection()
+                connection = self._connection = _connection_of(self.client())
             try:
                 connection.send_packed_command([_packed(command)])
                 return connection.read_response()
@@ -168,6 +168,12 @@ class Server:
         inherited = self._client, self._connection
         self._client = self._connection = None
         return inherited
+
+
+def _connection_of(client: Any) -> Any:
+    """A connection of our own. The pool would count it for ever, and after a hundred of them make no more."""
+    pool = client.connection_pool
+    return pool.connection_class(**pool.connection_kwargs)
 
 
 def _pipelined(commands: Iterable[Sequence[str | int]], client: Any) -> list[Any]:
