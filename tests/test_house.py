@@ -79,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     "operator": _BASE | _LAW | {"budget", "records", "refusal", "retention", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
-    "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "outcome", "records"},
+    "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "ending", "outcome", "records"},
     "settings": _BASE | {"budget", "detect", "policy", "prices", "scope", "sentry", "alerts"},
     "making": _BASE | _LAW | {"call", "estimate", "guard", "reservation", "scope", "stores"},
     "policy_file": _BASE

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
     from bursar.call import Step
     from bursar.reservation import Reservation
@@ -86,6 +87,7 @@ class told_only:
 _ends: SimpleQueue[Callable[[], object]] = SimpleQueue()
 _thread: threading.Thread | None = None
 _starting = threading.Lock()
+_LOCKING = ("bursar.alerts", "bursar.driver", "bursar.keeper", "bursar.stores", "bursar.waiting")
 
 
 def expect_orphans() -> None:
@@ -101,6 +103,16 @@ def expect_orphans() -> None:
 def end_soon(end: Callable[[], object]) -> None:
     """End a call in the background: for finalisers, which may run anywhere, under any lock. See `expect_orphans`."""
     _ends.put(end)
+
+
+def amid_bursar() -> bool:
+    """Whether a garbage collection in the midst of Bursar's own work brought us here: its locks are held then."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(_LOCKING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def drain(timeout_s: float) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
 from bursar.call import Call, Step, Steps
 from bursar.commands import Entry
 from bursar.driver import Driver
+from bursar.ending import amid_bursar, end_soon, expect_orphans
 from bursar.errors import BursarError, InvalidInput, Stopped, StoreError, UnknownPrice, UnreadableAnswer, shown
 from bursar.guard import log
 from bursar.money import nanos
@@ -191,6 +193,7 @@ class Block:
         self._reservation = Reservation(driver, call)
 
     def __enter__(self) -> Reservation:
+        expect_orphans()
         self._driver.reserve(self._call, live=True)
         return self._reservation
 
@@ -204,6 +207,7 @@ class Block:
         return False
 
     async def __aenter__(self) -> Reservation:
+        expect_orphans()
         await self._driver.areserve(self._call, live=True)
         return self._reservation
 
@@ -217,13 +221,19 @@ class Block:
         return False
 
     def _leaving(self, error: BaseException | None) -> Ending | None:
+        """What is left to do, in steps; None where that is nothing, or is done in the background."""
         if not self._reservation.is_open or self._driver.keeper.keeps(self._call):
             return None
         if self._call.request is None:
-            return self._reservation._settle(None, outcome="completed" if error is None else "failed")
-        if error is None:
-            return self._reservation._settle_unknown("left without settling")
-        return self._reservation._settle_error(error)
+            steps = self._reservation._settle(None, outcome="completed" if error is None else "failed")
+        elif error is None:
+            steps = self._reservation._settle_unknown("left without settling")
+        else:
+            steps = self._reservation._settle_error(error)
+        if isinstance(error, GeneratorExit) and amid_bursar():
+            end_soon(partial(self._driver.run, steps))
+            return None
+        return steps
 
     @contextlib.contextmanager
     def _reported(self, error: BaseException | None) -> Generator[None]:

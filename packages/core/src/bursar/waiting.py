@@ -79,7 +79,7 @@ class WaitingRoom:
     def __init__(self) -> None:
         self._queues: dict[str, list[Ticket]] = {}
         self._numbers = count(1)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a call that waits amid any of what follows
 
     def __bool__(self) -> bool:
         return bool(self._queues)

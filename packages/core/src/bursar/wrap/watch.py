@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from types import FrameType
 from typing import Any
 
-from bursar.ending import end_soon, expect_orphans
+from bursar.ending import amid_bursar, end_soon, expect_orphans
 from bursar.errors import Stopped
 from bursar.wrap.answer import Answer
 
@@ -101,24 +99,13 @@ def _watched(kind: type) -> type:
 
 
 _kinds: dict[type, type] = {}
-_LOCKING = ("bursar.driver", "bursar.keeper", "bursar.stores", "bursar.waiting")
 
 
 def end(answer: Answer) -> None:
     """End the call, from wherever its answer was closed or forgotten."""
     if answer.has_ended:
         return
-    if _inside_bursar():
+    if amid_bursar():
         end_soon(answer.end_now)
     else:
         answer.end_now()
-
-
-def _inside_bursar() -> bool:
-    """Whether a garbage collection in the midst of Bursar's own work brought us here: its locks are held then."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(_LOCKING):
-            return True
-        frame = frame.f_back
-    return False

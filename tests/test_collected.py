@@ -1,0 +1,74 @@
+"""Calls that the garbage collector ends: it comes amid whatever its thread does, and must wait for no lock of that thread."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Generator
+from decimal import Decimal
+from pathlib import Path
+
+from bursar import Budget, Bursar
+from bursar.commands import Tell
+from bursar.ending import drain
+from bursar.testing import ManualClock
+from bursar.waiting import WaitingRoom
+
+
+class Collecting(ManualClock):
+    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
+
+    collects = False
+
+    def now_us(self) -> int:
+        if self.collects:
+            gc.collect()
+        return super().now_us()
+
+
+def drop(generator: Generator[None]) -> None:
+    """Leave it half-way, as a part of a cycle: nobody but the collector will find it."""
+    next(generator)
+    held: list[object] = [generator]
+    held.append(held)
+
+
+def ends(work: Callable[[], object]) -> bool:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+def test_i9_a_block_that_is_collected_amid_a_transaction_of_the_same_thread_ends_after_it(tmp_path: Path) -> None:
+    clock = Collecting()
+    bursar = Bursar(f"sqlite:///{tmp_path}/b.db?durability=process", [Budget("b", "1 USD")], clock=clock)
+
+    def stream() -> Generator[None]:
+        with bursar.tool("search", cost="0.10 USD"):
+            yield
+
+    drop(stream())
+    clock.collects = True
+    assert ends(lambda: bursar.store.execute(Tell("one", "policy", {})))
+    clock.collects = False
+    assert drain(20)
+    assert bursar.store.open_reservations() == 0
+    (status,) = bursar.status()
+    assert (status.spent, status.reserved) == (Decimal("0.1"), 0)
+    bursar.close()
+
+
+def test_a_call_that_is_collected_while_it_waits_leaves_the_room_whatever_that_does_meanwhile() -> None:
+    room = WaitingRoom()
+
+    def waits() -> Generator[None]:
+        ticket = room.join("a")
+        try:
+            yield
+        finally:
+            room.leave(ticket)
+
+    drop(waits())
+    assert ends(lambda: room.freed("a" for _ in range(1) if gc.collect() >= 0))
+    assert not room
