@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import pytest
 
+from bursar.commands import Tell
 from bursar.stores import forks
+from bursar.stores.memory import MemoryStore
 
 FORKS = 25
 
@@ -50,3 +53,33 @@ def test_threads_that_fork_at_once_leave_every_store_usable_in_parent_and_childr
         thread.join(30)
     assert ended == [0] * FORKS * len(threads)
     assert all(store.lock.acquire(blocking=False) for store in stores)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_memory_store_that_other_threads_use_is_usable_in_a_fork_s_child() -> None:
+    store, over = MemoryStore(), threading.Event()
+
+    def use(name: str) -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            store.execute(Tell(f"{name} {number % 100}", "policy", {}))
+
+    threads = [threading.Thread(target=use, args=(f"thread {number}",), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    ended = []
+    for _ in range(FORKS):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)  # the signal ends it
+            store.execute(Tell("child", "policy", {}))
+            os._exit(0)
+        ended.append(os.waitpid(child, 0)[1])
+        if ended[-1]:
+            break
+    over.set()
+    for thread in threads:
+        thread.join(30)
+    assert ended == [0] * FORKS

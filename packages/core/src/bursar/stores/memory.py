@@ -28,6 +28,7 @@ from bursar.commands import (
 from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, POLICY_KEY, decide
 from bursar.signing import changes, operator_of
+from bursar.stores import forks
 
 
 class MemoryStore:
@@ -47,6 +48,7 @@ class MemoryStore:
         self._lock = threading.RLock()
         self._closed = False
         self.now_us = self._clock.now_us
+        forks.watch(self)
 
     def execute(self, command: Command) -> Answer:
         with self._lock:
@@ -175,3 +177,11 @@ class MemoryStore:
 
     def close(self) -> None:
         self._closed = True
+
+    # Another thread may be amid a command: the child would find its rows half put, and its lock held for ever.
+
+    def before_fork(self) -> None:
+        self._lock.acquire()
+
+    def after_fork(self, *, in_child: bool) -> None:
+        self._lock.release()
