@@ -96,8 +96,9 @@ def expect_orphans() -> None:
     if _thread is None:
         with _starting:
             if _thread is None:
-                _thread = threading.Thread(target=_end_orphans, args=(_ends,), daemon=True, name="bursar-ending")
-                _thread.start()
+                thread = threading.Thread(target=_end_orphans, args=(_ends,), daemon=True, name="bursar-ending")
+                thread.start()  # where there is no room for one, the next call tries again
+                _thread = thread
 
 
 def end_soon(end: Callable[[], object]) -> None:

@@ -41,9 +41,14 @@ class Keeper:
         if self._pid != pid:
             self._pid = pid
             self._stop = threading.Event()
-            threading.Thread(
+            thread = threading.Thread(
                 target=_keep, args=(weakref.ref(self), self._stop), daemon=True, name="bursar-keeper"
-            ).start()
+            )
+            try:
+                thread.start()
+            except BaseException:
+                self._pid = 0  # there may be room for a thread at the next call
+                raise
 
     def forget_all(self) -> None:
         """In a fork's child: its parent's calls are its parent's to tend."""

@@ -194,15 +194,22 @@ class GroupCommit:
             raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
 
     def _wake_worker(self) -> None:
+        try:
+            self._start_worker()
+        except RuntimeError:  # there is no room for a thread, and whoever comes next waits behind what is queued
+            self._empty()
+            return
+        if not self._awake:
+            self._awake = True
+            self._wake.put(None)
+
+    def _start_worker(self) -> None:
         if self._worker is None:
             with self._starting:
                 if self._worker is None:
                     worker = threading.Thread(target=self._work, name="bursar-store", daemon=True)
                     worker.start()
                     self._worker = worker
-        if not self._awake:
-            self._awake = True
-            self._wake.put(None)
 
     def _work(self) -> None:
         while not self._closed:

@@ -62,10 +62,11 @@ class Tender:
         if self._background and self._thread is None:
             with self._started:
                 if self._thread is None:
-                    self._thread = threading.Thread(
+                    thread = threading.Thread(
                         target=_work, args=(weakref.ref(self), self._wake), daemon=True, name="bursar-leases"
                     )
-                    self._thread.start()
+                    thread.start()  # where there is no room for one, who wants it next tries again
+                    self._thread = thread
 
     def _wanted(self) -> None:
         self._start()
