@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -191,3 +192,22 @@ def test_i9_a_call_whose_end_was_booked_later_or_rejected_is_extended_no_more(
         bursar.tend()
         call._call.state = "settled"  # it has ended; leaving the block has nothing more to say
     assert not [command for command in store.seen if type(command) is Extend]
+
+
+def test_i9_a_kept_end_that_no_account_can_hold_keeps_nothing_else_from_ending(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    bursar = Bursar(f"sqlite:///{tmp_path}/b.db", [Budget("b", "1 USD", mode="shadow")], clock=clock)
+    other = bursar.reserve("openai", "gpt-4o", **CALL)
+    faults = []
+    for _ in range(4):
+        try:
+            bursar.reserve("openai", "gpt-4o", **CALL).settle(Usage(input_tokens=2**48, output_tokens=2**48))
+        except StoreError as error:
+            faults.append(error.fault)
+    assert set(faults) == {"overflow"}
+    clock.advance(601)
+    with pytest.raises(StoreError, match="a sum would pass"):
+        bursar.tend()
+    assert ("expiry", other.id) in [(record.kind, record.id) for record in bursar.records()]
+    bursar.close()

@@ -17,6 +17,7 @@ TEND_S = 5.0
 LOOK_S = 0.5  # how often calls in flight are looked at: a switch that is thrown stops them within a second
 MAX_LIVE_S = 6 * 3_600.0  # a block that lasts longer is no longer extended
 MAX_KEPT = 10_000
+ITS_OWN = ("overflow", "damaged")  # faults that one end may have, whatever becomes of others
 
 
 class Keeper:
@@ -98,7 +99,7 @@ class Keeper:
         return [call for call, _ in list(self._live.values())]
 
     def tend(self) -> None:
-        """One round. Raises StoreError when the store is out of reach; nothing is forgotten then."""
+        """One round. Raises StoreError when the store is out of reach, or cannot hold a kept end; nothing is forgotten then."""
         now_us = self._store.now_us()
         for call, extended_us in list(self._live.values()):
             if now_us - extended_us >= call.ttl_us // 3 and now_us - call.reserved_us < MAX_LIVE_S * 1e6:
@@ -107,16 +108,27 @@ class Keeper:
                     self._live.pop(call.id, None)
                 elif call.id in self._live:
                     self._live[call.id] = (call, now_us)
+        failed: StoreError | None = None
         for id, command in list(self._kept.items()):
-            answer = self._store.execute(command)
-            if type(command) is Charge and isinstance(answer, Rejected) and answer.why == "conflict":
-                answer = self._store.execute(settling(command))  # the store had the reservation: see Guard
-            self._kept.pop(id, None)
-            self._live.pop(id, None)
-            if isinstance(answer, Rejected):
-                log.error("the kept end of %s was rejected (%s %s)", id, answer.why, answer.detail)
+            try:
+                self._book(id, command)
+            except StoreError as error:
+                if error.fault not in ITS_OWN:
+                    raise
+                failed = error  # nothing else waits for it: the other ends, what is overdue, what is to be stopped
         self._store.sweep()
         self._kill(self._in_flight())
+        if failed is not None:
+            raise failed
+
+    def _book(self, id: str, command: Command) -> None:
+        answer = self._store.execute(command)
+        if type(command) is Charge and isinstance(answer, Rejected) and answer.why == "conflict":
+            answer = self._store.execute(settling(command))  # the store had the reservation: see Guard
+        self._kept.pop(id, None)
+        self._live.pop(id, None)
+        if isinstance(answer, Rejected):
+            log.error("the kept end of %s was rejected (%s %s)", id, answer.why, answer.detail)
 
     def stop(self) -> None:
         """End the thread, after a last round."""
