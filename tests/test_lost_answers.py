@@ -211,3 +211,19 @@ def test_i9_a_kept_end_that_no_account_can_hold_keeps_nothing_else_from_ending(
         bursar.tend()
     assert ("expiry", other.id) in [(record.kind, record.id) for record in bursar.records()]
     bursar.close()
+
+
+def test_a_switch_reaches_a_call_whose_reservation_expired_while_the_store_was_away(
+    store: Far, opened: Open, clock: ManualClock
+) -> None:
+    bursar = opened("closed")
+    with bursar.call("openai", "gpt-4o", **CALL) as call:
+        clock.advance(601)
+        store.sweep()  # another process, which has the store again before this one
+        bursar.tend()
+        store.publish({"everything": {"frozen": True, "tags": {}}}, "freeze")
+        bursar._driver.keeper.look()
+        assert call.stopped is not None
+        call.settle(USAGE)
+    assert costs(bursar) == [("expiry", 7_500_000), ("correction", -1_000_000)]
+    assert not bursar._driver.keeper._in_flight()

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from bursar.call import Call
 from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle, settling
@@ -20,6 +21,14 @@ MAX_KEPT = 10_000
 ITS_OWN = ("overflow", "damaged")  # faults that one end may have, whatever becomes of others
 
 
+@dataclass(slots=True)
+class _Live:
+    """A call in flight, and when it was last extended; None once its reservation has ended, as after a long outage."""
+
+    call: Call
+    extended_us: int | None
+
+
 class Keeper:
     """Housekeeping of one Bursar: `tend` is one round; a daemon thread does one every few seconds once calls are made.
 
@@ -30,7 +39,7 @@ class Keeper:
         self._store = store
         self._look = look
         self._kill = kill
-        self._live: dict[str, tuple[Call, int]] = {}
+        self._live: dict[str, _Live] = {}
         self._kept: dict[str, Command] = {}
         self._stop = threading.Event()
         self._pid = 0
@@ -63,11 +72,12 @@ class Keeper:
 
     def watch(self, call: Call) -> None:
         """Extend this call until it is forgotten."""
-        self._live[call.id] = (call, call.reserved_us)
+        self._live[call.id] = _Live(call, call.reserved_us)
 
     def unwatch(self, call: Call) -> None:
         """Extend this call no more. What is kept under its id may be the end of an earlier one."""
-        if self._live.get(call.id, (None,))[0] is call:
+        live = self._live.get(call.id)
+        if live is not None and live.call is call:
             del self._live[call.id]
 
     def forget(self, call: Call) -> None:
@@ -96,18 +106,11 @@ class Keeper:
             self._look_too()
 
     def _in_flight(self) -> list[Call]:
-        return [call for call, _ in list(self._live.values())]
+        return [live.call for live in list(self._live.values())]
 
     def tend(self) -> None:
         """One round. Raises StoreError when the store is out of reach, or cannot hold a kept end; nothing is forgotten then."""
-        now_us = self._store.now_us()
-        for call, extended_us in list(self._live.values()):
-            if now_us - extended_us >= call.ttl_us // 3 and now_us - call.reserved_us < MAX_LIVE_S * 1e6:
-                answer = self._store.execute(Extend(call.id, call.ttl_us))
-                if isinstance(answer, Rejected):
-                    self._live.pop(call.id, None)
-                elif call.id in self._live:
-                    self._live[call.id] = (call, now_us)
+        self._extend()
         failed: StoreError | None = None
         for id, command in list(self._kept.items()):
             try:
@@ -120,6 +123,18 @@ class Keeper:
         self._kill(self._in_flight())
         if failed is not None:
             raise failed
+
+    def _extend(self) -> None:
+        """Extend calls in flight, each at a third of its time. One that cannot be extended is still in flight: see `look`."""
+        now_us = self._store.now_us()
+        for live in list(self._live.values()):
+            call, extended_us = live.call, live.extended_us
+            if now_us - call.reserved_us >= MAX_LIVE_S * 1e6:
+                if extended_us is None:
+                    self.unwatch(call)
+            elif extended_us is not None and now_us - extended_us >= call.ttl_us // 3:
+                answer = self._store.execute(Extend(call.id, call.ttl_us))
+                live.extended_us = None if isinstance(answer, Rejected) else now_us
 
     def _book(self, id: str, command: Command) -> None:
         answer = self._store.execute(command)
