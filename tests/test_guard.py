@@ -252,6 +252,17 @@ def test_i8_a_live_block_is_extended_and_a_dead_one_is_not(bursar: Bursar, clock
         assert live.settle(ANSWER).kind == "settlement"
 
 
+def test_i8_a_live_block_of_seconds_is_extended_as_often_as_calls_are_looked_at(
+    bursar: Bursar, clock: ManualClock
+) -> None:
+    with bursar.tool("search", cost="0.01 USD", ttl_s=2):
+        for _ in range(6):
+            clock.advance(1)
+            bursar._driver.keeper.look()
+            bursar.store.sweep()
+        assert bursar.store.open_reservations() == 1
+
+
 # -- room for a smaller answer ---------------------------------------------------------------------------------------
 
 

@@ -98,10 +98,10 @@ class Keeper:
             self._kept[command.id] = command
 
     def look(self) -> None:
-        """Find out whether a call in flight has to stop, and see to what is looked at as often. Raises StoreError."""
-        live = self._in_flight()
-        if live:
-            self._look(live)
+        """Extend calls in flight, find out whether one has to stop, and see to what is looked at as often. Raises StoreError."""
+        if self._live:
+            self._extend()  # a time to live of seconds is over before the next round
+            self._look(self._in_flight())
         if self._look_too is not None:
             self._look_too()
 
