@@ -254,6 +254,26 @@ print(os.waitstatus_to_exitcode(status))
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "0\n"
 
 
+def test_a_fork_s_child_delivers_what_its_calls_cause_though_its_parent_is_gone(tmp_path: Path) -> None:
+    code = """
+import os, sys, threading
+from bursar import Budget, Bursar
+from bursar.alerts import Alerts
+sent = threading.Event()
+def sink(message):
+    print(message.kind, message.budget, flush=True)
+    sent.set()
+bursar = Bursar(sys.argv[1], [Budget("b", "1 USD", thresholds=[{"at": "50%", "action": "notify"}])], alerts=Alerts([sink]))
+if os.fork():
+    os._exit(0)
+bursar.charge("0.60 USD")
+assert sent.wait(20)
+bursar.close()
+"""
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/b.db"]
+    assert subprocess.check_output(command, text=True, timeout=60) == "threshold b\n"
+
+
 def test_a_store_that_is_out_of_reach_loses_nothing(store: Store, clock: ManualClock) -> None:
     heard = Heard()
     delivery = told(store, heard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import weakref
@@ -56,6 +57,7 @@ class Deliverer:
         self._pid = 0
         self._at_exit = partial(_close, weakref.ref(self))
         self._begin(_inline)
+        _deliverers.add(self)
 
     def _begin(self, spawn: Callable[[Callable[[], None]], None]) -> None:
         self._spawn = spawn
@@ -69,18 +71,32 @@ class Deliverer:
 
     def start(self) -> None:
         """Begin in the background, once. A fork's child begins anew: what its parent had claimed is its parent's."""
-        if self._pid == os.getpid():
+        before, pid = self._pid, os.getpid()
+        if before == pid:
             return
-        self._pid = os.getpid()
+        self._pid = pid
         self._begin(_in_thread)
         signs = (self._wake, self._stop, self._ended)
-        threading.Thread(target=_run, args=(weakref.ref(self), *signs), daemon=True, name="bursar-alerts").start()
+        thread = threading.Thread(target=_run, args=(weakref.ref(self), *signs), daemon=True, name="bursar-alerts")
+        try:
+            thread.start()
+        except BaseException:
+            self._pid = before  # there may be room for a thread later
+            raise
         atexit.register(self._at_exit)
 
     def wake(self) -> None:
-        """There is something to deliver: do not wait for the next round. The caller waits for nothing."""
-        if self._pid == os.getpid():  # in a fork's child the event may be held by a thread that is not there
-            self._wake.set()
+        """There is something to deliver: do not wait for the next round. The caller waits for nothing.
+
+        A fork's child begins with the first that it has: its parent, which delivers too, may end before it.
+        """
+        if not self._pid:
+            return
+        with contextlib.suppress(
+            RuntimeError
+        ):  # no room for a thread: a call must not fail for that, and the next tries again
+            self.start()
+        self._wake.set()
 
     def tend(self) -> None:
         """One round: claim, send what is due, and tell the outbox. Raises StoreError; nothing is forgotten then."""
@@ -291,3 +307,16 @@ def _close(held: weakref.ref[Deliverer]) -> None:
     deliverer = held()
     if deliverer is not None:
         deliverer.close()
+
+
+_deliverers: weakref.WeakSet[Deliverer] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a fork's child: what its parent's threads held is held for ever."""
+    for deliverer in list(_deliverers):
+        deliverer._begin(deliverer._spawn)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
