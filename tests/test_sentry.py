@@ -5,15 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
 import pytest
 
-from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, Operator, Stopped, Usage
+from bursar import (
+    ApprovalRequired,
+    Budget,
+    BudgetExceeded,
+    Bursar,
+    InvalidInput,
+    Operator,
+    Stopped,
+    StoreError,
+    Threshold,
+    Usage,
+)
+from bursar.commands import Answer, Command, Tell
 from bursar.detect import Detectors
 from bursar.reservation import Reservation
+from bursar.stores.memory import MemoryStore
 from bursar.testing import ManualClock
 
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
@@ -90,6 +103,54 @@ def test_a_loop_is_stopped_where_detectors_act(make: Any) -> None:
     assert caught.value.cause == "loop"
     with bursar.scope(run="other"):
         bursar.reserve("openai", "gpt-4o", messages="something else", max_output_tokens=10).release()
+
+
+class Refusing(MemoryStore):
+    """A store that is out of reach for some things."""
+
+    away: tuple[type | str, ...] = ()
+
+    def execute(self, command: Command) -> Answer:
+        if type(command) in self.away:
+            raise StoreError("no way. Try again.", fault="unreachable")
+        return super().execute(command)
+
+    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
+        if kind in self.away:
+            raise StoreError("no way. Try again.", fault="unreachable")
+        return super().publish(definitions, kind)
+
+
+def test_what_the_store_could_not_be_told_of_is_told_when_it_is_seen_again() -> None:
+    store = Refusing()
+    bursar = Bursar(store, [])
+    store.away = (Tell,)
+    with pytest.raises(StoreError):
+        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1)
+    store.away = ()
+    for _ in range(2):
+        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1).release()
+    assert told(bursar) == [("uncapped", "notify")]
+
+
+@pytest.mark.parametrize("away", [Tell, "approval"])
+def test_a_question_whose_asking_was_cut_off_is_told_when_it_is_asked_again(away: type | str) -> None:
+    store = Refusing()
+    bursar = Bursar(store, [Budget("b", "1 USD", thresholds=[Threshold("50%", "ask")])])
+    bursar.charge("0.60 USD")
+
+    def ask() -> None:
+        bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1)
+
+    store.away = (away,)
+    with pytest.raises(StoreError):
+        ask()
+    store.away = ()
+    for _ in range(2):
+        with pytest.raises(ApprovalRequired):
+            ask()
+    assert "approval" in [alert.kind for alert, _ in store.alerts()]
+    assert len(store.definitions()[1]["approval"]) == 1
 
 
 def test_off_sees_nothing(make: Any) -> None:

@@ -98,7 +98,11 @@ class Notices:
             "why": sign.why,
             "tags": call.tags(),
         }
-        yield Tell(f"{sign.name} {call.run} {now_us}", "detector", facts)
+        try:
+            yield Tell(f"{sign.name} {call.run} {now_us}", "detector", facts)
+        except BaseException:
+            self.sentry.untold(sign, call)
+            raise
         self.told()
 
     def crossed(
@@ -143,8 +147,9 @@ class Notices:
             "why": why,
             **facts,
         }
-        yield Publish("approval", {id: question})
+        # told first: of a question that stands nobody is told again, though whoever asked it got no further
         yield Tell(f"approval {id} {now_us}", "approval", {**question, "id": id})
+        yield Publish("approval", {id: question})
         self.told()
 
     def kill(self, rule: Rule, budget: str, policy: Policy) -> Generator[Step, Any, None]:

@@ -128,8 +128,7 @@ class Sentry:
 
     def is_news(self, sign: Sign, call: Call) -> bool:
         """Whether nobody was told of this yet: once per detector and run, or agent where it is no matter of one run."""
-        who = call.scope.tags.get("agent", "") if sign.name == "uncapped" else call.run
-        key = f"{sign.name} {who}"
+        key = _matter(sign, call)
         with self._lock:
             if key in self._told:
                 return False
@@ -137,6 +136,11 @@ class Sentry:
             if len(self._told) > MOST_TOLD:
                 self._told.popitem(last=False)
             return True
+
+    def untold(self, sign: Sign, call: Call) -> None:
+        """The store could not take it: it is news still."""
+        with self._lock:
+            self._told.pop(_matter(sign, call), None)
 
     def _sign(self, finding: Finding | None) -> Sign | None:
         if finding is None or finding.action == "off":
@@ -153,6 +157,11 @@ def _seen(look: Callable[..., Finding | None], *args: Any, **said: Any) -> Findi
     except Exception as error:  # whatever a message is made of, a look at it must not fail the call
         log.warning("detectors cannot read a call, and do not see it: %s", type(error).__name__, exc_info=True)
         return None
+
+
+def _matter(sign: Sign, call: Call) -> str:
+    who = call.scope.tags.get("agent", "") if sign.name == "uncapped" else call.run
+    return f"{sign.name} {who}"
 
 
 def _is_task(call: Call) -> bool:
