@@ -206,6 +206,48 @@ def test_a_file_that_is_gone_changes_nothing(desk: Callable[[str], Desk]) -> Non
     assert len(here.told("resolved")) == 1
 
 
+def test_a_file_that_is_put_back_as_it_was_is_told_to_be_over(desk: Callable[[str], Desk]) -> None:
+    here = desk(ONE)
+    aside = here.path.rename(here.path.with_suffix(".aside"))
+    here.look()
+    aside.rename(here.path)
+    here.look(3)
+    assert [len(here.told(kind)) for kind in ("policy", "resolved")] == [1, 1]
+
+
+def test_a_changed_file_that_cannot_be_opened_for_want_of_descriptors_is_taken_later(
+    desk: Callable[[str], Desk],
+) -> None:
+    resource = pytest.importorskip("resource")
+    here = desk(ONE)
+    here.write(ONE.replace("0.10", "0.20"))
+    here.look(1)
+    store = MemoryStore()  # which needs none
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        here.watch.look(store, here.bursar._take)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [alert.kind for alert, _ in store.alerts()] == ["policy"]
+    here.watch.look(store, here.bursar._take)
+    assert here.in_force() == {"a": "0.20 USD"}
+    assert [alert.kind for alert, _ in store.alerts()] == ["policy", "resolved"]
+
+
+def test_a_fault_that_the_store_could_not_be_told_of_is_told_later(desk: Callable[[str], Desk]) -> None:
+    here = desk(ONE)
+    here.write("nonsense")
+    here.look(1)
+    away = MemoryStore()
+    away.close()  # it still gives its version
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            here.watch.look(away, here.bursar._take)
+    here.look(2)
+    assert len(here.told("policy")) == 1
+
+
 def test_another_store_needs_another_start(desk: Callable[[str], Desk]) -> None:
     here = desk(ONE)
     here.path.write_text(f'store = "memory:"\n{ONE.replace("0.10", "5")}')

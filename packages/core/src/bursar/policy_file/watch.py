@@ -48,17 +48,21 @@ class PolicyWatch:
         stamp = _stamp(self._path)
         if stamp != self._seen:  # somebody may still be writing: half a file can be valid, and lack budgets
             self._seen = stamp
-        elif stamp != self._taken and self._refused != (refused := (stamp, store.version())):
+        elif stamp == self._taken:
+            self._tell_over(store)  # what could not be taken is gone, and this is back
+            self._refused = None
+        elif self._refused != (refused := (stamp, store.version())):
             try:
                 self._try(take)
             except StoreError:
                 raise
             except BursarError as error:
-                self._refused = refused
                 self._tell(store, stamp, error)
+                if not isinstance(error.__cause__, OSError):  # what cannot be read now may be readable as it stands
+                    self._refused = refused
             else:
-                self._taken, self._refused = stamp, None
                 self._tell_over(store)
+                self._taken, self._refused = stamp, None
 
     def _try(self, take: Callable[[Settings], None]) -> None:
         policy = read_policy(self._path)
@@ -86,10 +90,10 @@ class PolicyWatch:
         )  # every process of this machine gives it the same id
         if fault == self._fault:
             return
-        self._fault = fault
         log.error("%s cannot be taken, and what was in force stays in force. %s", self._path, error)
         facts = {"file": str(self._path), "why": str(error), "line": error.fields.get("line")}
         store.execute(Tell(fault, "policy", facts))
+        self._fault = fault  # told, and not before
 
     def _tell_over(self, store: Store) -> None:
         if self._fault:
