@@ -63,7 +63,8 @@ def test_a_call_that_is_collected_while_it_waits_leaves_the_room_whatever_that_d
     room = WaitingRoom()
 
     def waits() -> Generator[None]:
-        ticket = room.join("a")
+        ticket = room.come()
+        room.move(ticket, "a")
         try:
             yield
         finally:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -214,9 +216,15 @@ def test_a_limit_that_is_raised_meanwhile_is_noticed(tmp_path: Path) -> None:
         assert crowd.served == [0]
 
 
+def join(room: WaitingRoom, key: str) -> Ticket:
+    ticket = room.come()
+    room.move(ticket, key)
+    return ticket
+
+
 def test_a_ticket_keeps_its_number_in_whatever_queue_it_stands() -> None:
     room = WaitingRoom()
-    first, second, third = room.join("a"), room.join("b"), room.join("a")
+    first, second, third = join(room, "a"), join(room, "b"), join(room, "a")
     assert room.occupied(["a", "b"], second) == "a", "it came second, and the first waits in a"
     assert room.occupied(["b"], first) is None
     assert room.occupied(["c", "b"]) == "b"
@@ -233,7 +241,7 @@ def test_a_ticket_keeps_its_number_in_whatever_queue_it_stands() -> None:
 
 def test_a_wake_reaches_whoever_waits_later() -> None:
     room = WaitingRoom()
-    ticket = room.join("a")
+    ticket = join(room, "a")
     room.freed(["a", "b"])
     waiting = threading.Thread(target=ticket.wait, args=(60,), daemon=True)
     waiting.start()
@@ -311,6 +319,39 @@ def test_who_runs_out_of_patience_in_the_queue_does_not_overtake(url: str) -> No
         assert "calls that came before wait for what there is" in str(small.error)
         (record,) = (record for record in bursar.records() if record.kind == "refusal")
         assert record.outcome == "blocked"
+
+
+def test_i9_an_interrupt_at_any_step_of_queueing_leaves_no_place_behind() -> None:
+    """Else everybody who comes later would stand behind it, and be refused."""
+    steps = -1
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_globals["__name__"] != "bursar.waiting":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    with Bursar("memory:", [FLIGHT]) as bursar:
+        assert Caller(bursar, 1).sent
+        left = -1
+        while left < 0:
+            steps += 1
+            left = steps
+            tracing = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                Caller(bursar, 1).steps.close()
+            except KeyboardInterrupt:
+                assert left < 0
+            finally:
+                sys.settrace(tracing)
+            assert not bursar.guard.room, steps
+    assert steps > 50
 
 
 def test_a_place_is_kept_where_a_window_ends(url: str) -> None:

@@ -44,13 +44,16 @@ class Queueing:
 
     def leave(self) -> None:
         if self._ticket is not None:
-            self._room.leave(self._ticket)
+            try:
+                self._room.leave(self._ticket)
+            except BaseException:  # an interrupt: whoever comes later would stand behind this place for ever
+                self._room.leave(self._ticket)
+                raise
 
     def _stand(self, queue: str) -> Ticket:
         if self._ticket is None:
-            self._ticket = self._room.join(queue)
-        else:
-            self._room.move(self._ticket, queue)
+            self._ticket = self._room.come()
+        self._room.move(self._ticket, queue)
         return self._ticket
 
 

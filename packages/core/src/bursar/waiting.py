@@ -97,12 +97,9 @@ class WaitingRoom:
                     return key
         return None
 
-    def join(self, key: str) -> Ticket:
-        """Stand in this queue, behind everybody who is in the room."""
-        with self._lock:
-            ticket = Ticket(key, next(self._numbers))
-            insort(self._queues.setdefault(key, []), ticket, key=_number)
-        return ticket
+    def come(self) -> Ticket:
+        """Enter the room, behind everybody who is in it. The ticket stands in no queue yet; whoever holds it has to `leave`."""
+        return Ticket("", next(self._numbers))
 
     def move(self, ticket: Ticket, key: str) -> None:
         """Stand in this queue and in no other, before those who came to the room later."""
@@ -120,7 +117,7 @@ class WaitingRoom:
             return self._queues[ticket.key][0] is ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Give up the place; who is first now is woken to try."""
+        """Give up the place; who is first now is woken to try. To leave twice, or from nowhere, does no harm."""
         with self._lock:
             following = self._take_out(ticket)
         if following is not None:
@@ -128,10 +125,12 @@ class WaitingRoom:
 
     def _take_out(self, ticket: Ticket) -> Ticket | None:
         """Who is first in the ticket's queue without it."""
-        queue = self._queues[ticket.key]
-        del queue[bisect_left(queue, ticket.number, key=_number)]
+        queue = self._queues.get(ticket.key, [])
+        at = bisect_left(queue, ticket.number, key=_number)
+        if at < len(queue) and queue[at] is ticket:  # else an interrupt came before it stood there, or while it left
+            del queue[at]
         if not queue:
-            del self._queues[ticket.key]
+            self._queues.pop(ticket.key, None)
         return queue[0] if queue else None
 
     def freed(self, keys: Iterable[str]) -> None:
