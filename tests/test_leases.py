@@ -520,6 +520,21 @@ def test_a_damaged_journal_is_put_aside_and_holds_up_no_other(
     assert audit(shared) == []
 
 
+def test_what_recovery_tells_of_a_lease_that_was_given_back_or_never_granted_is_that_nothing_stays(
+    shared: Shared, tmp_path: Path
+) -> None:
+    """Its process died before the journal said so."""
+    left = Journal(tmp_path / "a.journal", full=False)
+    for id in ("given back", "never granted"):
+        left.begin(id, (rule(),), {rule().key: 100})
+    left.close(delete=False)
+    draft = {"path": [], "tags": {}, "cost_nanos": 100, "usage": {}}
+    assert type(shared.execute(Reserve("given back", ((rule(), 100),), TTL_US, draft))) is Granted
+    assert type(shared.execute(Release("given back"))) is Ended
+    assert [one.estimated for one in recover(shared, tmp_path)] == [{"USD": 0}] * 2
+    assert account(shared).spent == 0
+
+
 def test_recovery_that_is_cut_off_goes_on_from_there(
     start: Callable[..., Process], shared: Shared, tmp_path: Path
 ) -> None:

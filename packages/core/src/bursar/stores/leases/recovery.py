@@ -76,9 +76,9 @@ def _recover(store: Store, journal: Journal, kept: Kept) -> Recovered:
     estimated = unaccounted(kept.rules, kept.granted, drawn)
     # the calls in flight may have been billed: what is left stands for them, for each account what it held
     actuals = {} if left is not None else estimated
-    settle(
-        store, kept.id, actuals, estimated.get("USD", 0), "the process died: the outcome of its last calls is unknown"
-    )
+    reason = "the process died: the outcome of its last calls is unknown"
+    if not settle(store, kept.id, actuals, estimated.get("USD", 0), reason):
+        estimated = dict.fromkeys(estimated, 0)  # nothing of it is on the books
     journal.ended(kept.id)
     return Recovered(journal.path, kept.id, new, estimated)
 
