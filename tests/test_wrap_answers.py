@@ -262,7 +262,7 @@ def test_a_stream_forgotten_in_the_midst_of_the_books_does_not_stop_them(provide
         bursar.store.execute = collecting  # type: ignore[method-assign]
         bursar.charge("0.001 USD", tool="other")
         assert settled.wait(10)
-        assert threads == ["bursar-wrap"]
+        assert threads == ["bursar-ending"]
         assert bursar.store.open_reservations() == 0
 
 

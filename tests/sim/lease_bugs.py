@@ -37,10 +37,10 @@ def _lease_kept(original: Any) -> Any:
 def _unwritten(original: Any) -> Any:
     """Answered before it is in the journal."""
 
-    def write(self: Any, booked: Any) -> None:
-        for one, entry in booked:
-            one.unsent[next(_numbers)] = entry
-            one.unwritten.pop(entry.id, None)
+    def write(self: Any, leases: Any) -> None:
+        for one in leases:
+            for id in list(one.unwritten):
+                one.unsent[next(_numbers)] = one.unwritten.pop(id)
 
     return write
 

@@ -280,6 +280,7 @@ class Scenario:
         world = self.world
         nobody = Host("outside")
         nobody.inline = True
+        nobody.mortal = False  # somebody sweeps, when every process is gone too
         hosts = self.random.choice((1, 1, 2, 2, 3))
         for number in range(hosts):
             self.start(self.calls // hosts, first=number == 0)

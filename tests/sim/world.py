@@ -46,6 +46,7 @@ class Host:
         self.store: Any = None
         self.doomed = False  # it dies before it does anything more
         self.inline = False  # the store is in the process itself, and does what it is asked at once
+        self.mortal = True  # it may be killed
         self.end: Callable[[], None] = lambda: None
 
 
@@ -139,7 +140,7 @@ class World:
         if host.doomed:
             self.kill(host)
             return
-        if self.faults.hits("kill"):
+        if self.faults.hits("kill") and host.mortal:
             if self.random.random() < 0.5 and type(step) is not int:
                 self._carry_out(task, step)
             self.kill(host)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import os
+import threading
+from collections.abc import Callable, Generator
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -76,3 +79,51 @@ class told_only:
             return False
         log.error("while ending a call: %s", error, exc_info=None if hasattr(error, "fields") else error)
         return True
+
+
+# -- calls whose end nobody tells ----------------------------------------------------------------------------------
+
+_ends: SimpleQueue[Callable[[], object]] = SimpleQueue()
+_thread: threading.Thread | None = None
+_starting = threading.Lock()
+
+
+def expect_orphans() -> None:
+    """Start the thread that `end_soon` needs; here, because where a finaliser runs a thread cannot safely be started."""
+    global _thread
+    if _thread is None:
+        with _starting:
+            if _thread is None:
+                _thread = threading.Thread(target=_end_orphans, args=(_ends,), daemon=True, name="bursar-ending")
+                _thread.start()
+
+
+def end_soon(end: Callable[[], object]) -> None:
+    """End a call in the background: for finalisers, which may run anywhere, under any lock. See `expect_orphans`."""
+    _ends.put(end)
+
+
+def drain(timeout_s: float) -> bool:
+    """Wait until the ends that were put off so far are booked; False when that takes longer."""
+    reached = threading.Event()
+    expect_orphans()
+    _ends.put(reached.set)
+    return reached.wait(timeout_s)
+
+
+def _end_orphans(ends: SimpleQueue[Callable[[], object]]) -> None:
+    while True:
+        end = ends.get()
+        with told_only():
+            end()
+        del end  # it may hold all that there is of a guard
+
+
+def _forked() -> None:
+    """In the child of a fork there is no thread, and what waits for it is the parent's."""
+    global _ends, _thread, _starting
+    _ends, _thread, _starting = SimpleQueue(), None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -5,22 +5,6 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, Text
 from sqlmodel import Field, SQLModel
 
-# The tags that have a column of their own in `records`; all tags, free ones too, stand in the JSON of its column `draft`.
-TAG_COLUMNS = (
-    "org",
-    "team",
-    "project",
-    "user",
-    "customer",
-    "workflow",
-    "agent",
-    "run",
-    "tool",
-    "connection",
-    "provider",
-    "model",
-)
-
 
 def _integer(default: int | None = 0) -> Column[int]:
     return Column(BigInteger, nullable=default is None, default=default)

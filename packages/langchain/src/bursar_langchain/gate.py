@@ -9,11 +9,10 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from bursar.ending import Ending, released, unknown
+from bursar.ending import Ending, end_soon, expect_orphans, released, unknown
 from bursar.errors import BudgetExceeded
 from bursar.sending import Sending
 from bursar_langchain.errors import langchain_error
@@ -135,8 +134,7 @@ class Gate:
             return None
         with self._ended:
             self._unended += 1
-        if _thread is None:
-            _start_ending()
+        expect_orphans()
         # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
         # cancelled, abandoned or refused by a later handler, so its death ends the call (only queued here: a finaliser
         # may run anywhere, under any lock).
@@ -235,7 +233,7 @@ class Gate:
     def end_soon(self, key: int) -> None:
         """End a call of which no event will come, in the background: for finalisers, done callbacks and the like."""
         if key in self._open:
-            _orphans.put((self, key))
+            end_soon(partial(self.end_now, key, unknown(ABANDONED)))
 
     def siblings(self, opened: Open) -> list[tuple[int, bool]]:
         """The open calls of the same `generate`, and whether they came before this one."""
@@ -259,8 +257,6 @@ class Gate:
 
 _gates: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
-_orphans: SimpleQueue[tuple[Gate, int]] = SimpleQueue()
-_thread: threading.Thread | None = None
 ABANDONED = "abandoned: cancelled, or its stream was dropped, before an end was told"
 
 
@@ -268,25 +264,10 @@ def _forsaken(gate: Gate, key: int, _: weakref.ref[UUID]) -> None:
     gate.end_soon(key)
 
 
-def _start_ending() -> None:
-    global _thread
-    with _lock:
-        if _thread is None:
-            _thread = threading.Thread(target=_end_orphans, args=(_orphans,), daemon=True, name="bursar-langchain")
-            _thread.start()
-
-
-def _end_orphans(orphans: SimpleQueue[tuple[Gate, int]]) -> None:
-    while True:
-        gate, key = orphans.get()
-        gate.end_now(key, unknown(ABANDONED))
-        del gate
-
-
 def _forked() -> None:
-    """In the child of a fork there is no thread, and the open calls belong to the parent."""
-    global _orphans, _thread, _lock
-    _orphans, _thread, _lock = SimpleQueue(), None, threading.Lock()
+    """In the child of a fork the open calls belong to the parent."""
+    global _lock
+    _lock = threading.Lock()
     for gate in list(_gates.values()):
         gate.forget()
 

@@ -12,11 +12,11 @@ from uuid import uuid4
 
 import litellm
 
-from bursar.ending import Ending, unknown
+from bursar.ending import Ending, end_soon, expect_orphans, unknown
 from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.door import Door
 from bursar_litellm.errors import UNBOUNDED, BudgetStop, check_bounded, litellm_error
-from bursar_litellm.gate import Attempt, end_soon, expect_orphans
+from bursar_litellm.gate import Attempt
 from bursar_litellm.streams import ABANDONED, guard_stream, is_stream
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
             except GeneratorExit:  # its task was thrown away: nothing can be awaited here
                 expect_orphans()
                 for attempt in door.own():
-                    end_soon(attempt, unknown(ABANDONED))
+                    end_soon(functools.partial(attempt.gate.end, attempt, unknown(ABANDONED)))
                 raise
             except BaseException as error:  # noqa: BLE001 - raised again, below
                 for attempt, ending in _failed(door, error):

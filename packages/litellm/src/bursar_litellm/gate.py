@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from contextvars import ContextVar
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from bursar.ending import Ending, unknown
@@ -210,35 +209,12 @@ class Gate:
 
 _gates: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
-_orphans: SimpleQueue[tuple[Attempt, Ending]] = SimpleQueue()
-_thread: threading.Thread | None = None
-
-
-def expect_orphans() -> None:
-    """Start the thread that ends them: not in a finaliser, which may run anywhere."""
-    global _thread
-    with _lock:
-        if _thread is None:
-            _thread = threading.Thread(target=_end_orphans, args=(_orphans,), daemon=True, name="bursar-litellm")
-            _thread.start()
-
-
-def end_soon(attempt: Attempt, ending: Ending) -> None:
-    """End it in the background: for finalisers, which may run under any lock."""
-    _orphans.put((attempt, ending))
-
-
-def _end_orphans(orphans: SimpleQueue[tuple[Attempt, Ending]]) -> None:
-    while True:
-        attempt, ending = orphans.get()
-        attempt.gate.end(attempt, ending)
-        del attempt, ending
 
 
 def _forked() -> None:
-    """In the child of a fork there is no thread, and the open attempts belong to the parent."""
-    global _orphans, _thread, _lock
-    _orphans, _thread, _lock = SimpleQueue(), None, threading.Lock()
+    """In the child of a fork the open attempts belong to the parent."""
+    global _lock
+    _lock = threading.Lock()
     for gate in list(_gates.values()):
         gate.forget()
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from bursar.ending import Ending, released, settled, unknown
+from bursar.ending import Ending, end_soon, expect_orphans, released, settled, unknown
 from bursar.usage import Usage
 from bursar_litellm.answer import chat_events, is_answered, is_cached, kept, log, read_error, read_usage, tells_last
 from bursar_litellm.errors import litellm_error
-from bursar_litellm.gate import Attempt, end_soon, expect_orphans
+from bursar_litellm.gate import Attempt
 
 if TYPE_CHECKING:
     from bursar import Stopped
@@ -283,7 +283,7 @@ def _del(inner: Any) -> Any:
         if reading is not None and reading.is_open():
             ending = reading.abandoned(self)
             for attempt in reading.attempts:
-                end_soon(attempt, ending)
+                end_soon(partial(attempt.gate.end, attempt, ending))
         if inner is not None:
             inner(self)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from queue import SimpleQueue
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bursar.ending import Ending, settled
+from bursar.ending import Ending, end_soon, expect_orphans, settled
 from bursar.sending import Sending
 from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.spans import noted
@@ -78,7 +76,7 @@ class Call:
 
     def _hold(self, reservation: Reservation) -> Reservation:
         self._held.append(reservation)
-        _start()  # here, because where a finaliser runs a thread cannot safely be started
+        expect_orphans()
         self.sending = Sending(self.bursar, reservation.model, self.request.get("body")).begin()
         if self._write is not None:
             self._write(reservation)
@@ -112,43 +110,4 @@ class Call:
     def end_soon(self, ending: Ending) -> None:
         """End it in the background: a finaliser may run anywhere, under any lock."""
         if self._held:
-            _ends.put((self, ending))
-
-
-_ends: SimpleQueue[tuple[Call, Ending] | threading.Event] = SimpleQueue()
-_thread: threading.Thread | None = None
-
-
-def drain(timeout_s: float) -> bool:
-    """Wait until the ends that were put off so far are booked; False when that takes longer."""
-    reached = threading.Event()
-    _ends.put(reached)
-    _start()
-    return reached.wait(timeout_s)
-
-
-def _start() -> None:
-    global _thread
-    if _thread is None:
-        _thread = threading.Thread(target=_work, args=(_ends,), daemon=True, name="bursar-llamaindex")
-        _thread.start()
-
-
-def _work(ends: SimpleQueue[tuple[Call, Ending] | threading.Event]) -> None:
-    while True:
-        item = ends.get()
-        if isinstance(item, threading.Event):
-            item.set()
-        else:
-            item[0].end(item[1])
-        del item
-
-
-def _forked() -> None:
-    """In the child of a fork there is no thread, and what waits for it is the parent's."""
-    global _ends, _thread
-    _ends, _thread = SimpleQueue(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+            end_soon(partial(self.end, ending))

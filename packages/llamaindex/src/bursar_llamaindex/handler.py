@@ -13,9 +13,9 @@ from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.llms.custom import CustomLLM
 from llama_index_instrumentation import root_dispatcher
 
-from bursar.ending import failed, settled, unknown
+from bursar.ending import drain, failed, settled, unknown
 from bursar.errors import InvalidInput
-from bursar_llamaindex.calls import Call, drain
+from bursar_llamaindex.calls import Call
 from bursar_llamaindex.embedded import listen, sending
 from bursar_llamaindex.gate import Gate
 from bursar_llamaindex.granted import ask_usage, changeable, write

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from bursar.ending import drain
 from bursar.errors import InvalidInput
-from bursar_llamaindex.calls import drain
 from bursar_llamaindex.handler import BursarCallbackHandler, forget, installed
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sqlite3
@@ -12,18 +11,13 @@ from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock, SystemClock
 from bursar.commands import (
     Alert,
     Answer,
     Command,
-    Definition,
-    Definitions,
     Ended,
-    Entry,
     Expire,
-    Reservation,
     Reserve,
     Row,
 )
@@ -38,6 +32,7 @@ from bursar.stores import sqlite_schema as schema
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import Pruned, batch, prunable
+from bursar.stores.reading import TableReading, definitions_of
 
 log = logging.getLogger("bursar")
 
@@ -69,13 +64,15 @@ _FAULTS = {
 }
 
 
-class SqliteStore:
+class SqliteStore(TableReading):
     """Budgets in one SQLite file, shared by the threads and processes of a host.
 
     `durability`: `full` (default) has an fsync per commit, shared by the callers that wait at the same time, so an
     acknowledged settlement survives a power cut; `process` has none, so it survives the end of every process
     (kill -9 included), but not of the machine. Raises StoreError (locked, full, readonly, damaged, newer, unreachable).
     """
+
+    _queries = rows
 
     def __init__(
         self,
@@ -289,29 +286,18 @@ class SqliteStore:
 
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """In one transaction; a definition that is the newest already is left alone."""
-        asked = (kind, json.dumps(list(definitions)))
-        if not changes(kind, definitions, _definitions(self._query(rows.STANDING_DEFINITIONS, asked))):
+        asked = (kind, rows.array(list(definitions)))
+        if not changes(kind, definitions, definitions_of(self._query(rows.STANDING_DEFINITIONS, asked))):
             return self.version()
         with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            held = _definitions(connection.execute(rows.STANDING_DEFINITIONS, asked).fetchall())
+            held = definitions_of(connection.execute(rows.STANDING_DEFINITIONS, asked).fetchall())
             now_us = self.now_us()
             new = [(kind, name, rows.dumps(one), now_us) for name, one in changes(kind, definitions, held).items()]
             connection.executemany(rows.PUBLISH, new)
             version = connection.execute(rows.VERSION).fetchone()[0] or 0
             connection.execute("COMMIT")
         return int(version)
-
-    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
-        version = self.version()  # first: what is published between the two belongs to what is found
-        found = _definitions(self._query(rows.NEWER_DEFINITIONS, (since,)))
-        return max((one.version for held in found.values() for one in held.values()), default=version), found
-
-    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
-        return ((version, kind, name, json.loads(text)) for version, kind, name, text in self._query(rows.HISTORY))
-
-    def version(self) -> int:
-        return int(self._query(rows.VERSION)[0][0] or 0)
 
     def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
         now_us = self.now_us()
@@ -326,9 +312,6 @@ class SqliteStore:
 
     def retry(self, ids: Iterable[str], at_us: int) -> None:
         self._write(rows.RETRY, [(at_us, id) for id in ids])
-
-    def alerts(self) -> Iterator[tuple[Alert, bool]]:
-        return ((rows.alert(row), bool(row[4])) for row in self._query(rows.ALERTS))
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
         condition, total = prunable(before_us, self.now_us()), Pruned()
@@ -357,32 +340,10 @@ class SqliteStore:
             connection.execute("COMMIT")
         return found
 
-    def reservations(self) -> Iterator[Reservation]:
-        return (rows.reservation(row) for row in self._query(rows.RESERVATIONS))
-
-    def open_reservations(self) -> int:
-        return int(self._query("SELECT count(*) FROM reservations")[0][0])
-
-    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
-        if keys is None:
-            return (rows.account(row) for row in self._query(rows.ALL_ACCOUNTS))
-        found = self._query(rows.SOME_ACCOUNTS, (json.dumps(list(keys)),))
-        return (rows.account(row) for row in found)
-
-    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
-        last = ""
-        while True:
-            sql, values = rows.entries_after(last, tags or {})
-            page = [rows.entry(row) for row in self._query(sql, values)]
-            yield from page
-            if len(page) < rows.PAGE:
-                return
-            last = page[-1].id
-
-    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """Read on a connection of its own, so that reports never stand in the way of commands."""
         with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
-            return connection.execute(sql, values).fetchall()
+            return connection.execute(query, values).fetchall()
 
     def _reader(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=self._busy_timeout_s)
@@ -410,13 +371,6 @@ class SqliteStore:
         self._reading.release()
         if in_child:
             self._commits = self._new_commits()  # the parent's callers and its worker do not exist here
-
-
-def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
-    held: Definitions = {}
-    for version, kind, name, text in found:
-        held.setdefault(kind, {})[name] = Definition(version, json.loads(text))
-    return held
 
 
 def _is_constraint(error: Exception) -> bool:

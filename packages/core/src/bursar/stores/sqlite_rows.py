@@ -48,6 +48,7 @@ ENTRY = (
     "id, kind, corrects, outcome, estimated, reason, cost_nanos, usage, amounts, "
     "reserved_us, settled_us, digest, draft, facts"
 )
+# The tags that have a column of their own in `records`; all tags, free ones too, stand in the JSON of its column `draft`.
 TAGS = (
     "org",
     "team",
@@ -98,6 +99,9 @@ LAST_TIME = (
 def dumps(value: object) -> str:
     """Compact JSON, keys in the order in which they stand."""
     return to_json(value).decode()
+
+
+array = dumps  # a list of texts, as a statement takes it
 
 
 def account(row: tuple[Any, ...]) -> Account:

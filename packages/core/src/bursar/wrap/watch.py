@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
+from bursar.ending import end_soon, expect_orphans
 from bursar.errors import Stopped
 from bursar.wrap.answer import Answer
 
 
 def watch(response: Any, answer: Answer) -> None:
     """Let the bytes of an open response (httpx, httpx2) pass by `answer`, which ends with it: read, closed or forgotten."""
+    expect_orphans()
     response.__class__ = _watched(type(response))
     response._bursar_answer = answer
     weakref.finalize(response, end, answer).atexit = False  # at exit the store may be gone; the reservation expires
@@ -101,10 +101,6 @@ def _watched(kind: type) -> type:
 
 
 _kinds: dict[type, type] = {}
-
-
-_forgotten: SimpleQueue[Answer] = SimpleQueue()
-_thread: threading.Thread | None = None
 _LOCKING = ("bursar.driver", "bursar.keeper", "bursar.stores", "bursar.waiting")
 
 
@@ -112,11 +108,10 @@ def end(answer: Answer) -> None:
     """End the call, from wherever its answer was closed or forgotten."""
     if answer.has_ended:
         return
-    if not _inside_bursar():
+    if _inside_bursar():
+        end_soon(answer.end_now)
+    else:
         answer.end_now()
-        return
-    _forgotten.put(answer)
-    _start_ending()
 
 
 def _inside_bursar() -> bool:
@@ -127,15 +122,3 @@ def _inside_bursar() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _start_ending() -> None:
-    global _thread
-    if _thread is None or not _thread.is_alive():
-        _thread = threading.Thread(target=_end_forgotten, daemon=True, name="bursar-wrap")
-        _thread.start()
-
-
-def _end_forgotten() -> None:
-    while True:
-        _forgotten.get().end_now()

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from operator import attrgetter
 from typing import NamedTuple
 
-from bursar.commands import Answer, Command, Ended, Entry, Expire, Extend, Rejected, Release, Reserve, Settle
+from bursar.commands import Answer, Command, Ended, Expire, Extend, Rejected, Release, Reserve, Settle
 from bursar.errors import StoreError
 from bursar.stores.entry_text import entry_text
 from bursar.stores.leases.journal import Journal
@@ -171,7 +171,7 @@ class Books:
     def apply(self, commands: Sequence[Command], _first_time: bool = True) -> list[Answer | BaseException]:
         """End calls: decided in memory, and answered when the journal has what that books. `Rejected` unknown: not of a lease."""
         answers: list[Answer | BaseException] = []
-        booked: list[tuple[Lease, Entry]] = []
+        touched: dict[Lease, None] = {}
         with self.lock:
             now_us = self._now_us()
             for command in commands:
@@ -180,22 +180,20 @@ class Books:
                     answers.append(Rejected("unknown", command.id))
                     continue
                 answer = lease.end(command, now_us)
-                if type(answer) is Ended and answer.entry.id in lease.unwritten:
-                    booked.append((lease, answer.entry))
+                if lease.unwritten:
+                    touched[lease] = None
                 answers.append(answer)
         try:
-            self.write(booked)
+            self.write(touched)
         except StoreError as error:  # they stay unwritten, and are written by whoever comes next
-            kept_back = {entry.id for _, entry in booked}
-            return [error if type(one) is Ended and one.entry.id in kept_back else one for one in answers]
+            lacking = {id for lease in touched for id in lease.unwritten}
+            return [error if type(one) is Ended and one.entry.id in lacking else one for one in answers]
         return answers
 
-    def write(self, booked: Sequence[tuple[Lease, Entry]]) -> None:
-        """Keep these entries in the journal; from then on they may be sent."""
-        if not booked:
-            return
+    def write(self, leases: Iterable[Lease]) -> None:
+        """Keep in the journal what it lacks of these leases, in the order in which it came; from then on it may be sent."""
         with self._writing:  # what two threads are about to write is written once: nobody would delete the other row
-            booked = [(lease, entry) for lease, entry in booked if lease.unwritten.get(entry.id) is entry]
+            booked = [(lease, entry) for lease in leases for entry in list(lease.unwritten.values())]
             if not booked:
                 return
             assert self.journal is not None, "there is no lease without a journal"

@@ -159,7 +159,7 @@ class Tender:
     # -- keeping and giving back
 
     def _tend(self, lease: Lease, now_us: int) -> None:
-        self.books.write([(lease, entry) for entry in list(lease.unwritten.values())])
+        self.books.write((lease,))
         with self.books.lock:
             numbers = list(lease.unsent)  # calls go on meanwhile: theirs are for the next round
         for start in range(0, len(numbers), MAX_DRAW):

@@ -7,6 +7,8 @@ from typing import Any
 
 from bursar.stores import sqlite_rows as rows
 
+ALL_ACCOUNTS, HISTORY, RESERVATIONS, VERSION = rows.ALL_ACCOUNTS, rows.HISTORY, rows.RESERVATIONS, rows.VERSION
+array = list  # a list of texts, as a statement takes it
 DURABILITY = "SELECT current_setting('fsync'), current_setting('synchronous_commit')"
 DUE_RESERVATIONS = "SELECT id FROM reservations WHERE expires_us <= %s ORDER BY expires_us, id LIMIT %s"
 PUBLISH = "INSERT INTO definitions(version, kind, name, definition, published_us) VALUES (%s, %s, %s, %s, %s)"

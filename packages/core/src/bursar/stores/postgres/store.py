@@ -11,21 +11,17 @@ from typing import Any
 import psycopg
 from pydantic_core import from_json
 
-from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock
 from bursar.commands import (
     Alert,
     Answer,
     Command,
-    Definition,
-    Definitions,
     Draw,
     Ended,
     Entry,
     Expire,
     Rejected,
     Release,
-    Reservation,
     Settle,
 )
 from bursar.errors import StoreError
@@ -54,6 +50,7 @@ from bursar.stores.postgres.server import (
 )
 from bursar.stores.postgres.wire import Wire, answer_of, copied, late
 from bursar.stores.pruning import Pruned
+from bursar.stores.reading import TableReading, definitions_of
 from bursar.stores.server_clock import ServerClock
 
 SWEEP_BATCH = 500
@@ -66,13 +63,15 @@ _COPY = f"COPY records({COLUMNS}) FROM STDIN"
 _APPLY = f"SELECT {LAW}apply($1::jsonb, $2::boolean, $3::bigint, $4::bigint)"
 
 
-class PostgresStore:
+class PostgresStore(TableReading):
     """Budgets in a PostgreSQL database, in a schema of their own (`?schema=`, by default "bursar").
 
     The server's clock decides; with `clock` (for tests and simulations), that one. `durability` is what the server is set to:
     `full` where a commit waits for the disk (`fsync`, `synchronous_commit`), else `process`. Raises StoreError (unreachable,
     locked, full, readonly, damaged, newer, clock).
     """
+
+    _queries = queries
 
     def __init__(self, url: str, *, clock: Clock | None = None, timeout_s: float = 10.0) -> None:
         self._url, self._schema = split(url)
@@ -268,29 +267,18 @@ class PostgresStore:
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """In one transaction, by one process at a time; a definition that is the newest already is left alone."""
         asked = (kind, list(definitions))
-        if not changes(kind, definitions, _definitions(self._query(queries.STANDING_DEFINITIONS, asked))):
+        if not changes(kind, definitions, definitions_of(self._query(queries.STANDING_DEFINITIONS, asked))):
             return self.version()
         now_us = self.now_us()
         with _faults(), self._read() as connection, connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
-            held = _definitions(connection.execute(queries.STANDING_DEFINITIONS, asked).fetchall())
+            held = definitions_of(connection.execute(queries.STANDING_DEFINITIONS, asked).fetchall())
             ((newest,),) = connection.execute(rows.VERSION).fetchall()
             version = newest or 0
             for name, definition in changes(kind, definitions, held).items():
                 version += 1
                 connection.execute(queries.PUBLISH, (version, kind, name, rows.dumps(definition), now_us))
         return version
-
-    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
-        version = self.version()  # first: what is published between the two belongs to what is found
-        found = _definitions(self._query(queries.NEWER_DEFINITIONS, (since,)))
-        return max((one.version for held in found.values() for one in held.values()), default=version), found
-
-    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
-        return ((version, kind, name, from_json(text)) for version, kind, name, text in self._query(rows.HISTORY))
-
-    def version(self) -> int:
-        return int(self._query(rows.VERSION)[0][0] or 0)
 
     # -- the outbox
 
@@ -304,30 +292,6 @@ class PostgresStore:
 
     def retry(self, ids: Iterable[str], at_us: int) -> None:
         self._query(queries.RETRY, (at_us, list(ids)))
-
-    def alerts(self) -> Iterator[tuple[Alert, bool]]:
-        return ((rows.alert(row), bool(row[4])) for row in self._query(queries.ALERTS))
-
-    # -- reading
-
-    def reservations(self) -> Iterator[Reservation]:
-        return (rows.reservation(row) for row in self._query(rows.RESERVATIONS))
-
-    def open_reservations(self) -> int:
-        return int(self._query("SELECT count(*) FROM reservations")[0][0])
-
-    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
-        found = self._query(rows.ALL_ACCOUNTS) if keys is None else self._query(queries.SOME_ACCOUNTS, (list(keys),))
-        return (rows.account(row) for row in found)
-
-    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
-        last = ""
-        while True:
-            page = [rows.entry(row) for row in self._query(*queries.entries_after(last, tags or {}))]
-            yield from page
-            if len(page) < rows.PAGE:
-                return
-            last = page[-1].id
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
         with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
@@ -423,13 +387,6 @@ def _still_good(error: BaseException) -> bool:
     if isinstance(error, psycopg.Error):
         return not is_lost(error)
     return isinstance(error, StoreError)
-
-
-def _definitions(found: Iterable[tuple[int, str, str, str]]) -> Definitions:
-    held: Definitions = {}
-    for version, kind, name, text in found:
-        held.setdefault(kind, {})[name] = Definition(version, from_json(text))
-    return held
 
 
 _inherited: list[psycopg.Connection[Any]] = []  # a parent's, kept for ever: closing one here would end it there
