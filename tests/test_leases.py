@@ -24,6 +24,7 @@ from bursar.audit import audit
 from bursar.cli import main
 from bursar.commands import (
     Answer,
+    Charge,
     Command,
     Draw,
     Ended,
@@ -517,6 +518,29 @@ def test_a_damaged_journal_is_put_aside_and_holds_up_no_other(
     clock.advance(us=TTL_US)
     shared.sweep()
     assert account(shared).reserved == 0
+    assert audit(shared) == []
+
+
+def test_a_journal_that_the_store_rejects_is_kept_and_holds_up_no_other(
+    start: Callable[..., Process], shared: Shared, tmp_path: Path
+) -> None:
+    last: dict[str, str] = {}
+    processes = [start(), start()]
+    for process in processes:
+        process.warm_up()
+        held = process.store._tender.books.journal
+        assert held is not None
+        last[held.path.name] = process.call(cost=3)
+    for process in processes:
+        process.die()
+    first, second = journals(tmp_path)
+    draft = {"path": [], "tags": {}, "cost_nanos": 8, "usage": {}}
+    shared.execute(Charge(last[first], ((rule(), 8),), 8, {}, draft))  # another record stands under that id
+    with pytest.raises(StoreError, match="rejects the records") as caught:
+        recover(shared, tmp_path)
+    assert first in str(caught.value)
+    assert journals(tmp_path) == [first]
+    assert next(entry.cost_nanos for entry in shared.entries() if entry.id == last[second]) == 3
     assert audit(shared) == []
 
 

@@ -34,6 +34,7 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
     Raises StoreError: what was booked until then stays booked, and another try goes on from there.
     """
     found: list[Recovered] = []
+    rejected: StoreError | None = None
     for journal in left_behind(folder, but=but):
         delete = False
         try:
@@ -47,6 +48,10 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
             for kept in leases:
                 found.append(_recover(store, journal, kept))
             delete = True
+        except StoreError as error:
+            if error.fault != "damaged":
+                raise
+            rejected = rejected or error  # its file stays; the other journals are none the worse
         finally:
             journal.close(delete=delete)
     for one in found:
@@ -54,6 +59,8 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
             "recovered %d records of the lease %s from %s; booked as estimated: %s",
             *(one.records, one.lease, one.journal, one.estimated),
         )
+    if rejected is not None:
+        raise rejected
     return found
 
 
