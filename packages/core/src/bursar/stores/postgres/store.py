@@ -378,8 +378,9 @@ def _faults() -> Iterator[None]:
 
 
 def _plain(entry: Entry) -> Entry:
-    """The entry without what an erasure may have changed in it since it was written."""
-    return entry._replace(amounts={}, draft={}, facts={})
+    """The entry without what an erasure may have changed in it since it was written: its tags, and the names of accounts."""
+    amounts = {str(number): amount for number, amount in enumerate(sorted(entry.amounts.values()))}
+    return entry._replace(amounts=amounts, draft={}, facts={})
 
 
 def _still_good(error: BaseException) -> bool:
