@@ -24,6 +24,7 @@ from bursar.audit import audit
 from bursar.cli import main
 from bursar.commands import (
     Answer,
+    Charge,
     Command,
     Draw,
     Ended,
@@ -518,6 +519,44 @@ def test_a_damaged_journal_is_put_aside_and_holds_up_no_other(
     shared.sweep()
     assert account(shared).reserved == 0
     assert audit(shared) == []
+
+
+def test_a_journal_that_the_store_rejects_is_kept_and_holds_up_no_other(
+    start: Callable[..., Process], shared: Shared, tmp_path: Path
+) -> None:
+    last: dict[str, str] = {}
+    processes = [start(), start()]
+    for process in processes:
+        process.warm_up()
+        held = process.store._tender.books.journal
+        assert held is not None
+        last[held.path.name] = process.call(cost=3)
+    for process in processes:
+        process.die()
+    first, second = journals(tmp_path)
+    draft = {"path": [], "tags": {}, "cost_nanos": 8, "usage": {}}
+    shared.execute(Charge(last[first], ((rule(), 8),), 8, {}, draft))  # another record stands under that id
+    with pytest.raises(StoreError, match="rejects the records") as caught:
+        recover(shared, tmp_path)
+    assert first in str(caught.value)
+    assert journals(tmp_path) == [first]
+    assert next(entry.cost_nanos for entry in shared.entries() if entry.id == last[second]) == 3
+    assert audit(shared) == []
+
+
+def test_what_recovery_tells_of_a_lease_that_was_given_back_or_never_granted_is_that_nothing_stays(
+    shared: Shared, tmp_path: Path
+) -> None:
+    """Its process died before the journal said so."""
+    left = Journal(tmp_path / "a.journal", full=False)
+    for id in ("given back", "never granted"):
+        left.begin(id, (rule(),), {rule().key: 100})
+    left.close(delete=False)
+    draft = {"path": [], "tags": {}, "cost_nanos": 100, "usage": {}}
+    assert type(shared.execute(Reserve("given back", ((rule(), 100),), TTL_US, draft))) is Granted
+    assert type(shared.execute(Release("given back"))) is Ended
+    assert [one.estimated for one in recover(shared, tmp_path)] == [{"USD": 0}] * 2
+    assert account(shared).spent == 0
 
 
 def test_recovery_that_is_cut_off_goes_on_from_there(

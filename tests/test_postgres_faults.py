@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psycopg
@@ -19,10 +20,15 @@ from postgres_server import SCHEMA, connect, fresh_url, server
 
 from bursar import Budget, Bursar, InvalidInput, StoreError, Usage, migrations
 from bursar.accounts import Mark, Rule
+from bursar.audit import audit
 from bursar.clock import SystemClock
 from bursar.commands import Draw, Drawn, Ended, Entry, Granted, Refused, Rejected, Release, Reserve, Tell
 from bursar.signing import OperatorKey
 from bursar.stores import open_store
+from bursar.stores.entry_text import entry_text
+from bursar.stores.erasing import Erasure
+from bursar.stores.leases import recover
+from bursar.stores.leases.journal import Journal
 from bursar.stores.postgres import PostgresStore
 from bursar.stores.postgres.server import _upgrade, split
 from bursar.testing import ManualClock
@@ -244,6 +250,25 @@ def test_rows_that_somebody_holds_for_too_long(url: str) -> None:
                 store.execute(settle("a", 25))
         assert type(store.execute(settle("a", 25))) is Ended
     store.close()
+
+
+def test_records_of_a_journal_that_were_booked_and_erased_since_are_no_conflict(
+    store: PostgresStore, tmp_path: Path
+) -> None:
+    """Its process died between the draw and the note of it in the journal."""
+    alice = drawn_entry("e", 5)
+    alice = alice._replace(draft={**alice.draft, "tags": {"user": "alice"}})
+    left = Journal(tmp_path / "a.journal", full=False)
+    left.begin("lease", (DOLLAR,), {DOLLAR.key: 5})
+    left.write([("lease", entry_text(alice))])
+    left.close(delete=False)
+    assert type(store.execute(Draw("lease", (DOLLAR,), (alice,), {}))) is Drawn
+    assert store.erase(Erasure("user", "alice", "erased-1"), lambda *_: None).records == 1
+    assert [one.records for one in recover(store, tmp_path)] == [0]
+    assert not left.path.exists()
+    assert [entry.draft["tags"] for entry in store.entries()] == [{"user": "erased-1"}]
+    assert spent(store) == (5, 0)
+    assert audit(store) == []
 
 
 def test_whoever_stops_between_a_draw_and_its_commit_holds_the_accounts_for_a_while_only(url: str) -> None:

@@ -121,8 +121,9 @@ class Books:
 
     def put_off(self, bundle: Bundle, until_us: int) -> None:
         """Want no lease of these accounts before that time."""
-        if bundle in self._demand:
-            self._demand[bundle].not_before_us = until_us
+        demand = self._demand.get(bundle)
+        if demand is not None:
+            demand.not_before_us = until_us
 
     def add(self, bundle: Bundle, lease: Lease) -> None:
         """Use this lease once those before it are used up."""

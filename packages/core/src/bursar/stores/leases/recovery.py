@@ -34,6 +34,7 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
     Raises StoreError: what was booked until then stays booked, and another try goes on from there.
     """
     found: list[Recovered] = []
+    rejected: StoreError | None = None
     for journal in left_behind(folder, but=but):
         delete = False
         try:
@@ -47,6 +48,10 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
             for kept in leases:
                 found.append(_recover(store, journal, kept))
             delete = True
+        except StoreError as error:
+            if error.fault != "damaged":
+                raise
+            rejected = rejected or error  # its file stays; the other journals are none the worse
         finally:
             journal.close(delete=delete)
     for one in found:
@@ -54,6 +59,8 @@ def recover(store: Store, folder: Path, *, but: Path | None = None) -> list[Reco
             "recovered %d records of the lease %s from %s; booked as estimated: %s",
             *(one.records, one.lease, one.journal, one.estimated),
         )
+    if rejected is not None:
+        raise rejected
     return found
 
 
@@ -76,9 +83,9 @@ def _recover(store: Store, journal: Journal, kept: Kept) -> Recovered:
     estimated = unaccounted(kept.rules, kept.granted, drawn)
     # the calls in flight may have been billed: what is left stands for them, for each account what it held
     actuals = {} if left is not None else estimated
-    settle(
-        store, kept.id, actuals, estimated.get("USD", 0), "the process died: the outcome of its last calls is unknown"
-    )
+    reason = "the process died: the outcome of its last calls is unknown"
+    if not settle(store, kept.id, actuals, estimated.get("USD", 0), reason):
+        estimated = dict.fromkeys(estimated, 0)  # nothing of it is on the books
     journal.ended(kept.id)
     return Recovered(journal.path, kept.id, new, estimated)
 

@@ -18,6 +18,7 @@ from bursar.commands import (
     Command,
     Draw,
     Ended,
+    Entry,
     Expire,
     Rejected,
     Release,
@@ -197,9 +198,10 @@ class PostgresStore(TableReading):
                         raise psycopg.Rollback(transaction)
                 return answer
             except psycopg.errors.UniqueViolation:
-                ids = [entry.id for entry in command.entries]
+                entries = {entry.id: entry for entry in command.entries}
+                ids = list(entries)
                 known = {row[0]: rows.entry(row) for row in self._query(queries.SOME_ENTRIES, (ids,))}
-                conflict = next((one.id for one in command.entries if known.get(one.id, one) != one), None)
+                conflict = next((id for id in ids if id in known and _plain(known[id]) != _plain(entries[id])), None)
                 if conflict is not None:
                     return Rejected("conflict", conflict)
                 new = command._replace(entries=tuple(one for one in command.entries if one.id not in known))
@@ -373,6 +375,12 @@ def _faults() -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise fault_of(error) from error
+
+
+def _plain(entry: Entry) -> Entry:
+    """The entry without what an erasure may have changed in it since it was written: its tags, and the names of accounts."""
+    amounts = {str(number): amount for number, amount in enumerate(sorted(entry.amounts.values()))}
+    return entry._replace(amounts=amounts, draft={}, facts={})
 
 
 def _still_good(error: BaseException) -> bool:
