@@ -652,7 +652,7 @@ from bursar import Budget, BudgetExceeded, Bursar, Usage
 bursar = Bursar(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(20):
+for _ in range(100):  # until it is refused: who settles the last of all tries once more
     try:
         call = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=750)
         call.settle(Usage(input_tokens=1_000, output_tokens=750))
