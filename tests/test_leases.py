@@ -577,6 +577,23 @@ def test_recovery_that_is_cut_off_goes_on_from_there(
     assert audit(shared) == []
 
 
+def test_recovery_that_the_stores_absence_cut_off_is_tried_in_the_next_round(
+    start: Callable[..., Process], shared: Shared, tmp_path: Path
+) -> None:
+    one = start()
+    one.warm_up()
+    id = one.call(cost=3)
+    one.die()
+    two = start()
+    shared.cut = "before"
+    with pytest.raises(StoreError):
+        two.store.tend()
+    shared.cut = ""
+    two.store.tend()
+    assert journals(tmp_path) == []
+    assert next(entry.cost_nanos for entry in shared.entries() if entry.id == id) == 3
+
+
 def test_the_journal_of_a_process_that_lives_is_left_alone_and_is_nobody_elses_to_read(
     start: Callable[..., Process], shared: Shared, tmp_path: Path
 ) -> None:

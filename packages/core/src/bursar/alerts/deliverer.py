@@ -92,9 +92,8 @@ class Deliverer:
         """
         if not self._pid:
             return
-        with contextlib.suppress(
-            RuntimeError
-        ):  # no room for a thread: a call must not fail for that, and the next tries again
+        # where there is no room for a thread, a call must not fail for that; the next tries again
+        with contextlib.suppress(RuntimeError):
             self.start()
         self._wake.set()
 

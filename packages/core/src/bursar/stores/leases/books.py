@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from operator import attrgetter
 from typing import NamedTuple
 
 from bursar.commands import Answer, Command, Ended, Expire, Extend, Rejected, Release, Reserve, Settle
@@ -19,9 +18,6 @@ from bursar.stores.leases.sizing import Demand, leasable
 Bundle = tuple[str, ...]  # the keys of the accounts that a call matches
 _ENDS = frozenset({Settle, Release, Extend, Expire})
 MAX_BUNDLES = 1_024  # whose demand is known, those of the last calls
-
-
-_key = attrgetter("key")
 
 
 class Wanted(NamedTuple):
@@ -59,7 +55,7 @@ class Books:
         if not command.lines or command.digest or command.behind or command.complied:  # see `leasable`
             return None
         rules, amounts = zip(*command.lines, strict=True)
-        bundle = tuple(map(_key, rules))
+        bundle = _bundle(command)
         with self.lock:
             if command.version != self.version:
                 if command.version < self.version:

@@ -91,9 +91,12 @@ class Tender:
                 with _noted(failed):
                     self._tend(lease, now_us)
             if now_us - self._recovered_us >= RECOVER_US:
-                self._recovered_us = now_us  # however it goes: a journal that is rejected now will be the next time
-                with _noted(failed):
+                left: list[StoreError] = []
+                with _noted(left):
                     recover(self._shared, self._folder, but=self.books.journal.path if self.books.journal else None)
+                if not left or left[0].fault == "damaged":  # a journal that is rejected now will be the next time
+                    self._recovered_us = now_us
+                failed += left
         if failed:
             raise failed[0]
 
