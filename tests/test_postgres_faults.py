@@ -428,6 +428,31 @@ def test_i1_stores_that_make_the_same_accounts_at_once_count_them_once(url: str,
     other.close()
 
 
+def test_i3_an_account_that_goes_while_batches_wait_for_it_is_made_once(url: str, store: PostgresStore) -> None:
+    """It is retired, or renamed, by a transaction for which both have waited: neither may write over what the other holds."""
+    store.execute(charge("first", (DOLLAR, 5)))
+    other, answers = PostgresStore(url), []
+
+    def work(of: PostgresStore, name: str) -> None:
+        answers.extend(of._apply([reserve(f"{name}{number}", (DOLLAR, 60)) for number in range(2)], True))
+
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with connect() as somebody:
+        with somebody.transaction():
+            somebody.execute("DELETE FROM accounts")
+            threads = [threading.Thread(target=work, args=each) for each in ((store, "a"), (other, "b"))]
+            for thread in threads:
+                thread.start()
+            with connect() as watch:
+                while watch.execute(waiting).fetchall() != [(2,)]:
+                    assert not answers
+        for thread in threads:
+            thread.join()
+    assert [type(answer) for answer in answers] == [Granted] * 4
+    assert spent(store) == (0, 240)
+    other.close()
+
+
 def test_an_alert_is_given_to_one_only(url: str, store: PostgresStore) -> None:
     other = PostgresStore(url)
     for number in range(40):
