@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, Usage
+from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
 from bursar.audit import audit
 from bursar.cli import main
 from bursar.commands import Ended, Granted, Rejected
 from bursar.retention import bound, kept
 from bursar.stores import open_store
 from bursar.stores.base import Store
+from bursar.stores.sqlite import SqliteStore
 from bursar.testing import ManualClock
-from bursar.testing.store_contract.made import reserve, rule, settle
+from bursar.testing.store_contract.made import charge, reserve, rule, settle
 
 DAY_S = 86_400
 KEPT = f"kept{os.getpid()}"
@@ -103,20 +104,23 @@ def with_tables(store: Store, clock: ManualClock) -> None:
             make_ahead(connection, clock.now_us())
 
 
-def told(store: Store) -> tuple[object, int]:
-    """What pruning must not change: every account, and the sum of all costs."""
-    return list(store.accounts()), sum(entry.cost_nanos for entry in store.entries())
+def told(store: Store, before_us: int) -> tuple[object, int]:
+    """What pruning must not change: every account but of windows that had ended by then, and the sum of all costs."""
+    accounts = [one for one in store.accounts() if one.rule.end_us is None or one.rule.end_us > before_us]
+    return accounts, sum(entry.cost_nanos for entry in store.entries())
 
 
 def test_i10_balances_are_rebuilt_from_sums_and_records(books: Bursar, clock: ManualClock) -> None:
-    store, before = books.store, told(books.store)
+    store, wanted_us = books.store, clock.now_us() - 60 * DAY_S * 1_000_000
+    before = told(store, wanted_us)
     count, tables = len(list(store.entries())), months(store)
     operator = Operator(store, by="ann")
-    pruned, until = operator.prune(clock.now_us() - 60 * DAY_S * 1_000_000)
+    pruned, until = operator.prune(wanted_us)
     assert months(store) <= max(0, tables - 3)  # dropped whole
     assert not until.why
     assert 15 < pruned.records < count
-    assert told(store) == before
+    assert told(store, wanted_us) == before
+    assert pruned.accounts > 0
     assert audit(store) == []
     assert kept(store.entries())[:2] == (pruned.records, until.before_us)
     assert operator.prune(until.before_us)[0].records == 0
@@ -124,7 +128,7 @@ def test_i10_balances_are_rebuilt_from_sums_and_records(books: Bursar, clock: Ma
     further, until = operator.prune(clock.now_us() - DAY_S * 1_000_000)
     assert further.records > pruned.records  # the sums of the first time, too
     assert kept(store.entries()).records == further.records
-    assert told(store)[1] == before[1]
+    assert told(store, 0)[1] == before[1]
     assert audit(store) == []
 
 
@@ -150,6 +154,114 @@ def test_calls_go_on_meanwhile(books: Bursar, clock: ManualClock) -> None:
     assert pruned.records > 0
     assert not wrong
     assert audit(store) == []
+
+
+def scopes(store: Store, budget: str) -> list[str]:
+    return [account.rule.scope for account in store.accounts() if account.rule.budget == budget]
+
+
+def test_accounts_that_are_done_with_go_and_may_come_back(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    budgets = [
+        Budget("run", "1 USD", per="run"),
+        Budget("pace", "5 requests/minute", per="run"),
+        Budget("flight", "2 slots", per="run"),
+        Budget("team", "90 USD", per="team"),
+        Budget("day", "9 USD", window="day", per="team"),
+    ]
+
+    def spend(run: str, output_tokens: int) -> None:
+        with bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=40_000, tags={"run": run}) as call:
+            call.settle(Usage(input_tokens=10, output_tokens=output_tokens))
+
+    def team_spent() -> int:
+        return next(account.spent for account in store.accounts() if account.rule.budget == "team")
+
+    with Bursar(opens(clock), budgets, clock=clock, max_accounts=2) as bursar, bursar.scope(team="red"):
+        store, operator = bursar.store, Operator(bursar.store, by="ann")
+        spend("old", 40_000)
+        clock.advance(200 * DAY_S)
+        spend("new", 40_000)
+        with pytest.raises(StoreError, match="bursar prune"):
+            spend("next", 1)
+        pruned, until = operator.prune(clock.now_us() - 100 * DAY_S * 1_000_000)
+        assert pruned[:3:2] == (1, 4)  # the run's three accounts, and a day's
+        assert scopes(store, "run") == scopes(store, "pace") == scopes(store, "flight") == ['{"run": "new"}']
+        assert len(scopes(store, "team")) == len(scopes(store, "day")) == 1
+        assert team_spent() == sum(record.cost_nanos for record in bursar.records()) > 0
+        assert audit(store) == []
+        assert operator.prune(until.before_us)[0] == (0, 0, 0)
+
+        spend("old", 40_000)  # which begins anew: with what it had spent before, this would pass its limit
+        assert sorted(scopes(store, "run")) == ['{"run": "new"}', '{"run": "old"}']
+        assert audit(store) == []
+        clock.advance(200 * DAY_S)
+        assert operator.prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 7  # two runs, and a day of both
+        assert scopes(store, "run") == []
+        assert audit(store) == []
+        assert team_spent() == sum(record.cost_nanos for record in bursar.records())
+
+
+def test_what_an_open_reservation_names_stays_and_what_differs_from_its_records(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    free, wrong, over = (rule(name, 10**9, of=name) for name in ("free", "wrong", "over"))
+    store = opens(clock)
+    for held in (wrong, over):
+        store.execute(charge(f"{store.now_us():014x}-{held.budget}", (held, 5)))
+    store.execute(reserve("open", (free, 0), ttl_us=900 * DAY_S * 1_000_000))
+    clock.advance(200 * DAY_S)
+    statement = "UPDATE accounts SET spent = 4 WHERE budget = 'wrong'"
+    if isinstance(store, SqliteStore):
+        with sqlite3.connect(store.path) as connection:
+            connection.execute(statement)
+    else:
+        from postgres_server import connect
+
+        with connect() as connection:
+            connection.execute(f"SET search_path = {KEPT}")
+            connection.execute(statement)
+    pruned, _ = Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)
+    assert pruned.accounts == 1
+    assert sorted(account.rule.budget for account in store.accounts()) == ["free", "wrong"]
+    assert [(one.what, one.key) for one in audit(store)] == [("spent", wrong.key)]
+    assert type(store.execute(settle("open", 0))) is Ended
+    store.close()
+
+
+def test_runs_that_come_back_meanwhile_lose_nothing(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    """Several callers meet accounts at the moment when they go."""
+    store, others = opens(clock), [opens(clock) for _ in range(3)]
+    runs = [rule("run", 10**9, of=f"r{number}") for number in range(1_200)]
+    with_tables(store, clock)
+    for number, one in enumerate(runs):
+        store.execute(charge(f"{store.now_us():014x}-{number}", (one, 5)))
+    clock.advance(200 * DAY_S)
+    with_tables(store, clock)
+    wrong: list[object] = []
+
+    def work(its: Store, name: int) -> None:
+        for number, one in enumerate(runs):
+            id = f"{its.now_us():014x}-{name}-{number}"
+            for command in (reserve(id, (one, 60), version=99), settle(id, 25)):
+                if type(answer := its.execute(command)) not in (Granted, Ended):
+                    wrong.append(answer)
+
+    threads = [threading.Thread(target=work, args=(its, name)) for name, its in enumerate(others)]
+    for thread in threads:
+        thread.start()
+    pruned, _ = Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert pruned.accounts > 0
+    assert audit(store) == []
+    assert len(list(store.accounts())) == len(runs)
+    for one in (store, *others):
+        one.close()
 
 
 def test_what_may_still_be_settled_late_stays(books: Bursar, clock: ManualClock) -> None:

@@ -51,7 +51,7 @@ def audited(store: Store, *, operator: str | None = None) -> tuple[list[Discrepa
         books = _Books(store)
         pruned = books.kept
         moved = {account.rule.key for account in store.accounts() if before.get(account.rule.key) != account}
-        found = [*books.check(before, moved), *_forged(store, books.reversals, books.carried, operator)]
+        found = [*books.check(before, moved), *_forged(store, books.reversals, books.sums, operator)]
         if not moved:
             break
     return found, pruned
@@ -67,7 +67,7 @@ class _Books:
         self.orphans: list[Entry] = []
         self.reversals: list[Entry] = []
         self.unlikely: list[Entry] = []
-        self.carried: list[Entry] = []
+        self.sums: list[Entry] = []
         expired: set[str] = set()
         corrections: list[Entry] = []
         for entry in store.entries():
@@ -75,15 +75,15 @@ class _Books:
                 expired.add(entry.id)
             if entry.corrects is not None:
                 corrections.append(entry)
-            elif entry.cost_nanos < 0 or any(amount < 0 for amount in entry.amounts.values()):
-                self.unlikely.append(entry)  # only a correction takes anything back
+            elif entry.kind != "retired" and (entry.cost_nanos < 0 or any(one < 0 for one in entry.amounts.values())):
+                self.unlikely.append(entry)  # only that and a correction take anything back
             if entry.kind == "reversal":
                 self.reversals.append(entry)
-            if entry.kind == "carried":
-                self.carried.append(entry)
+            if entry.kind in ("carried", "retired"):
+                self.sums.append(entry)
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
-        self.kept = kept(self.carried)
+        self.kept = kept(self.sums)
         self.orphans = [  # what they correct may have been pruned before them
             one for one in corrections if one.corrects not in expired and one.reserved_us >= self.kept.before_us
         ]
@@ -104,7 +104,7 @@ class _Books:
             elif account.rule.kind == "rolling":
                 yield from self._rolling(account)
         for key in {*self.spent, *self.reserved} - set(accounts) - moved:
-            if any(amount for _, amount in self.spent[key]) or self.reserved[key]:
+            if sum(amount for _, amount in self.spent[key]) or self.reserved[key]:
                 yield Discrepancy("account", key, "nothing", "amounts on it")
         for entry in self.unlikely:
             yield Discrepancy("record", entry.id, f"a {entry.kind} below 0", "nothing can cost less than nothing")
@@ -129,7 +129,7 @@ class _Books:
             yield Discrepancy("spent", key, account.spent, total)
 
 
-def _forged(store: Store, reversals: list[Entry], carried: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
+def _forged(store: Store, reversals: list[Entry], sums: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
     """What only an operator may decide, and none has signed: every decision anew, as the store had to take it at its time."""
     held: Definitions = {}
     operators: list[tuple[int, str]] = []  # since when, and the public key
@@ -151,7 +151,7 @@ def _forged(store: Store, reversals: list[Entry], carried: list[Entry], pin: str
             operators.append((at_us if isinstance(at_us, int) else 0, public))
     if pin is not None and operator_of(held) != pin:
         yield Discrepancy("operator", "operator", operator_of(held) or "nobody", pin)
-    for entry in carried:
+    for entry in sums:
         if prune_name(entry.settled_us + 1) not in held.get("prune", {}):
             yield Discrepancy("record", entry.id, "sums of what was pruned", "nobody decided to prune")
     for entry in reversals:

@@ -168,8 +168,10 @@ class Operator:
         return UsageRecord.of(answer.entry)
 
     def prune(self, before_us: int, *, why: str = "") -> tuple[Pruned, Bound]:
-        """Put sums in the place of records settled before that time, as far as `bursar.retention` lets them go; what went, and
-        the bound. Needs the key once the store knows an operator. What was cut off is finished by doing it again.
+        """Put sums in the place of records settled before that time, as far as `bursar.retention` lets them go, and retire the
+        accounts of windows that ended and of runs that nothing was booked on since; what went, and the bound.
+
+        Needs the key once the store knows an operator. What was cut off is finished by doing it again.
         """
         store = prunable_store(self.store)
         until = bound(self.store, before_us)

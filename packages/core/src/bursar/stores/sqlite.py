@@ -33,6 +33,7 @@ from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import Pruned, batch, prunable
 from bursar.stores.reading import TableReading, definitions_of
+from bursar.stores.retiring import SQLITE, idle, retire
 
 log = logging.getLogger("bursar")
 
@@ -289,15 +290,12 @@ class SqliteStore(TableReading):
         asked = (kind, rows.array(list(definitions)))
         if not changes(kind, definitions, definitions_of(self._query(rows.STANDING_DEFINITIONS, asked))):
             return self.version()
-        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            held = definitions_of(connection.execute(rows.STANDING_DEFINITIONS, asked).fetchall())
+        with self._transaction() as cursor:
+            held = definitions_of(cursor.execute(rows.STANDING_DEFINITIONS, asked).fetchall())
             now_us = self.now_us()
             new = [(kind, name, rows.dumps(one), now_us) for name, one in changes(kind, definitions, held).items()]
-            connection.executemany(rows.PUBLISH, new)
-            version = connection.execute(rows.VERSION).fetchone()[0] or 0
-            connection.execute("COMMIT")
-        return int(version)
+            cursor.executemany(rows.PUBLISH, new)
+            return int(cursor.execute(rows.VERSION).fetchone()[0] or 0)
 
     def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
         now_us = self.now_us()
@@ -314,31 +312,37 @@ class SqliteStore(TableReading):
         self._write(rows.RETRY, [(at_us, id) for id in ids])
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
-        condition, total = prunable(before_us, self.now_us()), Pruned()
-        while True:
-            with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                pruned = batch(connection.cursor(), "?", "records", condition, before_us, facts)
-                connection.execute("COMMIT")
-            if pruned is None:
-                return total
+        now_us = self.now_us()
+        condition, total = prunable(before_us, now_us), Pruned()
+        pruned: Pruned | None = total
+        while pruned is not None:
             total = total.plus(pruned)
+            with self._transaction() as cursor:
+                pruned = batch(cursor, "?", "records", condition, before_us, facts)
+        with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
+            found = idle(connection.cursor(), SQLITE, before_us, now_us)
+        for some in found:
+            with self._transaction() as cursor:
+                total = total.plus(Pruned(accounts=retire(cursor, SQLITE, some, before_us, facts)))
+        return total
 
     def erase(self, erasure: Erasure, sign: Sign) -> Erased:
-        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-            connection.execute("PRAGMA secure_delete=ON")
-            connection.execute("BEGIN IMMEDIATE")
-            erased = erase(connection.cursor(), "?", "instr({}, ?) > 0", erasure, sign)
-            connection.execute("COMMIT")
-        return erased
+        with self._transaction("PRAGMA secure_delete=ON") as cursor:
+            return erase(cursor, "?", "instr({}, ?) > 0", erasure, sign)
 
     def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> list[Any]:
-        """One transaction on a connection of its own; what the statement returns."""
+        """One transaction; what the statement returns."""
+        with self._transaction() as cursor:
+            return [row for each in values for row in cursor.execute(sql, each).fetchall()]
+
+    @contextlib.contextmanager
+    def _transaction(self, *before: str) -> Iterator[sqlite3.Cursor]:
+        """On a connection of its own, after these statements."""
         with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            found = [row for each in values for row in connection.execute(sql, each).fetchall()]
+            for statement in (*before, "BEGIN IMMEDIATE"):
+                connection.execute(statement)
+            yield connection.cursor()
             connection.execute("COMMIT")
-        return found
 
     def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """Read on a connection of its own, so that reports never stand in the way of commands."""

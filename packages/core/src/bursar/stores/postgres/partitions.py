@@ -16,6 +16,7 @@ import psycopg
 from psycopg import sql
 
 from bursar.stores.pruning import Pruned, batch, carried, prunable, put
+from bursar.stores.retiring import POSTGRES, idle, retire
 
 AHEAD = 2  # months that have their table before they begin
 MAKING = 0x62757273617271  # the advisory lock of whoever makes or drops one
@@ -142,7 +143,8 @@ def announce(connection: psycopg.Connection[Any], now_us: int) -> None:
 
 
 def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, facts: Mapping[str, Any]) -> Pruned:
-    """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches.
+    """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches; then retire
+    accounts.
 
     A month in which anything has to stay is left as it is.
     """
@@ -160,6 +162,9 @@ def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, fact
             if pruned is None:
                 break
             total = total.plus(pruned)
+    for some in idle(connection.cursor(), POSTGRES, before_us, now_us):
+        with connection.transaction(), connection.cursor() as cursor:
+            total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, some, before_us, facts)))
     return total
 
 
@@ -190,7 +195,8 @@ def _take_out(
     connection.execute("SET LOCAL lock_timeout = '300ms'")
     connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))  # what is summed up is what is taken out
     counted = sql.SQL(
-        "SELECT coalesce(sum(CASE WHEN kind = 'carried' THEN (facts::json ->> 'records')::bigint ELSE 1 END), 0)::bigint, "
+        "SELECT coalesce(sum(CASE WHEN kind IN ('carried', 'retired') THEN (facts::json ->> 'records')::bigint ELSE 1 END), 0)"
+        "::bigint, "
         "coalesce(sum(cost_nanos), 0)::bigint, count(*) FILTER (WHERE NOT ({condition})) FROM {table}"
     ).format(table=table, condition=sql.SQL(condition))
     ((records, cost_nanos, staying),) = connection.execute(counted).fetchall()
@@ -200,6 +206,6 @@ def _take_out(
     sums = dict(connection.execute(sql.SQL(summed).format(table)).fetchall())
     pruned = Pruned(records, cost_nanos)
     connection.execute(sql.SQL("ALTER TABLE records_timed DETACH PARTITION {}").format(table))
-    if records:
+    if records or sums:
         put(connection.cursor(), "%s", carried(month.table, before_us, sums, pruned, facts))
     return pruned

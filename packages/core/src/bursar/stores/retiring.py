@@ -1,0 +1,97 @@
+"""Retiring: accounts on which nothing will be booked any more go, and a record takes what stood on them off the books (I4)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bursar.accounts import Account, age
+from bursar.stores import sqlite_rows as rows
+from bursar.stores.pruning import put, retired
+
+BATCH = 500  # accounts of one transaction
+_SUMS = "kind IN ('carried', 'retired')"
+_DELETE = "DELETE FROM accounts WHERE key = {0} AND reserved = 0 AND spent = {0} AND level = {0} AND at_us = {0}"
+_COUNT = "UPDATE account_counts SET accounts = accounts - {0} WHERE budget = {0}"
+_NO_COUNT = "DELETE FROM account_counts WHERE budget = {0} AND accounts <= 0"
+
+Idle = tuple[Account, int]  # an account that may go, and what the sums of pruned records say of it
+
+
+class Dialect(NamedTuple):
+    """How a database says it. `mark`: its placeholder; `each`: the pairs of `amounts`, as a table of `key` and `value`; `held`:
+    the keys that open reservations name; `lock`: what keeps accounts as they are until the transaction ends.
+    """
+
+    mark: str
+    each: str
+    held: str
+    lock: str = ""
+
+
+SQLITE = Dialect(
+    "?", "json_each(amounts)", "SELECT DISTINCT json_extract(value, '$[0]') FROM reservations, json_each(held)"
+)
+POSTGRES = Dialect(
+    "%s",
+    "json_each_text(amounts::json)",
+    "SELECT DISTINCT one ->> 0 FROM reservations, json_array_elements(held::json) AS one",
+    'SELECT key FROM accounts WHERE key = ANY(%s) ORDER BY key COLLATE "C" FOR UPDATE',
+)
+
+
+def idle(cursor: Any, dialect: Dialect, before_us: int, now_us: int) -> Iterator[Sequence[Idle]]:
+    """The accounts that mean nothing any more, in batches for `retire`: no record names them but sums of those that were pruned.
+
+    Of these: those of windows that have ended, those of runs, and what stands as if it were new of rates, slots and rolling
+    windows. An account that differs from its records stays, for the audit to find.
+    """
+    cursor.execute(f"SELECT DISTINCT key FROM records, {dialect.each} AS each WHERE NOT {_SUMS}")
+    named = {key for (key,) in cursor.fetchall()}
+    total = "CAST(sum(CAST(value AS bigint)) AS bigint)"
+    cursor.execute(f"SELECT key, {total} FROM records, {dialect.each} AS each WHERE {_SUMS} GROUP BY key")
+    sums = dict(cursor.fetchall())
+    cursor.execute(rows.ALL_ACCOUNTS)
+    found = [
+        (account, booked)
+        for account in map(rows.account, cursor.fetchall())
+        if account.rule.key not in named
+        and _may_go(account, booked := sums.get(account.rule.key, 0), before_us, now_us)
+    ]
+    return (found[start : start + BATCH] for start in range(0, len(found), BATCH))
+
+
+def _may_go(account: Account, booked: int, before_us: int, now_us: int) -> bool:
+    rule = account.rule
+    if account.reserved:
+        return False
+    if rule.kind == "window":
+        is_over = "run" in json.loads(rule.scope) if rule.end_us is None else rule.end_us <= before_us
+        return is_over and account.spent == booked
+    if rule.kind == "refill":
+        return age(account, now_us).level == rule.limit
+    return not age(account, now_us).spent
+
+
+def retire(cursor: Any, dialect: Dialect, batch: Sequence[Idle], before_us: int, facts: Mapping[str, Any]) -> int:
+    """Take those away, in the transaction that is open, that nobody has moved since they were read; how many went."""
+    if dialect.lock:
+        cursor.execute(dialect.lock, ([account.rule.key for account, _ in batch],))
+    cursor.execute(dialect.held)
+    held = {key for (key,) in cursor.fetchall()}
+    gone: dict[str, int] = {}
+    budgets: Counter[str] = Counter()
+    for account, booked in batch:
+        key = account.rule.key
+        if key not in held:
+            cursor.execute(_DELETE.format(dialect.mark), (key, account.spent, account.level, account.at_us))
+            if cursor.rowcount:
+                gone[key] = booked
+                budgets[account.rule.budget] += 1
+    for budget, count in sorted(budgets.items()):
+        cursor.execute(_COUNT.format(dialect.mark), (count, budget))
+        cursor.execute(_NO_COUNT.format(dialect.mark), (budget,))
+    put(cursor, dialect.mark, retired(before_us, gone, facts))
+    return len(gone)
