@@ -333,6 +333,18 @@ def test_i2_rows_that_contradict_each_other_are_damage(store: PostgresStore) -> 
     assert store.open_reservations() == 1
 
 
+def test_i9_a_damaged_reservation_keeps_no_other_from_its_expiry(store: PostgresStore) -> None:
+    other = rule("other", 10**12)
+    for id, of in (("a", DOLLAR), ("b", other), ("c", other)):
+        store.execute(reserve(id, (of, 60), ttl_us=1))
+    with connect() as connection:
+        connection.execute("DELETE FROM accounts WHERE budget = 'b'")
+    with fails("damaged", "is missing"):
+        store.sweep()
+    assert [open.id for open in store.reservations()] == ["a"]
+    assert spent(store, other) == (120, 0)
+
+
 def test_a_schema_of_a_newer_bursar(url: str, store: PostgresStore) -> None:
     with connect() as connection:
         (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()  # type: ignore[misc]

@@ -416,6 +416,18 @@ def test_rows_that_contradict_each_other_are_noticed(store: SqliteStore, path: P
     assert list(store.entries()) == []
 
 
+def test_i9_a_damaged_reservation_keeps_no_other_from_its_expiry(store: SqliteStore, path: Path) -> None:
+    for id in "abc":
+        store.execute(reserve(id)._replace(ttl_us=1))
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE reservations SET held = '[[\"x\",\"USD\",10]]' WHERE id = 'a'")
+        other.commit()
+    with fails("damaged", "x is missing"):
+        store.sweep()
+    assert [open.id for open in store.reservations()] == ["a"]
+    assert spent(store) == (20, 10)
+
+
 def test_a_store_of_a_newer_schema_is_left_alone(path: Path) -> None:
     SqliteStore(path).close()
     with contextlib.closing(sqlite3.connect(path)) as other:

@@ -16,8 +16,6 @@ from bursar.commands import (
     Alert,
     Answer,
     Command,
-    Ended,
-    Expire,
     Reserve,
     Row,
 )
@@ -29,6 +27,7 @@ from bursar.signing import changes
 from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
 from bursar.stores import sqlite_schema as schema
+from bursar.stores.base import expire_all
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import Pruned, batch, prunable
@@ -283,7 +282,7 @@ class SqliteStore(TableReading):
 
     def sweep(self) -> int:
         due = self._query("SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH))
-        return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
+        return expire_all(self, (id for (id,) in due))
 
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         """In one transaction; a definition that is the newest already is left alone."""

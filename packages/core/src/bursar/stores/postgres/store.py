@@ -17,9 +17,7 @@ from bursar.commands import (
     Answer,
     Command,
     Draw,
-    Ended,
     Entry,
-    Expire,
     Rejected,
     Release,
     Settle,
@@ -28,6 +26,7 @@ from bursar.errors import StoreError
 from bursar.signing import changes
 from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
+from bursar.stores.base import expire_all
 from bursar.stores.entry_text import COLUMNS
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
@@ -260,7 +259,7 @@ class PostgresStore(TableReading):
             with _faults(), self._read() as connection:
                 make_ahead(connection, server_time_us(connection))
         due = self._query(queries.DUE_RESERVATIONS, (self.now_us(), SWEEP_BATCH))
-        return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
+        return expire_all(self, (id for (id,) in due))
 
     # -- definitions
 

@@ -19,7 +19,6 @@ from bursar.commands import (
     Draw,
     Ended,
     Entry,
-    Expire,
     Rejected,
     Reservation,
 )
@@ -27,6 +26,7 @@ from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, decide
 from bursar.signing import changes, operator_of
 from bursar.stores import forks
+from bursar.stores.base import expire_all
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.redis.faults import fault_of
 from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
@@ -172,12 +172,13 @@ class RedisStore:
     def sweep(self) -> int:
         slots = self.slots.all()
         wanted = (f"ZRANGEBYSCORE {slot}due -inf {self.now_us()} LIMIT 0 {SWEEP_BATCH}".split() for slot in slots)
-        swept = 0
-        for slot, ids in zip(slots, self.server.many(wanted), strict=True):
-            for id in ids:
-                self.slots.remember(f"i:{id.decode()}", slot)
-                swept += type(self.execute(Expire(id.decode()))) is Ended
-        return swept
+        found = zip(slots, self.server.many(wanted), strict=True)
+        return expire_all(self, self._remembered((slot, id.decode()) for slot, ids in found for id in ids))
+
+    def _remembered(self, found: Iterable[tuple[str, str]]) -> Iterator[str]:
+        for slot, id in found:
+            self.slots.remember(f"i:{id}", slot)
+            yield id
 
     # -- definitions
 
