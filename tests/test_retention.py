@@ -233,9 +233,10 @@ def test_what_an_open_reservation_names_stays_and_what_differs_from_its_records(
 def test_runs_that_come_back_meanwhile_lose_nothing(
     opens: Callable[[ManualClock | None], Store], clock: ManualClock
 ) -> None:
-    """Several callers meet accounts at the moment when they go."""
+    """Several callers meet accounts at the moment when they go; as many rest."""
     store, others = opens(clock), [opens(clock) for _ in range(3)]
     runs = [rule("run", 10**9, of=f"r{number}") for number in range(1_200)]
+    back = runs[:600]
     with_tables(store, clock)
     for number, one in enumerate(runs):
         store.execute(charge(f"{store.now_us():014x}-{number}", (one, 5)))
@@ -244,7 +245,7 @@ def test_runs_that_come_back_meanwhile_lose_nothing(
     wrong: list[object] = []
 
     def work(its: Store, name: int) -> None:
-        for number, one in enumerate(runs):
+        for number, one in enumerate(back):
             id = f"{its.now_us():014x}-{name}-{number}"
             for command in (reserve(id, (one, 60), version=99), settle(id, 25)):
                 if type(answer := its.execute(command)) not in (Granted, Ended):
@@ -257,9 +258,9 @@ def test_runs_that_come_back_meanwhile_lose_nothing(
     for thread in threads:
         thread.join()
     assert not wrong
-    assert pruned.accounts > 0
+    assert pruned.accounts >= len(runs) - len(back)
     assert audit(store) == []
-    assert len(list(store.accounts())) == len(runs)
+    assert len(list(store.accounts())) == len(back)
     for one in (store, *others):
         one.close()
 
@@ -302,8 +303,8 @@ def test_an_operator_alone_decides_to_prune(books: Bursar, clock: ManualClock) -
     assert audit(store) == []
 
 
-def test_memory_and_redis_are_not_pruned(clock: ManualClock) -> None:
-    with pytest.raises(InvalidInput, match="Drain those of Redis"):
+def test_memory_is_not_pruned(clock: ManualClock) -> None:
+    with pytest.raises(InvalidInput, match="Only stores on SQLite"):
         Operator(open_store("memory:", clock)).prune(0)
 
 

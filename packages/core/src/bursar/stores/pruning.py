@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from bursar.commands import Entry
 from bursar.stores import sqlite_rows as rows
 
-LATE_US = 93 * 86_400_000_000  # how long an expired reservation may still be settled, as in Redis
+LATE_US = 93 * 86_400_000_000  # how long an expired reservation may still be settled
 BATCH = 2_000  # records of one transaction
 MAX_KEYS = 1_000  # accounts of one record of sums
 _REASONS = {

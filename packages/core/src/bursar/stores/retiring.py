@@ -48,28 +48,30 @@ def idle(cursor: Any, dialect: Dialect, before_us: int, now_us: int) -> Iterator
     Of these: those of windows that have ended, those of runs, and what stands as if it were new of rates, slots and rolling
     windows. An account that differs from its records stays, for the audit to find.
     """
+    cursor.execute(rows.ALL_ACCOUNTS)  # first: a record of whatever moves them from here on may be missed below
+    accounts = [rows.account(row) for row in cursor.fetchall()]
     cursor.execute(f"SELECT DISTINCT key FROM records, {dialect.each} AS each WHERE NOT {_SUMS}")
     named = {key for (key,) in cursor.fetchall()}
     total = "CAST(sum(CAST(value AS bigint)) AS bigint)"
     cursor.execute(f"SELECT key, {total} FROM records, {dialect.each} AS each WHERE {_SUMS} GROUP BY key")
     sums = dict(cursor.fetchall())
-    cursor.execute(rows.ALL_ACCOUNTS)
     found = [
         (account, booked)
-        for account in map(rows.account, cursor.fetchall())
+        for account in accounts
         if account.rule.key not in named
-        and _may_go(account, booked := sums.get(account.rule.key, 0), before_us, now_us)
+        and is_done_with(account, before_us, now_us)
+        and (account.spent == (booked := sums.get(account.rule.key, 0)) or account.rule.kind != "window")
     ]
     return (found[start : start + BATCH] for start in range(0, len(found), BATCH))
 
 
-def _may_go(account: Account, booked: int, before_us: int, now_us: int) -> bool:
+def is_done_with(account: Account, before_us: int, now_us: int) -> bool:
+    """Whether an account that nothing was booked on since then means nothing any more."""
     rule = account.rule
     if account.reserved:
         return False
     if rule.kind == "window":
-        is_over = "run" in json.loads(rule.scope) if rule.end_us is None else rule.end_us <= before_us
-        return is_over and account.spent == booked
+        return "run" in json.loads(rule.scope) if rule.end_us is None else rule.end_us <= before_us
     if rule.kind == "refill":
         return age(account, now_us).level == rule.limit
     return not age(account, now_us).spent
