@@ -338,3 +338,26 @@ def test_the_command_prunes_and_the_audit_says_so(tmp_path: Path) -> None:
     again = run.invoke(main, ["prune", "--store", url, "--keep", "1h"], prog_name="bursar").output
     assert "commands of the last day may be made again" in again
     assert run.invoke(main, ["prune", "--store", url], prog_name="bursar").exit_code == 2
+
+
+def test_commands_take_the_url_of_processes_with_leases_and_take_none(tmp_path: Path, clock: ManualClock) -> None:
+    from postgres_server import fresh_url
+
+    plain = fresh_url()
+    url, run = f"{plain}&leases={tmp_path}", CliRunner()
+    with Bursar(url, BUDGETS) as bursar, bursar.scope(user="alice"):
+        bursar.charge("1 USD")
+    asked = (
+        ["prune", "--keep", "1d"],
+        ["erase", "--user", "alice"],
+        ["audit"],
+        ["status"],
+        ["records"],
+        ["recover", str(tmp_path)],
+    )
+    for command in asked:
+        done = run.invoke(main, [*command, "--store", url], prog_name="bursar")
+        assert done.exit_code == 0, done.output
+        assert not list(tmp_path.iterdir())
+    with Bursar(plain) as bursar:
+        assert [record.tags["user"][:7] for record in bursar.records()] == ["erased-"]

@@ -55,7 +55,7 @@ class Operator:
     """
 
     def __init__(self, store: str | Store, key: OperatorKey | str | None = None, *, by: str | None = None) -> None:
-        self.store: Store = open_store(store) if isinstance(store, str) else store
+        self.store: Store = open_store(store, with_leases=False) if isinstance(store, str) else store
         self._key = OperatorKey(key) if isinstance(key, str) else key
         self._by = printable(by or getpass.getuser(), 200)
 

@@ -42,9 +42,10 @@ def store_option(function: F) -> F:
 def open_books(url: str) -> Bursar:
     """The Bursar of a store that exists already, with the budgets published there. Raises UsageError for one that does not."""
     from bursar.facade import Bursar
+    from bursar.stores import open_store
 
     check_store(url)
-    return Bursar(url)
+    return Bursar(open_store(url, with_leases=False))
 
 
 def check_store(url: str) -> None:
