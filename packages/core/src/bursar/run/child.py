@@ -76,7 +76,8 @@ class Guarding(MetaPathFinder):
         if guard is None:
             return None
         others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for find in others if find is not None and (spec := find(fullname, path, target))), None)
+        found = (find(fullname, path, target) for find in others if find is not None)
+        spec: ModuleSpec | None = next((one for one in found if one is not None), None)
         if spec is None or spec.loader is None:
             return None
         loader: Any = spec.loader
