@@ -11,15 +11,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
@@ -171,6 +174,30 @@ def test_several_handlers_of_one_guard_reserve_once(provider: Provider, guard: B
     assert reserved(guard) == 0
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_calls_that_are_given_the_same_run_id_at_once_are_all_booked(
+    is_async: bool, provider: Provider, guard: Bursar
+) -> None:
+    """One is entered already while the others are; each handler of a call still knows it for the same."""
+    config: RunnableConfig = {
+        "callbacks": [BursarCallbackHandler(guard), BursarCallbackHandler(guard)],
+        "run_id": uuid4(),
+    }
+    asked = ["one", "two", "three", "four"]
+    if is_async:
+
+        async def ask() -> None:
+            await asyncio.gather(*(chat(provider).ainvoke(text, config) for text in asked))
+
+        asyncio.run(ask())
+    else:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda text: chat(provider).invoke(text, config), asked))
+    assert len(list(guard.records())) == provider.requests == 4
+    assert sum(record.cost_nanos for record in guard.records()) == provider.billed_nanos
+    assert reserved(guard) == 0
+
+
 def test_two_guards_each_reserve_once(provider: Provider, guard: Bursar) -> None:
     with Bursar("memory:", budgets=[Budget("other", limit="1 USD")]) as other:
         chat(provider).invoke("hi", {"callbacks": [BursarCallbackHandler(guard), BursarCallbackHandler(other)]})
@@ -186,13 +213,12 @@ def test_a_refusal_by_the_second_guard_leaves_nothing_open_in_the_first(
     gc.collect()
     assert first.drain()
     assert (provider.requests, reserved(guard)) == (0, 0)
+    assert [record.kind for record in guard.records()] == ["release"]
 
 
 def test_install_guards_every_thread_and_uninstall_ends_it(provider: Provider, broke: Bursar, guard: Bursar) -> None:
     uninstall = install(broke)
     try:
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(1) as pool, pytest.raises(LangChainBudgetExceeded):
             pool.submit(chat(provider).invoke, "hi").result()
         with pytest.raises(InvalidInput):

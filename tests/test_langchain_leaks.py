@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableConfig, RunnableGenerator, RunnableLambda
 from langchain_openai import ChatOpenAI
 
 from bursar import Budget, Bursar
+from bursar.commands import Tell
+from bursar.testing import ManualClock
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_langchain import BursarCallbackHandler, LangChainBudgetExceeded
 
@@ -46,6 +52,31 @@ def model(provider: Provider) -> ChatOpenAI:
     return ChatOpenAI(
         model="gpt-4o", base_url=f"{provider.url}/v1", api_key="local", max_tokens=50, max_retries=0, stream_usage=True
     )
+
+
+class Collecting(ManualClock):
+    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
+
+    collects = False
+
+    def now_us(self) -> int:
+        if self.collects:
+            gc.collect()
+        return super().now_us()
+
+
+def drop(stream: Iterator[Any]) -> None:
+    """Leave it half-way, as a part of a cycle: nobody but the collector will find it."""
+    next(stream)
+    held: list[object] = [stream]
+    held.append(held)
+
+
+def in_time(work: Callable[[], object]) -> bool:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
 
 
 def ends(guard: Bursar, handler: BursarCallbackHandler) -> list[tuple[str, bool]]:
@@ -120,6 +151,23 @@ def test_a_cancelled_chain_inside_a_longer_task(
     asyncio.run(late())
     assert kept
     assert ends(guard, handler) == [UNKNOWN]
+
+
+def test_a_call_that_its_task_leaves_behind(
+    provider: Provider, guard: Bursar, handler: BursarCallbackHandler, model: ChatOpenAI
+) -> None:
+    """Whoever keeps the run's id keeps it alive: that the task ends without an answer ends the call all the same."""
+    provider.script([HANG])
+    config: RunnableConfig = {"callbacks": [handler], "run_id": uuid4()}
+
+    async def late() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await model.ainvoke("hi", config)
+
+    asyncio.run(late())
+    assert ends(guard, handler) == [UNKNOWN]
+    assert config
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -271,3 +319,37 @@ def test_a_forked_child_leaves_the_parents_calls_alone(
     for _ in held:
         continue
     assert ends(guard, handler) == [BILLED]
+
+
+def test_a_stream_that_is_collected_amid_a_transaction_of_the_same_thread_ends_after_it(
+    provider: Provider, model: ChatOpenAI, tmp_path: Path
+) -> None:
+    """It must not wait for that transaction's lock."""
+    clock = Collecting()
+    guard = Bursar(f"sqlite:///{tmp_path}/b.db?durability=process", [Budget("all", limit="10 USD")], clock=clock)
+    handler = BursarCallbackHandler(guard)
+    config: RunnableConfig = {"callbacks": [handler], "run_id": uuid4()}
+    drop(model.stream("hi", config))
+    clock.collects = True
+    assert in_time(lambda: guard.store.execute(Tell("one", "policy", {})))
+    clock.collects = False
+    assert ends(guard, handler) == [UNKNOWN]
+    guard.close()
+
+
+def test_a_chain_that_is_collected_while_another_begins_does_not_hold_it_up(
+    handler: BursarCallbackHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Collects(OrderedDict[int, Any]):
+        def __setitem__(self, key: int, value: Any) -> None:
+            gc.collect()
+            super().__setitem__(key, value)
+
+    def twice(parts: Iterator[str]) -> Iterator[str]:
+        for part in parts:
+            yield from (part, part)
+
+    config: RunnableConfig = {"callbacks": [handler]}
+    drop(RunnableGenerator(twice).stream("hi", config))
+    monkeypatch.setattr(handler._gate.runs, "_runs", Collects())
+    assert in_time(lambda: RunnableLambda(str).invoke("hi", config))

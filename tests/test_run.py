@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -133,6 +134,58 @@ def test_a_sitecustomize_of_the_environment_still_runs(tmp_path: Path, provider:
     (tmp_path / "own" / "sitecustomize.py").write_text("print('own')\n")
     done = run(tmp_path, provider, "print('program')", PYTHONPATH=str(tmp_path / "own"))
     assert done.stdout == "own\nown\nprogram\n"  # of the command itself, and of the program
+
+
+def test_a_python_of_another_environment_runs_as_it_would_by_itself(tmp_path: Path, provider: Provider) -> None:
+    """Where the program's environment is the only one, this says nothing."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("print('own', flush=True)\n")
+    program = """
+        import subprocess, sys
+
+        subprocess.run([sys._base_executable, "-c", "print('other')"], check=True)
+    """
+    done = run(tmp_path, provider, program, PYTHONPATH=str(tmp_path / "own"))
+    assert done.stdout == "own\nown\nown\nother\n"
+    assert "Error in sitecustomize" not in done.stderr
+
+
+def test_a_library_is_guarded_that_was_looked_for_or_failed_before_it_was_imported(
+    tmp_path: Path, provider: Provider
+) -> None:
+    program = """
+        import importlib.util
+        import sys
+
+        assert importlib.util.find_spec("openai") is not None
+        sys.modules["httpx"] = None
+        try:
+            import openai
+        except ImportError:
+            del sys.modules["httpx"]
+        for name in [name for name in sys.modules if name.startswith("openai")]:
+            del sys.modules[name]
+        import openai
+
+        openai.OpenAI().chat.completions.create(
+            model="gpt-4o", max_completion_tokens=500, messages=[{"role": "user", "content": "hello"}]
+        )
+    """
+    done = run(tmp_path, provider, program)
+    assert done.returncode == 0, done.stderr
+    assert "guarded openai; 1 calls, $0.0075, 0 refused" in done.stderr
+
+
+def test_what_stands_behind_the_program_is_its_own_and_so_is_a_request_to_end(tmp_path: Path) -> None:
+    said = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
+    words = [BURSAR, "run", "--budget", "1 USD", sys.executable, "-c", said, "--store", "mine", "--help"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "['--store', 'mine', '--help']\n"
+        running.terminate()
+        out, err = running.communicate(timeout=60)  # ends with the program, which has the pipe open too
+    assert (running.returncode, out) == (128 + signal.SIGTERM, "")
+    assert "nothing was guarded" in err
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,23 @@ if TYPE_CHECKING:
 
 
 class Open:
-    """One announced call. `batch` is what the calls of one `generate([a, b])` share, `cleanup` what its end undoes."""
+    """One announced call. `said` is an object that every handler is shown of it, and of no other call but those of its batch.
 
-    __slots__ = ("batch", "cleanup", "is_chat", "order", "parent", "provider", "reservation", "sending", "watch")
+    `in_batch`: whether it is one of several, as in `generate([a, b])`; `cleanup` is what its end undoes; `earlier` an open
+    call with the same run id, which a user may give to several.
+    """
 
-    def __init__(self, order: int, parent: int | None, batch: object, is_chat: bool) -> None:
+    __slots__ = (
+        "cleanup", "earlier", "in_batch", "is_chat", "order", "parent", "provider", "reservation", "said", "sending", "watch",
+    )  # fmt: skip
+
+    def __init__(self, order: int, parent: int | None, said: object, in_batch: bool, is_chat: bool) -> None:
         self.order = order
         self.parent = parent
-        self.batch = batch
+        self.said = said
+        self.in_batch = in_batch
         self.is_chat = is_chat
+        self.earlier: Open | None = None
         self.provider = ""
         self.reservation: Reservation | None = None
         self.cleanup: Callable[[], object] | None = None
@@ -125,14 +133,18 @@ class Gate:
     # -- begin ---------------------------------------------------------------------------------------------------
 
     def begin(
-        self, run_id: UUID, parent_run_id: UUID | None, *, batch: object = None, is_chat: bool = False
+        self, run_id: UUID, parent_run_id: UUID | None, said: object, *, in_batch: bool = False, is_chat: bool = False
     ) -> Open | None:
         """Enter the call; None when it is entered already, by another handler of the same guard."""
         key = run_id.int
-        opened = Open(next(self._order), None if parent_run_id is None else parent_run_id.int, batch, is_chat)
-        if self._open.setdefault(key, opened) is not opened:
-            return None
+        opened = Open(next(self._order), None if parent_run_id is None else parent_run_id.int, said, in_batch, is_chat)
         with self._ended:
+            earlier = opened.earlier = self._open.get(key)
+            while earlier is not None:
+                if earlier.said is said:
+                    return None
+                earlier = earlier.earlier
+            self._open[key] = opened
             self._unended += 1
         expect_orphans()
         # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
@@ -147,12 +159,15 @@ class Gate:
 
     def refused(self, key: int, opened: Open) -> None:
         """Take the call out again: it will not be sent."""
-        self._open.pop(key, None)
+        self._take_out(key, opened)
         self._count_end()
-        if opened.batch is not None:
-            # One refusal ends the whole of `generate([a, b])` before anything is sent.
-            for other, _ in self.siblings(opened):
-                self.end_now(other, released("refused with another prompt of its batch"))
+        # One refusal ends the whole of `generate([a, b])` before anything is sent.
+        for other, _ in self.siblings(opened):
+            self.end_now(other, released("refused with another prompt of its batch"))
+        for gate in list(_gates.values()):
+            if gate is not self:
+                for other in gate.shown(opened.said):
+                    gate.end_now(other, released("refused by another guard"))
 
     def admitted(self, run_id: UUID, opened: Open, reservation: Reservation, slot: Slot | None = None) -> None:
         """The reservation was granted, for a call that is sent as it was announced."""
@@ -173,15 +188,33 @@ class Gate:
     # -- end -----------------------------------------------------------------------------------------------------
 
     def take(self, key: int) -> Open | None:
-        """The call, out of the list: whoever gets it ends it. None when it has ended, or was never reserved here."""
-        opened = self._open.pop(key, None)
-        if opened is None or opened.reservation is None:
-            return None
+        """The call, out of the list: whoever gets it ends it. None when it has ended, or was never reserved here.
+
+        Of several with one run id it is the last: those before it may have been abandoned.
+        """
+        with self._ended:
+            opened = self._open.get(key)
+            while opened is not None and opened.reservation is None:
+                opened = opened.earlier
+            if opened is None:
+                return None
+            self._take_out(key, opened)
         if opened.sending is not None:
             opened.sending.end()
         if opened.cleanup is not None:
             opened.cleanup()
         return opened
+
+    def _take_out(self, key: int, opened: Open) -> None:
+        with self._ended:
+            last = self._open.pop(key, None)
+            if last is not opened and last is not None:
+                self._open[key] = later = last
+                while later.earlier is not None and later.earlier is not opened:
+                    later = later.earlier
+                later.earlier = opened.earlier
+            elif last is not None and last.earlier is not None:
+                self._open[key] = last.earlier
 
     def answering(self, key: int) -> None:
         """A part of its answer is there: the user's code comes between the parts, and what it calls is its own.
@@ -237,10 +270,14 @@ class Gate:
 
     def siblings(self, opened: Open) -> list[tuple[int, bool]]:
         """The open calls of the same `generate`, and whether they came before this one."""
-        if opened.batch is None:
+        if not opened.in_batch:
             return []
         everyone = list(self._open.items())
-        return [(key, other.order < opened.order) for key, other in everyone if other.batch is opened.batch]
+        return [(key, other.order < opened.order) for key, other in everyone if other.said is opened.said]
+
+    def shown(self, said: object) -> list[int]:
+        """The open calls of which handlers are shown this object."""
+        return [key for key, opened in list(self._open.items()) if opened.said is said]
 
     def end_children(self, run_id: UUID) -> None:
         """A run was torn down by a cancellation: so are the calls that it made."""

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 
-from bursar.ending import Ending, released, settled, told_only, unknown
+from bursar.ending import Ending, amid_bursar, end_soon, released, settled, told_only, unknown
 from bursar.sending import Sending
 from bursar_langchain.answer import read_end, read_error
 from bursar_langchain.asking import areserve, reserve
@@ -95,8 +95,8 @@ class BursarCallbackHandler(BaseCallbackHandler):
         params, metadata, slot = invocation_params or {}, metadata or {}, current_slot.get()
         is_chat = not isinstance(inputs[0], str)  # a list of messages, or a prompt
         # Only one `generate([a, b])` hands the same settings object to several calls.
-        batch = params if batch_size > 1 else None
-        opened = self._gate.begin(run_id, parent_run_id, batch=batch, is_chat=is_chat)
+        said = inputs[0] if invocation_params is None else invocation_params
+        opened = self._gate.begin(run_id, parent_run_id, said, in_batch=batch_size > 1, is_chat=is_chat)
         if opened is None:
             return None
         with self._gate.admission(run_id, opened):
@@ -157,7 +157,11 @@ class BursarCallbackHandler(BaseCallbackHandler):
         opened = self._gate.take(run_id.int)
         if opened is None:
             return
-        self._gate.finish(opened, _read(read_error, opened, error, response))
+        ending = _read(read_error, opened, error, response)
+        if isinstance(error, GeneratorExit) and amid_bursar():  # the garbage collector's doing
+            end_soon(partial(self._gate.finish, opened, ending))
+        else:
+            self._gate.finish(opened, ending)
         if opened.is_chat:
             # `generate([a, b, c])` tells of the failed one alone: a was answered, and its answer dropped; c never sent.
             for key, is_earlier in self._gate.siblings(opened):
@@ -194,7 +198,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
     def _tool_start(
         self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
     ) -> None:
-        opened = self._gate.begin(run_id, parent_run_id)
+        opened = self._gate.begin(run_id, parent_run_id, serialized)
         if opened is None:
             return
         call = self._tool_call(serialized, input_str, parent_run_id, more)
@@ -205,7 +209,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
     async def _atool_start(
         self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
     ) -> None:
-        opened = self._gate.begin(run_id, parent_run_id)
+        opened = self._gate.begin(run_id, parent_run_id, serialized)
         if opened is None:
             return
         call = self._tool_call(serialized, input_str, parent_run_id, more)
@@ -286,7 +290,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
 
 def _read(reader: Callable[..., Ending], opened: Open, *event: Any) -> Ending:
     """The ending that an event tells of. One that cannot be read books the worst case."""
-    options = {"in_batch": opened.batch is not None} if reader is read_end else {}
+    options = {"in_batch": opened.in_batch} if reader is read_end else {}
     try:
         return reader(opened.provider, *event, **options)
     except Exception as error:  # noqa: BLE001 - raised, it would replace the answer, and leave the reservation open
@@ -301,7 +305,10 @@ def _failed_tool(error: BaseException) -> Ending:
 
 
 def _end_with_task(gate: Gate, key: int, opened: Open) -> None:
-    """When the task that makes the call is cancelled, LangChain reports no end."""
+    """When the task that makes the call is cancelled, or leaves it unanswered, LangChain reports no end.
+
+    A stream of which a part has come may go on in another task.
+    """
     import asyncio  # callers without an event loop need not load it
 
     task = asyncio.current_task()
@@ -309,7 +316,7 @@ def _end_with_task(gate: Gate, key: int, opened: Open) -> None:
         return
 
     def done(task: asyncio.Task[Any]) -> None:
-        if task.cancelled():
+        if task.cancelled() or opened.sending is not None:
             gate.end_soon(key)
 
     def undo() -> None:

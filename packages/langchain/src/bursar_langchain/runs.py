@@ -28,7 +28,7 @@ class Runs:
     def __init__(self) -> None:
         self._runs: OrderedDict[int, Run] = OrderedDict()
         self._threads: OrderedDict[str, str] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a chain that the garbage collector closes ends amid another's beginning
 
     def resumes_unknown_thread(
         self, parent_run_id: UUID | None, metadata: Mapping[str, Any], inputs: Any

@@ -19,7 +19,7 @@ from bursar.stores import public_url
 STOPPED = 3  # the exit status when calls were refused and the program itself ended with 0
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(context_settings={"allow_interspersed_args": False})  # what stands behind the program's name is its own
 @click.option("--budget", help='The limit of this run, such as "5 USD" or "200 requests".')
 @click.option("--policy", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A policy file instead.")
 @click.option(
@@ -70,12 +70,15 @@ def _run(program: tuple[str, ...], order: Order) -> int:
     }
     try:
         with subprocess.Popen(program, env=environment) as process:
-            # an interrupt from the terminal reaches the program too; it decides, and the account is shown afterwards
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # An interrupt from the terminal reaches the program too, a request to end only this process. The program decides
+            # what it makes of them, and the account is shown afterwards.
+            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            end = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
             try:
                 status = process.wait()
             finally:
-                signal.signal(signal.SIGINT, before)
+                signal.signal(signal.SIGINT, interrupt)
+                signal.signal(signal.SIGTERM, end)
     except OSError as error:
         raise click.ClickException(f"{program[0]} cannot be started: {error.strerror}. Check its path.") from error
     return 128 - status if status < 0 else status

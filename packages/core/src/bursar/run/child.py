@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -69,11 +68,16 @@ class Guarding(MetaPathFinder):
             self._bursar.close()
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Leave the finding to the others, and be there when the module has run. A guard that fails fails the import."""
-        guard = self._watched.pop(fullname, None)
+        """Leave the finding to the others, and be there whenever the module has run. A guard that fails fails the import.
+
+        A module that was looked for may not be imported then, and one whose import failed may be imported again.
+        """
+        guard = self._watched.get(fullname)
         if guard is None:
             return None
-        spec = importlib.util.find_spec(fullname)
+        others = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
+        found = (find(fullname, path, target) for find in others if find is not None)
+        spec: ModuleSpec | None = next((one for one in found if one is not None), None)
         if spec is None or spec.loader is None:
             return None
         loader: Any = spec.loader

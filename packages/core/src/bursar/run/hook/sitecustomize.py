@@ -4,9 +4,14 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from bursar.run.child import start
-
-start()
+try:
+    from bursar.run.child import start
+except ModuleNotFoundError as error:
+    if error.name != "bursar":
+        raise
+    # a Python of another environment, which the program has started
+else:
+    start()
 
 # A sitecustomize of the environment's own, which this one stands in front of, has its turn.
 _here = Path(__file__).resolve().parent
