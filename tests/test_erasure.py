@@ -116,6 +116,29 @@ def test_i4_nobody_is_named_any_more_and_no_amount_is_another(url: Books, alice:
         assert audit(store) == []
 
 
+@pytest.mark.parametrize("alice", [*ALICE, "x" * 90 + " alice"])
+def test_i4_the_budget_that_a_scope_was_opened_with_names_nobody_either(url: Books, alice: str) -> None:
+    """Its name is made of the scope's tags, and is cut: in keys and rows of accounts, in counts, and as why a call was refused."""
+    store = open_store(url)
+    with Bursar(store) as bursar:
+        with bursar.scope(user=alice, desk="7", budget="0.01 USD"):
+            bursar.charge("0.001 USD")
+            with pytest.raises(BudgetExceeded):
+                bursar.reserve("openai", "gpt-4o", input_tokens=1_000_000, max_output_tokens=50)
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=5, id="open")
+        before = amounts(store)
+        Operator(store).erase("user", alice, marker=MARKER)
+        named = [
+            row for rows in url.rows().values() for row in rows if any(one[:80] in row for one in spellings(alice))
+        ]
+        assert named == []
+        assert amounts(store) == before
+        assert type(store.execute(settle("open", 7))) is Ended
+        assert audit(store) == []
+        (account,) = store.accounts()
+        assert json.loads(account.rule.key)[0] == account.rule.budget == f"scope user={MARKER} desk=7"
+
+
 def bobs(url: Books) -> list[str]:
     return sorted(row for rows in url.rows().values() for row in rows if "bob" in row)
 
