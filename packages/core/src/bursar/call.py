@@ -35,7 +35,8 @@ class CallOptions(TypedDict, total=False):
     for may be granted (default: only where none was set). `changeable`: what of the request the caller sends as granted, of
     "model" and "max_output_tokens" (default: both); a budget's thresholds may change these. `connection`: what the call
     goes through (default: the provider). `tags` win over the scope's, `default_tags` do not. `usage`: what it will be
-    billed where that is not tokens (images, seconds, characters); it is believed, as `input_tokens` are. `id` makes the
+    billed where that is not tokens (images, seconds, characters); it is believed, as `input_tokens` are. `region`: where it is
+    served, if that has a price of its own ("eu", "us-east5") and neither request nor answer says it. `id` makes the
     reservation repeatable; `ttl_s`: seconds until it expires (default 600).
     """
 
@@ -49,6 +50,7 @@ class CallOptions(TypedDict, total=False):
     usage: Usage | None
     resize: bool | None
     changeable: Collection[str]
+    region: str | None
     connection: str | None
     tags: Mapping[str, str] | None
     default_tags: Mapping[str, str] | None
@@ -121,6 +123,7 @@ class Call:
         "model_asked",
         "price",
         "provider",
+        "region",
         "request",
         "reserved_us",
         "resize",
@@ -161,6 +164,7 @@ class Call:
         self.usage: Usage | None = None
         self.resize = False
         self.service_tier: str | None = None
+        self.region: str | None = None
         self.price: ModelPrice | None = None
         self.estimate: Estimate | None = None
         self.amounts: dict[str, int] = {}

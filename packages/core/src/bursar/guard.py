@@ -229,6 +229,7 @@ class Guard:
     ) -> Steps:
         """Book the real cost, at the prices of the reserve time. `answer`: for the detectors. Raises UnknownPrice."""
         at_us = call.reserved_us or now_us
+        usage = _served(call, usage)
         price = call.book.cost(call.provider, call.model, usage, at_us=at_us, tags=call.tags())
         tokens = usage.input_tokens + usage.output_tokens
         actuals = {"USD": price.cost_nanos, "tokens": tokens, "requests": usage.requests}
@@ -269,8 +270,13 @@ class Guard:
             return None
         output = max(estimate.output_tokens, (request.max_output_tokens or 0) * request.n)
         if known is None or not known.input_tokens:
-            return Usage(input_tokens=estimate.input_tokens, output_tokens=output, service_tier=call.service_tier)
-        return known.replace(output_tokens=max(output, known.output_tokens))
+            return Usage(
+                input_tokens=estimate.input_tokens,
+                output_tokens=output,
+                service_tier=call.service_tier,
+                region=call.region,
+            )
+        return _served(call, known).replace(output_tokens=max(output, known.output_tokens))
 
     def release(self, call: Call, reason: str, now_us: int, *, outcome: str = "cancelled") -> Steps:
         """Give everything back: the call was surely not billed."""
@@ -363,3 +369,10 @@ class Guard:
         """Whether every budget of this call says that calls go on while the store is out of reach (I12)."""
         matched = self.matched(call, now_us)
         return bool(matched) and all(one.budget.on_unreachable == "open" for one in matched)
+
+
+def _served(call: Call, usage: Usage) -> Usage:
+    """The usage with the region that the call asked for, where the answer names none."""
+    if call.region is None or usage.region is not None:
+        return usage
+    return usage.replace(region=call.region)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bursar.answers.counts import OBJECT
 from bursar.ending import Ending, settled
 from bursar.errors import InvalidInput, UnboundedEstimate
+from bursar.prices.hosts import region_of_url
 from bursar.reservation import Block, Reservation
 from bursar.sending import is_sending, passing
 from bursar.wrap.answer import SILENT, answer_of
@@ -182,6 +183,7 @@ class _Twin:
             )
         retries = options.get_max_retries(client.max_retries)
         made = visit(path, self._bursar_provider(), _body(options), options.files, retries)
+        made.said["region"] = region_of_url(str(client.base_url))
         return made, self._bursar_gate.bursar.call(made.provider, made.model, **made.said)
 
 
@@ -197,8 +199,7 @@ class _SyncTwin(_Twin):
             with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
                 if is_held:
                     return plain.request(cast_to, options, **rest)
-        prepare = getattr(self, "_copy_and_prepare", copy.copy)
-        options = prepare(options)
+        options = getattr(self, "_copy_and_prepare", copy.copy)(options)
         visit, block = self._bursar_block(options, path)
         trip = Trip(self._bursar_gate, visit, block.__enter__())
         token = _current.set(trip)
