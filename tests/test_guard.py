@@ -204,6 +204,31 @@ def test_i6_the_same_id_is_the_same_call(bursar: Bursar) -> None:
     assert spent(bursar) == (Decimal("0.1035"), 0)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"max_output_tokens": 16_000},
+        {"region": "eu"},
+        {"body": {"service_tier": "priority"}},
+        {"usage": Usage(input_tokens=30)},
+    ],
+)
+def test_i6_a_repeated_id_asks_for_no_more_than_before(bursar: Bursar, other: dict[str, Any]) -> None:
+    """What the first reservation does not cover would go out with it."""
+    said: dict[str, Any] = {"input_tokens": 10, "max_output_tokens": 10, "id": "mine"}
+    bursar.reserve("openai", "gpt-5.1", **said)
+    with pytest.raises(IdempotencyConflict):
+        bursar.reserve("openai", "gpt-5.1", **{**said, **other})
+
+
+def test_i6_a_repeated_id_gets_the_smaller_answer_that_was_granted() -> None:
+    with Bursar("memory:", [Budget("strict", "0.01 USD", estimate="strict")]) as bursar:
+        said: dict[str, Any] = {"messages": "hello", "id": "mine"}
+        first, again = (bursar.reserve("openai", "gpt-4o", **said) for _ in range(2))
+        assert first.max_output_tokens == again.max_output_tokens < 1_000
+        assert again.capped
+
+
 def test_i5_what_has_ended_in_another_way_says_how(bursar: Bursar) -> None:
     reservation = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500)
     reservation.release()

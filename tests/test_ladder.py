@@ -200,7 +200,7 @@ def test_a_call_that_was_downgraded_may_be_repeated(desk: Any) -> None:
     first = here.bursar.reserve("openai", "gpt-4o", **said)
     assert (first.model, first.max_output_tokens, first.capped) == ("gpt-4-turbo", 4_096, True)
     again = here.bursar.reserve("openai", "gpt-4o", **said)
-    assert again.id == first.id
+    assert (again.id, again.model, again.max_output_tokens, again.capped) == (first.id, "gpt-4-turbo", 4_096, True)
     assert here.bursar.store.open_reservations() == 1
     with pytest.raises(IdempotencyConflict):
         here.bursar.reserve("openai", "gpt-4o-mini", **said)

@@ -116,6 +116,8 @@ class Amounts:
             call.draft["model_asked"] = call.model_asked
         if call.actions:
             call.draft["actions"] = list(call.actions)
+        if call.given_id and call.capped and call.request is not None:
+            call.draft["max_output_tokens"] = call.request.max_output_tokens
 
     def fit(self, call: Call, refused: Refused) -> int | None:
         """The largest maximum output with which the call would fit on every account, or None when none does."""

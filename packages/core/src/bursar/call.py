@@ -97,15 +97,17 @@ class Call:
     `state`: new, open, settled, released, or unguarded (the store was away and the policy is "open"). `amounts` are those of a
     tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate. `book`:
     the prices that it is reserved, settled and recorded by, though others may be in force meanwhile.
-    `complied`: by account key, up to which mark the call does what thresholds ask for; `actions` says what that was,
-    `model_asked` the model that another took the place of, `throttles` the accounts of rates. `stopped`: set while the call is
-    in flight, when a switch or a budget stops it. `content`: the request, or a tool's arguments, for the detectors alone.
+    `asked`: what its maker asked for, and thresholds or want of room may have changed since. `complied`: by account key, up to
+    which mark the call does what thresholds ask for; `actions` says what that was, `model_asked` the model that another took the
+    place of, `throttles` the accounts of rates. `stopped`: set while the call is in flight, when a switch or a budget stops it.
+    `content`: the request, or a tool's arguments, for the detectors alone.
     """
 
     __slots__ = (
         "_tags",
         "actions",
         "amounts",
+        "asked",
         "attempts",
         "book",
         "capped",
@@ -168,6 +170,7 @@ class Call:
         self.price: ModelPrice | None = None
         self.estimate: Estimate | None = None
         self.amounts: dict[str, int] = {}
+        self.asked: tuple[object, ...] = ()
         self.attempts = 1
         self.draft: dict[str, Any] = {}
         self.reserved_us = 0
@@ -208,7 +211,7 @@ class Call:
         facts: tuple[object, ...] = (tags, self.scope.runs, self.amounts, *more)
         if self.request is not None:
             request = self.request
-            facts += (request.size, request.input_tokens, request.n, request.retries)
+            facts += (request.size, request.input_tokens, request.n, request.retries, *self.asked)
         return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 

@@ -94,6 +94,8 @@ class Guard:
                     yield from self._refuse(call, answer, now_us)
                     continue
                 assert type(answer) is Granted
+                if call.given_id:
+                    _as_granted(call, answer.reservation.draft, now_us)
                 call.state, call.reserved_us = "open", answer.reservation.reserved_us
                 return call
             raise StoreError("No answer after very many looks. Reduce the contention on this budget.", fault="locked")
@@ -376,3 +378,17 @@ def _served(call: Call, usage: Usage) -> Usage:
     if call.region is None or usage.region is not None:
         return usage
     return usage.replace(region=call.region)
+
+
+def _as_granted(call: Call, granted: Mapping[str, Any], now_us: int) -> None:
+    """Make the call what it was when its reservation was granted: an id that comes again gets the same answer (I6)."""
+    request, model = call.request, granted["tags"].get("model", call.model)
+    if request is None:
+        return
+    if model != call.model:
+        call.model_asked = call.model_asked or call.model
+        call.request = request = request.for_model(model)
+        call.model, call.price = model, call.book.find(call.provider, model, now_us, {**call.tags(), "model": model})
+    most = granted.get("max_output_tokens")
+    if most is not None:
+        request.max_output_tokens, call.capped = most, True

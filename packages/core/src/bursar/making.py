@@ -63,6 +63,7 @@ class CallMaker:
         asked = body if isinstance(body, Mapping) else {}
         call.service_tier = _tier(asked)
         call.region = word(asked.get("inference_geo")) if region is None else _texts(region=region)["region"]
+        call.asked = (call.request.max_output_tokens, call.service_tier, call.region, usage)
         return call
 
     def tool(
