@@ -183,6 +183,17 @@ def test_tools_cost_their_price_or_what_is_told(bursar: Bursar) -> None:
     assert spent(bursar) == (Decimal("0.065"), 0)  # each left its block at its price
 
 
+def test_a_cut_stream_that_used_a_tool_without_a_known_fee_ends_at_its_worst_case(bursar: Bursar) -> None:
+    """I9: the tokens that it told cannot be priced with that tool; the call ends all the same, with no error of Bursar's."""
+    usage = {"input_tokens": 100, "output_tokens": 1, "server_tool_use": {"dream_requests": 1}}
+    begun = {"type": "message_start", "message": {"model": "claude-sonnet-4-5", "usage": usage}}
+    with bursar.call("anthropic", "claude-sonnet-4-5", input_tokens=1_000, max_output_tokens=500) as call:
+        record = call.settle([begun])
+    assert record is not None
+    assert (record.estimated, record.cost_nanos) == (True, 1_000 * 3_000 + 500 * 15_000)
+    assert bursar.store.open_reservations() == 0
+
+
 # -- the same id, late ends ------------------------------------------------------------------------------------------
 
 

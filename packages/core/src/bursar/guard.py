@@ -23,7 +23,7 @@ from bursar.commands import (
     Settle,
     Stepped,
 )
-from bursar.errors import IdempotencyConflict, Stopped, StoreError
+from bursar.errors import IdempotencyConflict, Stopped, StoreError, UnknownPrice
 from bursar.estimate import Learner
 from bursar.ladder import comply
 from bursar.notices import Notices
@@ -257,7 +257,13 @@ class Guard:
         cost, usage, actuals = call.draft["cost_nanos"], call.draft["usage"], {"failures": 1}
         worst = self._worst(call, known)
         if worst is not None and call.price is not None:
-            least = call.price.cost_nanos(worst)
+            try:
+                least = call.price.cost_nanos(worst)
+            except UnknownPrice as error:  # of a tool that was used: the call must end all the same
+                log.warning("%s It is booked at the reserved amount, as estimated.", error)
+                known, worst = None, self._worst(call, None)
+                assert worst is not None
+                least = call.price.cost_nanos(worst)
             if known is not None or least > cost:
                 cost, usage = least, worst.as_dict()
                 actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
