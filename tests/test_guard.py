@@ -194,6 +194,14 @@ def test_a_cut_stream_that_used_a_tool_without_a_known_fee_ends_at_its_worst_cas
     assert bursar.store.open_reservations() == 0
 
 
+def test_the_tokens_of_an_answer_that_used_a_tool_without_a_known_fee_are_booked(bursar: Bursar) -> None:
+    """They are known, and may be many more than were reserved: what a tool finds is read by the model."""
+    with bursar.call("anthropic", "claude-sonnet-4-5", input_tokens=1_000, max_output_tokens=500) as call:
+        record = call.settle(Usage(input_tokens=90_000, output_tokens=200, server_tools={"dream": 3}))
+    assert record is not None
+    assert (record.estimated, record.cost_nanos) == (True, 90_000 * 3_000 + 500 * 15_000)
+
+
 # -- the same id, late ends ------------------------------------------------------------------------------------------
 
 

@@ -255,18 +255,19 @@ class Guard:
     def settle_unknown(self, call: Call, reason: str, now_us: int, *, known: Usage | None = None) -> Steps:
         """Book the worst case, as estimated: what is `known` so far, else what was reserved, and the whole maximum output."""
         cost, usage, actuals = call.draft["cost_nanos"], call.draft["usage"], {"failures": 1}
-        worst = self._worst(call, known)
-        if worst is not None and call.price is not None:
+        # Where a tool that was used has no known fee, its tokens still have a price; the call must end all the same.
+        for told in (known, known and known.replace(server_tools={}), None):
+            worst = self._worst(call, told)
+            if worst is None or call.price is None:
+                break
             try:
                 least = call.price.cost_nanos(worst)
-            except UnknownPrice as error:  # of a tool that was used: the call must end all the same
-                log.warning("%s It is booked at the reserved amount, as estimated.", error)
-                known, worst = None, self._worst(call, None)
-                assert worst is not None
-                least = call.price.cost_nanos(worst)
-            if known is not None or least > cost:
+            except UnknownPrice:
+                continue
+            if (told is not None and told is known) or least > cost:
                 cost, usage = least, worst.as_dict()
                 actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
+            break
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, printable(reason), facts))
