@@ -104,6 +104,23 @@ def test_tokens_cached_for_an_hour_stay_so_to_the_end_of_a_stream(told: int | No
     assert found.input_tokens == 3 + five + hour
 
 
+def test_counts_that_come_with_every_chunk_are_final_when_the_answer_has_ended() -> None:
+    """Perplexity and vLLM tell with each chunk what it was up to there: where the stream is cut, more was billed."""
+
+    def chunk(out: int | None, finish: str | None = None) -> dict[str, Any]:
+        usage = None if out is None else {"prompt_tokens": 10, "completion_tokens": out, "total_tokens": 10 + out}
+        choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": finish}
+        return {"object": "chat.completion.chunk", "model": "sonar", "choices": [choice], "usage": usage}
+
+    for events in ([chunk(1)], [chunk(None), chunk(1), chunk(2)]):
+        with pytest.raises(UnreadableAnswer) as cut:
+            Usage.from_response("perplexity", events)
+        assert cut.value.fields["reason"] == "no_usage"
+        assert cut.value.fields["partial"].output_tokens == len(events) - (len(events) > 1)
+    for events in ([chunk(1, "stop")], [chunk(1), chunk(2, "stop")], [chunk(1), chunk(2), chunk(None, "stop")]):
+        assert Usage.from_response("perplexity", events).output_tokens == min(2, len(events))
+
+
 def test_a_cut_anthropic_stream_tells_its_input_and_is_no_usage() -> None:
     reader = StreamReader("anthropic")
     start = {"input_tokens": 7, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 3, "output_tokens": 1}
