@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, Operator, OperatorRequired, Usage
+from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, InvalidInput, Operator, OperatorRequired, Usage
 from bursar.audit import audit
 from bursar.cli import main
 from bursar.commands import Ended, Granted
@@ -114,6 +114,27 @@ def test_i4_nobody_is_named_any_more_and_no_amount_is_another(url: Books, alice:
         (again,) = [one for one in bursar.status(user=alice) if one.name == "day"]
         assert str(again.spent) == "0.002"
         assert audit(store) == []
+
+
+@pytest.mark.parametrize("alice", [*ALICE, "Alice Smith"])
+def test_i4_what_a_threshold_asks_names_nobody_either(url: Books, alice: str) -> None:
+    """The question says in words whose budget it is; that of somebody whose name begins alike stays as it is."""
+    store = open_store(url)
+    asking = Budget("day", "10 USD", per=("user", "desk"), thresholds=[{"at": "1%", "action": "ask"}])
+    with Bursar(store, [asking]) as bursar:
+        for user in (alice, f"{alice} Jr"):
+            with bursar.scope(user=user, desk="7"):
+                bursar.charge("0.20 USD")
+                with pytest.raises(ApprovalRequired):
+                    bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=5)
+        Operator(store).erase("user", alice, marker=MARKER)
+        asked = {one.tags["user"]: one.why for one in Operator(store).questions()}
+        assert f"(user={MARKER}, desk=7)" in asked[MARKER]
+        assert f"(user={alice} Jr, desk=7)" in asked[f"{alice} Jr"]
+        rows = [row for rows in url.rows().values() for row in rows]
+        for one in spellings(f"{alice} Jr"):
+            rows = [row.replace(one, "") for row in rows]
+        assert [row for row in rows if any(one in row for one in spellings(alice))] == []
 
 
 @pytest.mark.parametrize("alice", [*ALICE, "x" * 90 + " alice"])

@@ -54,7 +54,9 @@ class Erasure:
         self.keys: set[str] = set()
         self.names: dict[str, str] = {}
         plain = json.dumps(value, ensure_ascii=False)[1:-1]
-        self._switch = re.compile(rf"(?<!\S){re.escape(f'{tag}={worded(value)}')}(?!\S)")
+        switch, listed = re.escape(f"{tag}={worded(value)}"), re.escape(f"{tag}={value}")
+        # as the switch of it is named, and as an account is told in a sentence: "the budget 'day' (user=alice, desk=7) asks"
+        self._named = re.compile(rf"(?<!\S){switch}(?!\S)|(?<=[( ]){listed}(?=, |\))")
         self.needles = tuple(
             {plain, json.dumps(plain, ensure_ascii=False)[1:-1]}
         )  # as it stands in JSON, and in JSON in JSON
@@ -77,15 +79,15 @@ class Erasure:
         return self.of(item, depth + 1)
 
     def text(self, text: str, depth: int = 0) -> str:
-        """A text that is JSON, such as an account's key or a scope, or that names a switch, with the marker in it."""
+        """A text that is JSON, such as an account's key or a scope, or that names a switch or an account, with the marker in it."""
         if text in self.names:
             return self.names[text]
-        if not any(needle in text for needle in self.needles):
+        if self.value not in text and not any(needle in text for needle in self.needles):
             return text
         try:
             before = json.loads(text)
         except ValueError:
-            return self._switch.sub(f"{self.tag}={self.marker}", text)
+            return self._named.sub(f"{self.tag}={self.marker}", text)
         if (
             isinstance(before, list)
             and len(before) == KEY_PARTS
