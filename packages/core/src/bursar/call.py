@@ -100,7 +100,8 @@ class Call:
     `asked`: what its maker asked for, and thresholds or want of room may have changed since. `complied`: by account key, up to
     which mark the call does what thresholds ask for; `actions` says what that was, `model_asked` the model that another took the
     place of, `throttles` the accounts of rates. `stopped`: set while the call is in flight, when a switch or a budget stops it.
-    `content`: the request, or a tool's arguments, for the detectors alone.
+    `content`: the request, or a tool's arguments, for the detectors alone. `lost`: attempts of the client's own, before its last
+    one, that may have been billed and were never answered.
     """
 
     __slots__ = (
@@ -120,6 +121,7 @@ class Call:
         "given_id",
         "id",
         "looked",
+        "lost",
         "matched",
         "model",
         "model_asked",
@@ -171,7 +173,7 @@ class Call:
         self.estimate: Estimate | None = None
         self.amounts: dict[str, int] = {}
         self.asked: tuple[object, ...] = ()
-        self.attempts = 1
+        self.attempts, self.lost = 1, 0
         self.draft: dict[str, Any] = {}
         self.reserved_us = 0
         self.capped = False

@@ -41,6 +41,7 @@ MAX_RELOADS = 8
 MAX_LOOKS = 100_000
 MAX_STEPS = 20
 MAX_PAUSES = 100
+_LOST = "an attempt of the client's own was lost, and is booked at its worst case"
 
 log = logging.getLogger("bursar")
 
@@ -234,10 +235,12 @@ class Guard:
         usage = _served(call, usage)
         price = call.book.cost(call.provider, call.model, usage, at_us=at_us, tags=call.tags())
         tokens = usage.input_tokens + usage.output_tokens
-        actuals = {"USD": price.cost_nanos, "tokens": tokens, "requests": usage.requests}
         facts = facts_of(model_answered=usage.model, latency_us=now_us - at_us, headers=headers)
-        reason = printable(reason)
-        command = Settle(call.id, actuals, price.cost_nanos, usage.as_dict(), outcome, False, reason, facts)
+        lost_nanos, lost_tokens = self._lost(call, usage) if call.lost else (0, 0)
+        cost_nanos = price.cost_nanos + lost_nanos
+        actuals = {"USD": cost_nanos, "tokens": tokens + lost_tokens, "requests": usage.requests + call.lost}
+        reason = printable(reason or (_LOST if call.lost else ""))
+        command = Settle(call.id, actuals, cost_nanos, usage.as_dict(), outcome, call.lost > 0, reason, facts)
         entry = yield from self._end(call, command)
         if call.request is not None:
             self.learner.observe(call.request, usage, run=call.run)
@@ -268,6 +271,11 @@ class Guard:
                 cost, usage = least, worst.as_dict()
                 actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
             break
+        if call.lost and call.estimate is not None and not call.estimate.strict:  # else it is for all attempts already
+            lost_nanos, lost_tokens = self._lost(call)
+            cost += lost_nanos
+            tokens = usage.get("input_tokens", 0) + usage.get("output_tokens", 0) + lost_tokens
+            actuals |= {"USD": cost, "tokens": tokens, "requests": 1 + call.lost}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, printable(reason), facts))
@@ -287,8 +295,24 @@ class Guard:
             )
         return _served(call, known).replace(output_tokens=max(output, known.output_tokens))
 
+    def _lost(self, call: Call, answered: Usage | None = None) -> tuple[int, int]:
+        """What the attempts that were lost have cost at most, in nano-dollars and in tokens; `answered`: what the last one used."""
+        estimate = call.estimate
+        if estimate is None or call.price is None:
+            return 0, 0
+        known = answered and answered.replace(server_tools={}, other_models=(), stated_cost_nanos=None)
+        worst = call.usage or self._worst(call, known)
+        assert worst is not None
+        nanos, tokens = call.price.cost_nanos(worst), worst.input_tokens + worst.output_tokens
+        if estimate.strict and call.usage is None:  # it is for all attempts
+            nanos, tokens = -(-call.draft["cost_nanos"] // call.attempts), -(-tokens // call.attempts)
+        return call.lost * nanos, call.lost * tokens
+
     def release(self, call: Call, reason: str, now_us: int, *, outcome: str = "cancelled") -> Steps:
-        """Give everything back: the call was surely not billed."""
+        """Give everything back: the call was surely not billed, unless an attempt before its last one was lost."""
+        if call.lost and outcome == "failed":
+            call.lost -= 1  # that one is the call's end, and not the one that was refused
+            return self.settle_unknown(call, f"{reason}; {_LOST}", now_us)
         if outcome == "failed":
             self.notices.sentry.failed(call, now_us)
         failures = {"failures": 1} if outcome == "failed" else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bursar.answers.counts import OBJECT
 from bursar.ending import Ending, settled
 from bursar.errors import InvalidInput, UnboundedEstimate
+from bursar.outcome import refuses, surely_not_billed
 from bursar.prices.hosts import region_of_url
 from bursar.reservation import Block, Reservation
 from bursar.sending import is_sending, passing
@@ -216,6 +218,11 @@ class _SyncTwin(_Twin):
             settled(answer).end(trip.reservation)
         return answer
 
+    def _sleep_for_retry(self, *, response: Any, **rest: Any) -> None:
+        _note_lost(response)
+        plain: Any = super()
+        plain._sleep_for_retry(response=response, **rest)
+
     def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
         if trip is not None and (ending := trip.meet(response)) is not None:
@@ -254,12 +261,29 @@ class _AsyncTwin(_Twin):
             await settled(answer).aend(trip.reservation)
         return answer
 
+    async def _sleep_for_retry(self, *, response: Any, **rest: Any) -> None:
+        _note_lost(response)
+        plain: Any = super()
+        await plain._sleep_for_retry(response=response, **rest)
+
     async def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
         if trip is not None and (ending := trip.meet(response)) is not None:
             await ending.aend(trip.reservation)
         plain: Any = super()
         return await plain._process_response(response=response, **rest)
+
+
+def _note_lost(response: Any) -> None:
+    """The SDK tries again: whether the attempt before may have been billed, by its response or by the error that is handled."""
+    trip = _current.get()
+    if response is not None:
+        was_refused = refuses(response.status_code)
+    else:
+        error = sys.exc_info()[1]
+        was_refused = error is not None and surely_not_billed(error)
+    if trip is not None and not was_refused:
+        trip.reservation._call.lost += 1
 
 
 @contextlib.contextmanager
