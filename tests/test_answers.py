@@ -86,6 +86,41 @@ def test_text_and_bytes_read_as_the_dict_does(row: dict[str, Any]) -> None:
     assert reading(row, text) == reading(row, text.encode()) == reading(row, row["body"])
 
 
+@pytest.mark.parametrize(
+    ("told", "five", "hour"), [(1_000, 0, 1_000), (1_200, 200, 1_000), (400, 400, 0), (None, 0, 1_000)]
+)
+def test_tokens_cached_for_an_hour_stay_so_to_the_end_of_a_stream(told: int | None, five: int, hour: int) -> None:
+    """`message_delta` repeats the total of what was written, without its split; an hour costs more than five minutes."""
+    split = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 1_000}
+    usage = {"input_tokens": 3, "cache_creation_input_tokens": 1_000, "cache_creation": split, "output_tokens": 1}
+    last = {"input_tokens": 3, "cache_creation_input_tokens": told, "output_tokens": 50}
+    events = [
+        {"type": "message_start", "message": {"model": "claude-sonnet-4-5", "usage": usage}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": last},
+        {"type": "message_stop"},
+    ]
+    found = Usage.from_response("anthropic", events)
+    assert (found.cache_write_5m_tokens, found.cache_write_1h_tokens) == (five, hour)
+    assert found.input_tokens == 3 + five + hour
+
+
+def test_counts_that_come_with_every_chunk_are_final_when_the_answer_has_ended() -> None:
+    """Perplexity and vLLM tell with each chunk what it was up to there: where the stream is cut, more was billed."""
+
+    def chunk(out: int | None, finish: str | None = None) -> dict[str, Any]:
+        usage = None if out is None else {"prompt_tokens": 10, "completion_tokens": out, "total_tokens": 10 + out}
+        choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": finish}
+        return {"object": "chat.completion.chunk", "model": "sonar", "choices": [choice], "usage": usage}
+
+    for events in ([chunk(1)], [chunk(None), chunk(1), chunk(2)]):
+        with pytest.raises(UnreadableAnswer) as cut:
+            Usage.from_response("perplexity", events)
+        assert cut.value.fields["reason"] == "no_usage"
+        assert cut.value.fields["partial"].output_tokens == len(events) - (len(events) > 1)
+    for events in ([chunk(1, "stop")], [chunk(1), chunk(2, "stop")], [chunk(1), chunk(2), chunk(None, "stop")]):
+        assert Usage.from_response("perplexity", events).output_tokens == min(2, len(events))
+
+
 def test_a_cut_anthropic_stream_tells_its_input_and_is_no_usage() -> None:
     reader = StreamReader("anthropic")
     start = {"input_tokens": 7, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 3, "output_tokens": 1}

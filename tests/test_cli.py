@@ -44,6 +44,18 @@ def test_status_shows_the_published_budgets(store: str) -> None:
     assert "daily agent==planner" in shown
 
 
+def test_the_end_of_a_window_is_told_in_utc_with_its_year(tmp_path: Path) -> None:
+    """A window of Kolkata ends in the evening before, of UTC; a year's ends in another year."""
+    url = f"sqlite:///{tmp_path / 'books.db'}?durability=process"
+    with Bursar(url, [Budget("yearly", "5 USD", window="year", tz="Asia/Kolkata")]) as books:
+        books.charge("1 USD")
+        (one,) = books.status()
+    assert one.window[1] is not None
+    shown = bursar("status", "--store", url).output
+    assert "until (UTC)" in shown
+    assert f"{one.window[1].year}-12-31 18:30" in shown
+
+
 def test_records_are_shown_by_tag(store: str) -> None:
     done = bursar("records", "run=r-17", "--store", store, "--format", "json")
     records = [json.loads(line) for line in done.output.splitlines()]

@@ -81,7 +81,7 @@ ARROWS: dict[str, set[str]] = {
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "ending", "outcome", "records"},
     "settings": _BASE | {"budget", "detect", "policy", "prices", "scope", "sentry", "alerts"},
-    "making": _BASE | _LAW | {"call", "estimate", "guard", "reservation", "scope", "stores"},
+    "making": _BASE | _LAW | {"answers", "call", "estimate", "guard", "reservation", "scope", "stores"},
     "policy_file": _BASE
     | _LAW
     | {"budget", "detect", "files", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},

@@ -154,6 +154,21 @@ def test_a_charge_by_an_older_policy_tells_no_mark_twice(desk: Any) -> None:
     assert account.rule.limit == 5_000_000_000
 
 
+def test_another_currency_is_not_taken_for_dollars(desk: Any) -> None:
+    """An operator and a threshold know no rates: 100 JPY are not 100 USD."""
+    here = desk(Threshold("50%", "ask"))
+    here.spend(5)
+    with pytest.raises(InvalidInput, match="5 USD"):
+        here.operator.raise_limit("b", "100 JPY")
+    with pytest.raises(ApprovalRequired) as caught:
+        here.spend()
+    with pytest.raises(InvalidInput, match="5 USD"):
+        here.operator.approve(caught.value.id, raise_by="100 JPY")
+    with pytest.raises(PolicyError, match="USD"):
+        Threshold("50%", "throttle", rate="100 JPY/hour")
+    assert Threshold("50%", "throttle", rate="0.10 USD/hour").rate
+
+
 def test_a_raised_limit_arms_the_marks_that_lie_above_again(desk: Any) -> None:
     here = desk(Threshold("20%", "notify"), Threshold("80%", "notify"))
     here.spend(8)
@@ -200,7 +215,7 @@ def test_a_call_that_was_downgraded_may_be_repeated(desk: Any) -> None:
     first = here.bursar.reserve("openai", "gpt-4o", **said)
     assert (first.model, first.max_output_tokens, first.capped) == ("gpt-4-turbo", 4_096, True)
     again = here.bursar.reserve("openai", "gpt-4o", **said)
-    assert again.id == first.id
+    assert (again.id, again.model, again.max_output_tokens, again.capped) == (first.id, "gpt-4-turbo", 4_096, True)
     assert here.bursar.store.open_reservations() == 1
     with pytest.raises(IdempotencyConflict):
         here.bursar.reserve("openai", "gpt-4o-mini", **said)

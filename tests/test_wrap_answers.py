@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import copy
 import gc
 import gzip
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from bursar import Budget, Bursar, Override, PriceBook, UsageRecord
 from bursar.commands import Settle
-from bursar.testing.provider import Answer, Provider, Rates, recorded
+from bursar.testing.provider import Answer, Fault, Provider, Rates, recorded
 from bursar.wrap.answer import Answer as PassingAnswer
 from bursar.wrap.answer import answer_of
 from bursar.wrap.doors import visit
@@ -191,6 +192,48 @@ def test_retries_are_reserved_for(provider: Provider) -> None:
         assert held >= 4 * 100 * 10_000 / 10**9
         list(stream)
         assert bursar.status()[0].reserved == 0
+
+
+REFUSED, FAILED = (Fault("refuse", status=status, retry_after_s=0.001) for status in (429, 500))
+
+
+@pytest.mark.parametrize("estimate", ["strict", "learned"])
+@pytest.mark.parametrize(
+    ("faults", "estimated"),
+    [
+        ([Fault("hang")], True),
+        ([FAILED], True),
+        ([REFUSED], False),
+        ([Fault("hang"), REFUSED], True),
+        ([FAILED, FAILED], True),
+        ([REFUSED, REFUSED], False),
+    ],
+)
+def test_an_attempt_that_the_client_repeats_may_have_been_billed(
+    provider: Provider, faults: list[Fault], estimated: bool, estimate: str
+) -> None:
+    """It is booked at its worst case, whether the last attempt was answered or refused; an attempt that was refused is free."""
+    for style in ("sync", "async"):
+        provider.script(faults)
+        billed = provider.billed_nanos
+        with Bursar("memory:", [Budget("all", "100 USD", estimate=estimate)]) as bursar:
+            _ask(bursar, provider, style)
+            record, billed = only(bursar), provider.billed_nanos - billed
+            assert record.estimated == estimated
+            assert record.cost_nanos >= billed if estimated else record.cost_nanos == billed
+            assert bursar.status()[0].overrun == 0 or estimate == "learned"
+
+
+def _ask(bursar: Bursar, provider: Provider, style: str) -> None:
+    """One call that is tried twice at most, and may fail all the same."""
+    messages = [{"role": "user", "content": "hello " * 1_000}]
+    asked: Any = {"model": "gpt-4o", "messages": messages, "max_tokens": 600}
+    options: Any = {"base_url": f"{provider.url}/v1", "api_key": "any", "timeout": 0.2, "max_retries": 1}
+    with contextlib.suppress(openai.APIError):
+        if style == "sync":
+            bursar.wrap(openai.OpenAI(**options)).chat.completions.create(**asked)
+        else:
+            asyncio.run(bursar.wrap(openai.AsyncOpenAI(**options)).chat.completions.create(**asked))
 
 
 def test_an_early_close_is_booked_at_once(provider: Provider, bursar: Bursar) -> None:

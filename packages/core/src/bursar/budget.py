@@ -71,8 +71,11 @@ class Threshold:
             type(self.max_output_tokens) is not int or self.max_output_tokens < 1
         ):
             raise _wrong(self, "max_output_tokens", self.max_output_tokens, "Use a whole number from 1")
-        if self.rate is not None and not parse_limit(Budget("rate", self.rate)).period_us:
-            raise _wrong(self, "rate", self.rate, 'Write it like "6 requests/minute"')
+        if self.rate is None:
+            return
+        limit = parse_limit(Budget("rate", self.rate))
+        if not limit.period_us or limit.unit not in self.rate:
+            raise _wrong(self, "rate", self.rate, 'Write it like "6 requests/minute" or "1 USD/hour"')
 
     @property
     def share(self) -> Decimal:

@@ -301,6 +301,6 @@ def _amount_in(account: str, text: str) -> int:
     """An amount such as "5 USD" in the account's own unit. Raises InvalidInput, PolicyError."""
     _, unit, _, _, _ = json.loads(account)
     limit = parse_limit(Budget("raise", text))
-    if limit.unit != unit or limit.period_us:
+    if limit.unit != unit or limit.period_us or unit not in text:  # another currency, whose rate nobody knows here
         raise InvalidInput(f'{text!r} cannot be added to {unit}. Write it like "5 {unit}".', argument="raise_by")
     return limit.amount

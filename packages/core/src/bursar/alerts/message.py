@@ -150,7 +150,7 @@ def _shown(name: str, value: Any, unit: str) -> str:
     if _is_amount(value) and name in _AMOUNTS:
         return f"{dollar_text(value)} USD" if unit == "USD" else f"{value} {unit}".rstrip()
     if _is_amount(value) and name.endswith("_us"):
-        return f"{instant(value):%Y-%m-%d %H:%M:%S}"
+        return f"{instant(value):%Y-%m-%d %H:%M:%S} UTC"
     if name == "scope" and isinstance(value, str):
         with suppress(ValueError, RecursionError):  # shown as it is
             value = json.loads(value)
