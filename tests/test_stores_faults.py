@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bursar import Budget, Bursar, StoreError, Usage
+from bursar import Budget, Bursar, StoreError, Usage, keeper
 from bursar.accounts import Rule
 from bursar.commands import Answer, Ended, Granted, Release, Reserve, Settle
 from bursar.stores import open_store
@@ -242,6 +242,31 @@ def test_i12_closed_by_default_and_open_where_every_budget_says_so(path: Path) -
         assert costs == [("charge", 3_000_000, False), ("charge", 3_500_000, True), ("settlement", 3_500_000, False)]
         (status,) = bursar.status()[:1]
         assert status.spent == sum(record.cost_usd for record in bursar.records())
+
+
+def test_costs_that_nothing_else_would_book_wait_beyond_other_ends(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keeper, "MAX_KEPT", 1)
+    monkeypatch.setattr(keeper, "MAX_UNGUARDED", 3)
+    store = SqliteStore(path, busy_timeout_s=0.05)
+    with Bursar(store, [Budget("all", "5 USD", on_unreachable="open")]) as bursar, bursar.scope(team="red"):
+        guarded = [bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100) for _ in range(2)]
+        with lock(path):
+            unguarded = [
+                bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100) for _ in range(3)
+            ]
+            for reservation in (*guarded, *unguarded):
+                with fails("locked", "Another process"):
+                    reservation.settle(Usage(input_tokens=1_000, output_tokens=50))
+        bursar.tend()
+        kinds = sorted(record.kind for record in bursar.records())
+        assert kinds == ["charge", "charge", "settlement"]
+        assert [open.id for open in store.reservations()] == [guarded[1].id]
+    left, lost = [record.getMessage() for record in caplog.records if "wait for the store" in record.getMessage()]
+    assert left.endswith(f"{guarded[1].id} is left to its expiry")
+    assert "book 0.003 USD of {" in lost
+    assert "'team': 'red'" in lost
 
 
 # -- full, read-only, missing ----------------------------------------------------------------------------------------
