@@ -9,8 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bursar.ending import amid_bursar, end_soon
 from bursar.errors import BursarError
 from bursar.sending import Sending
 from bursar_crewai.answer import Answers, Ending
@@ -62,8 +64,12 @@ class Attempt:
     def end(self, reservation: Reservation, error: BaseException | None) -> None:
         """End the reservation by the answers, or by the error that came out of the call."""
         verb, args, options = self._ending(self.stop or error)
+        end = partial(getattr(reservation, verb), *args, **options)
+        if isinstance(error, GeneratorExit) and amid_bursar():  # the garbage collector's doing
+            end_soon(end)
+            return
         with told_only(), _apart(error, self.earlier_error):
-            getattr(reservation, verb)(*args, **options)
+            end()
 
     async def aend(self, reservation: Reservation) -> None:
         """As `end`, for async callers whose call was answered."""

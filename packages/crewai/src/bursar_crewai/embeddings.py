@@ -75,8 +75,8 @@ def _embed(send: Callable[[Any, Any], Any], function: Any, texts: Any, provider:
     try:
         return run(guard.bursar, function, said, lambda _: send(used, texts))
     except CrewBudgetExceeded as refused:
-        if frame is not None:
-            frame.root.refusal = refused  # memory goes on without embeddings; the next call tells
+        if frame is not None and frame.top is not None:
+            frame.top.refusal = refused  # memory goes on without embeddings; the next call tells
         raise
 
 

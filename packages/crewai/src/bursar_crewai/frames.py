@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -23,24 +23,32 @@ _MAX_LENGTH = 512
 class Frame:
     """One crew, flow, agent or tool under way. `subject` is what its end will name; tags hold for all that is inside.
 
-    Frames are values of a context variable, which CrewAI hands on to its threads. A frame that has ended no longer counts,
-    wherever a context still holds it: nothing has to be undone in the context where it began.
+    Frames are values of a context variable, which CrewAI hands on to its threads. A frame that has ended no longer counts in
+    the thread where it began: nothing has to be undone in its context. What it has left behind in other threads, as memory
+    that is still being saved, is its own until that has ended too.
+
+    `top`: the outermost crew, flow or agent, within which a refusal is told that CrewAI has swallowed.
     """
 
-    __slots__ = ("ended", "guard", "open_tools", "outer", "refusal", "reservation", "root", "subject", "tags")
+    __slots__ = (
+        "ended", "guard", "open_tools", "outer", "refusal", "reservation", "root", "subject", "tags", "thread", "top",
+    )  # fmt: skip
 
     def __init__(self, guard: BursarCrew, subject: object, tags: Mapping[str, Any], outer: Frame | None) -> None:
         self.guard = guard
         self.subject = subject
         self.outer = outer
         self.root: Frame = self if outer is None else outer.root
+        around = None if outer is None else outer.top
+        self.top: Frame | None = self if around is None and subject is not None else around
+        self.thread = threading.current_thread()
         self.tags: dict[str, str] = {} if outer is None else dict(outer.tags)
         if outer is None or outer.guard is not guard:
             self.tags.update(guard.tags)
         self.tags.update(clean(tags))
         self.ended = False
         self.reservation: Reservation | None = None
-        self.refusal: BursarError | None = None  # of the root: one that CrewAI has swallowed
+        self.refusal: BursarError | None = None  # of the top
         self.open_tools: dict[int, Frame] = {}  # of the root
         if outer is None:
             self.tags.setdefault("run", f"crewai-{uuid4()}")
@@ -51,6 +59,11 @@ class Frame:
         if self.root is self:
             for tool in list(self.open_tools.values()):
                 tool.end_tool(None)
+
+    def raise_refusal(self) -> None:
+        """Raise what CrewAI has swallowed, where it did."""
+        if self.top is not None and self.top.refusal is not None:
+            raise self.top.refusal
 
     def hold(self, reservation: Reservation) -> None:
         """The reservation of the tool that this frame is."""
@@ -89,7 +102,7 @@ def current() -> Frame | None:
     """The innermost frame that is under way, with all those around it."""
     found = frame = _innermost.get()
     while frame is not None:
-        if frame.ended:
+        if frame.ended and frame.thread is threading.current_thread():
             found = frame.outer
         frame = frame.outer
     return found
@@ -100,6 +113,16 @@ def enter(guard: BursarCrew, subject: object, **tags: Any) -> Frame:
     frame = Frame(guard, subject, tags, current())
     _innermost.set(frame)
     return frame
+
+
+@contextmanager
+def inside(guard: BursarCrew, subject: object, **tags: Any) -> Iterator[None]:
+    """The block belongs to the subject."""
+    frame = enter(guard, subject, **tags)
+    try:
+        yield
+    finally:
+        leave(frame)
 
 
 def find(subject: object) -> Frame | None:
@@ -113,7 +136,11 @@ def find(subject: object) -> Frame | None:
 def leave(frame: Frame) -> None:
     """The frame's subject has ended."""
     frame.end()
-    _innermost.set(current())
+    inner = _innermost.get()
+    while inner is not None and inner is not frame:
+        inner = inner.outer
+    if inner is not None:
+        _innermost.set(frame.outer)
 
 
 def clean(tags: Mapping[str, Any]) -> dict[str, str]:

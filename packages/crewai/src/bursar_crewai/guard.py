@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bursar.errors import InvalidInput
-from bursar_crewai.frames import clean, current, enter, leave
+from bursar_crewai.frames import clean, current, inside
 
 if TYPE_CHECKING:
     from bursar import Bursar
@@ -39,8 +39,8 @@ class BursarCrew:
     def step_callback(self, step: object = None) -> None:
         """What marks a crew or an agent as guarded. It also raises a refusal that CrewAI swallowed, if there was one."""
         frame = current()
-        if frame is not None and frame.root.refusal is not None:
-            raise frame.root.refusal
+        if frame is not None:
+            frame.raise_refusal()
 
     def attach(self, subject: Subject) -> Subject:
         """Guard this Crew, Agent or Flow, from its next call on. A step callback that it has goes on being called."""
@@ -57,11 +57,8 @@ class BursarCrew:
     @contextmanager
     def scope(self, **tags: str) -> Iterator[None]:
         """Guard every call inside the block, of this thread or task and what CrewAI starts from it, with more tags."""
-        frame = enter(self, None, **tags)
-        try:
+        with inside(self, None, **tags):
             yield
-        finally:
-            leave(frame)
 
     def embedder(self, function: Embedder, *, provider: str, model: str) -> Embedder:
         """Guard an embedding function of your own, for `Memory(embedder=...)`: `provider` and `model` decide its price."""

@@ -12,7 +12,7 @@ _MAX_CHAIN = 10
 
 
 class _Ours(int):
-    """A number of retries that was set here, and not by the user."""
+    """A number of retries that was set here, and not by the user; also in a copy of the client."""
 
 
 _OURS = _Ours(0)
@@ -21,7 +21,8 @@ _OURS = _Ours(0)
 def take_over(llm: Any, *, is_async: bool) -> int | None:
     """Have the SDK send each request once; how often the guard is to try again. None where the SDK cannot be told."""
     if getattr(llm, "is_litellm", False):
-        return _LITELLM_RETRIES if llm.additional_params.setdefault("max_retries", _OURS) is _OURS else None
+        set_here = isinstance(llm.additional_params.setdefault("max_retries", _OURS), _Ours)
+        return _LITELLM_RETRIES if set_here else None
     retries = getattr(llm, "max_retries", None)
     client = _sdk_client(llm, is_async)
     if client is None or type(retries) is not int:
@@ -32,7 +33,7 @@ def take_over(llm: Any, *, is_async: bool) -> int | None:
 
 def give_back(llm: Any, *, is_async: bool) -> None:
     """Let the SDK retry as the user set it, for a call that no guard holds."""
-    if getattr(llm, "is_litellm", False) and llm.additional_params.get("max_retries") is _OURS:
+    if getattr(llm, "is_litellm", False) and isinstance(llm.additional_params.get("max_retries"), _Ours):
         del llm.additional_params["max_retries"]
     retries = getattr(llm, "max_retries", None)
     client = getattr(llm, "_async_client" if is_async else "_client", None)

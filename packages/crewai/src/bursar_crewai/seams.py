@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from importlib import metadata
 from typing import Any
 
+from crewai import Agent
 from crewai.events import event_bus
 from crewai.events.types import agent_events, llm_events, tool_usage_events
 from crewai.hooks import InterceptionPoint
@@ -18,7 +20,7 @@ from crewai.rag.embeddings import factory
 from bursar.errors import InvalidInput
 from bursar_crewai.calls import arun, is_part, note_answer, note_chunk, run
 from bursar_crewai.embeddings import guard_embedder
-from bursar_crewai.frames import clean, current, enter, find, leave
+from bursar_crewai.frames import clean, current, enter, find, inside, leave
 from bursar_crewai.guard import BursarCrew, guard_here, guard_of
 from bursar_crewai.request import read_request
 from bursar_crewai.retries import give_back, take_over
@@ -38,6 +40,7 @@ def open_seams() -> None:
             return
         _check_release()
         _guard_clients()
+        _follow_agents()
         setattr(event_bus, _EVENTS, _seen_by(getattr(event_bus, _EVENTS)))
         register(InterceptionPoint.EXECUTION_START, _begin_execution)
         register(InterceptionPoint.EXECUTION_END, _end_execution)
@@ -56,6 +59,8 @@ def _check_release() -> None:
             (BaseLLM, "call"),
             (BaseLLM, "acall"),
             (event_bus, _EVENTS),
+            (Agent, "kickoff"),
+            (Agent, "kickoff_async"),
             (factory, "build_embedder_from_provider"),
             (tool_usage_events, "ToolUsageStartedEvent"),
         )
@@ -153,8 +158,8 @@ def _held(
         give_back(llm, is_async=is_async)
         return None
     frame = current()
-    if frame is not None and frame.root.refusal is not None:
-        raise frame.root.refusal
+    if frame is not None:
+        frame.raise_refusal()
     own = clean({"agent": getattr(agent, "role", None), "task": getattr(task, "name", None)})
     tags = {**(guard.tags if frame is None else frame.tags), **own}
     said = read_request(llm, messages, given.get("tools"), given.get("response_model"))
@@ -170,7 +175,9 @@ def _wrap_usage(kind: Any) -> None:
 
     @wraps(original)
     def track(self: Any, usage: Any) -> Any:
-        note_answer(self, usage)
+        owner = next(one for one in type(self).__mro__ if "_track_token_usage_internal" in one.__dict__)
+        if owner is kind:  # else it has been noted: the method of a class above, by `super()`
+            note_answer(self, usage)
         return original(self, usage)
 
     kind._track_token_usage_internal = track
@@ -193,6 +200,27 @@ def _end_execution(context: Any) -> None:
     frame = find(context.crew if context.crew is not None else context.flow)
     if frame is not None:
         leave(frame)
+
+
+def _follow_agents() -> None:
+    """An agent that is asked by itself looks into its memory and knowledge before any event tells of it, and a cancelled one
+    has no end that is told.
+    """
+    plain, waiting = Agent.kickoff, Agent.kickoff_async
+
+    @wraps(plain)
+    def kickoff(self: Agent, *args: Any, **options: Any) -> Any:
+        guard = guard_here(self)
+        with nullcontext() if guard is None else inside(guard, self, agent=self.role):
+            return plain(self, *args, **options)
+
+    @wraps(waiting)
+    async def kickoff_async(self: Agent, *args: Any, **options: Any) -> Any:
+        guard = guard_here(self)
+        with nullcontext() if guard is None else inside(guard, self, agent=self.role):
+            return await waiting(self, *args, **options)
+
+    Agent.kickoff, Agent.kickoff_async = kickoff, kickoff_async  # type: ignore[method-assign]
 
 
 def _seen_by(publish: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:

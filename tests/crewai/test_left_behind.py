@@ -1,0 +1,170 @@
+"""What goes on when a crew, flow or agent has ended, and what ends without being told of: it is held, and booked once."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("bursar_crewai")
+
+from crewai import Agent
+from crewai.flow.flow import Flow, start
+from crewai.llms.base_llm import BaseLLM
+from crewai.llms.providers.openai.completion import OpenAICompletion
+from crewai.memory.unified_memory import Memory
+from crewai.rag.embeddings.factory import build_embedder
+
+from bursar import Budget, Bursar
+from bursar.commands import Tell
+from bursar.ending import drain
+from bursar.testing import ManualClock
+from bursar.testing.provider import Answer, Fault, Provider
+from bursar_crewai import BursarCrew, CrewBudgetExceeded, install
+
+Make = Callable[..., Any]
+SLOW = Answer(text="Final Answer: done", input_tokens=1_000, output_tokens=500, latency_s=0.1)
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider(SLOW) as provider:
+        yield provider
+
+
+@pytest.fixture
+def bursar() -> Iterator[Bursar]:
+    one = Budget("one embedding", "1 requests", match={"model": "text-embedding-*"}, per="run")
+    with Bursar("memory:", [Budget("ample", "100 USD"), one]) as bursar:
+        yield bursar
+
+
+def embedder(provider: Provider) -> dict[str, Any]:
+    config = {"api_key": "replayed", "api_base": f"{provider.url}/v1", "model_name": "text-embedding-3-small"}
+    return {"provider": "openai", "config": config}
+
+
+@pytest.mark.parametrize("way", ["crew", "agent", "flow"])
+def test_memory_that_is_read_before_and_saved_after_is_held_too(
+    way: str, provider: Provider, client: Make, crew: Make
+) -> None:
+    """CrewAI looks into an agent's memory before it says that the agent begins, and saves it after the end, in the background."""
+    llm = client(provider.url)
+    memory = Memory(llm=llm, embedder=embedder(provider))
+
+    class Remembering(Flow[Any]):
+        @start()
+        def remember(self) -> None:
+            memory.remember_many(["The user likes tea."])
+
+    with Bursar("memory:", [Budget("ample", "100 USD")]) as bursar:
+        guard = BursarCrew(bursar)
+        if way == "crew":
+            crew(llm, memory=memory, step_callback=guard.step_callback).kickoff()
+        elif way == "agent":
+            guard.attach(Agent(role="planner", goal="g", backstory="b", llm=llm, memory=memory)).kickoff("hi")
+        else:
+            guard.attach(Remembering()).kickoff()
+        memory.drain_writes()
+        provider.wait_idle()
+        assert len(list(bursar.records())) == provider.requests >= 2
+        assert bursar.store.open_reservations() == 0
+
+
+def test_what_is_called_after_a_cancelled_agent_is_not_its_own(
+    provider: Provider, bursar: Bursar, client: Make
+) -> None:
+    agent = BursarCrew(bursar).attach(Agent(role="planner", goal="g", backstory="b", llm=client(provider.url)))
+
+    async def both() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await agent.kickoff_async("hi")
+        await client(provider.url).acall("hi")
+
+    provider.script([Answer(latency_s=1.0)])
+    asyncio.run(both())
+    assert (provider.requests, len(list(bursar.records()))) == (2, 1)
+
+
+def test_a_scope_tells_of_a_refused_embedding_once(provider: Provider, bursar: Bursar, client: Make) -> None:
+    embed = build_embedder(embedder(provider))
+    with BursarCrew(bursar).scope():
+        embed(["one"])
+        with pytest.raises(CrewBudgetExceeded):
+            embed(["two"])
+        assert client(provider.url).call("hi") == "Final Answer: done"
+
+
+def test_a_client_that_adds_to_how_usage_is_tracked_is_booked_once(provider: Provider, bursar: Bursar) -> None:
+    class Counting(OpenAICompletion):
+        def _track_token_usage_internal(self, usage_data: dict[str, Any]) -> None:
+            super()._track_token_usage_internal(usage_data)
+
+    with BursarCrew(bursar).scope():
+        Counting(model="gpt-4o", base_url=f"{provider.url}/v1", api_key="replayed", max_tokens=500).call("hi")
+    assert [record.cost_nanos for record in bursar.records()] == [provider.billed_nanos]
+
+
+def test_a_copy_of_litellms_client_is_retried_as_the_client_is(provider: Provider, bursar: Bursar) -> None:
+    pytest.importorskip("litellm")
+    from crewai import LLM
+
+    llm = LLM(model="openai/gpt-4o", is_litellm=True, base_url=f"{provider.url}/v1", api_key="replayed", max_tokens=500)
+    provider.script([SLOW, Fault("refuse", status=500)])
+    with BursarCrew(bursar).scope():
+        llm.call("hi")
+        copy.deepcopy(llm).call("hi")
+    assert [record.outcome for record in bursar.records(model="gpt-4o")].count("completed") == 2
+
+
+class Collecting(ManualClock):
+    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
+
+    collects = False
+
+    def now_us(self) -> int:
+        if self.collects:
+            gc.collect()
+        return super().now_us()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # CrewAI's own, in such a task
+def test_a_call_that_is_collected_amid_a_transaction_of_the_same_thread_ends_after_it(tmp_path: Path) -> None:
+    """A task that its event loop leaves behind: it must not wait for that transaction's lock."""
+    clock, loop, sent = Collecting(), asyncio.new_event_loop(), asyncio.Event()
+    bursar = Bursar(f"sqlite:///{tmp_path}/b.db?durability=process", [Budget("b", "1 USD")], clock=clock)
+
+    class Waiting(BaseLLM):
+        def call(self, messages: Any, *args: Any, **options: Any) -> str:
+            return ""
+
+        async def acall(self, messages: Any, *args: Any, **options: Any) -> None:
+            sent.set()
+            await loop.create_future()
+
+    uninstall = install(bursar)
+    try:
+        task: Any = loop.create_task(Waiting(model="gpt-4o").acall("hi"))
+        loop.run_until_complete(sent.wait())
+    finally:
+        uninstall()
+    loop.close()
+    task._log_destroy_pending = False
+    del task
+    clock.collects = True
+    store = threading.Thread(target=lambda: bursar.store.execute(Tell("one", "policy", {})), daemon=True)
+    store.start()
+    store.join(20)
+    clock.collects = False
+    assert not store.is_alive()
+    assert drain(20)
+    assert [record.estimated for record in bursar.records()] == [True]
+    assert bursar.store.open_reservations() == 0
+    bursar.close()
