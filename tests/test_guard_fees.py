@@ -43,6 +43,18 @@ def test_searches_without_a_limit_are_refused(bursar: Bursar) -> None:
         bursar.reserve("anthropic", "claude-sonnet-4-5", body=body())
 
 
+def test_the_smaller_answer_that_is_granted_leaves_room_for_the_fees() -> None:
+    with Bursar("memory:", [Budget("strict", "3.70 USD", estimate="strict")]) as bursar:
+        request = body(max_uses=2)
+        del request[
+            "max_tokens"
+        ]  # at its full length the answer would cost 2.88 USD, beside 3.60 of input and 0.02 of fees
+        granted = bursar.reserve("anthropic", request["model"], body=request)
+        (status,) = bursar.status()
+        assert granted.capped
+        assert 3.69 < status.reserved <= status.limit
+
+
 TIERS: list[tuple[str, str, dict[str, Any], Usage]] = [
     ("openai", "gpt-5.1", {"service_tier": "priority"}, Usage(service_tier="priority")),
     ("anthropic", "claude-opus-4-8", {"speed": "fast"}, Usage(service_tier="fast")),
