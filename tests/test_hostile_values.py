@@ -19,7 +19,18 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bursar import ApprovalRequired, Budget, Bursar, BursarError, InvalidInput, Operator, PriceBook, StoreError, Usage
+from bursar import (
+    ApprovalRequired,
+    Budget,
+    Bursar,
+    BursarError,
+    InvalidInput,
+    Operator,
+    PolicyError,
+    PriceBook,
+    StoreError,
+    Usage,
+)
 from bursar.alerts import Alert, Deliverer, Message
 from bursar.alerts.routes import Alerts
 from bursar.answers import StreamReader
@@ -295,6 +306,18 @@ def test_an_alert_of_rubbish_hides_no_other_from_the_operator(tmp_path: Path, fa
     told = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["alerts", "--store", url])
     assert told.exit_code == 0, told.exception
     assert "b notify at 50%" in told.output
+
+
+@pytest.mark.parametrize("more", [{}, {"limit": "5 USD", "of_a_newer_version": 1}])
+def test_a_budget_that_this_version_cannot_read_is_told_by_name(tmp_path: Path, more: dict[str, Any]) -> None:
+    url = f"sqlite:///{tmp_path / 'b.db'}"
+    with Bursar(url, [Budget("b", "1 USD")]) as bursar:
+        bursar.store.publish({"other": {"name": "other", **more}})
+        bursar.charge("0.10 USD")  # it has budgets of its own
+    with pytest.raises(PolicyError, match="'other' cannot be read"):
+        Bursar(url)
+    told = CliRunner().invoke(main, ["status", "--store", url])
+    assert (told.exit_code, "policy apply" in told.output) == (1, True)
 
 
 @pytest.mark.parametrize(("scope", "tags"), [(["x"], {}), ("x", {}), ({}, ["agent"]), ({}, "agent"), (None, {})])
