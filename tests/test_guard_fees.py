@@ -88,6 +88,17 @@ def test_what_a_tier_or_region_adds_is_reserved(
         assert lost.cost_usd >= record.cost_usd
 
 
+@pytest.mark.parametrize("said", ["auto", "default", "standard_only"])
+def test_a_tier_that_leaves_the_choice_is_the_standard_one(bursar: Bursar, said: str) -> None:
+    plain = {"model": "gpt-5.1", "max_tokens": 100, "messages": [{"role": "user", "content": "What is new?"}]}
+    held = []
+    for request in (plain, {**plain, "service_tier": said}):
+        reservation = bursar.reserve("openai", "gpt-5.1", body=request)
+        held.append(bursar.status()[0].reserved)
+        reservation.release()
+    assert held[0] == held[1]
+
+
 def test_a_region_that_only_the_caller_knows_is_reserved_and_settled() -> None:
     """OpenAI's and Vertex's answers do not say where they were made."""
     with Bursar("memory:", [Budget("strict", "1000 USD", estimate="strict")]) as bursar:
