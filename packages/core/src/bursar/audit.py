@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from bursar.accounts import Account
@@ -75,7 +75,7 @@ class _Books:
                 expired.add(entry.id)
             if entry.corrects is not None:
                 corrections.append(entry)
-            elif entry.cost_nanos < 0 or any(amount < 0 for amount in entry.amounts.values()):
+            elif entry.kind != "carried" and _is_below_zero(entry.cost_nanos, entry.amounts):
                 self.unlikely.append(entry)  # only a correction takes anything back
             if entry.kind == "reversal":
                 self.reversals.append(entry)
@@ -84,6 +84,14 @@ class _Books:
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
         self.kept = kept(self.carried)
+        sums: dict[str, int] = defaultdict(
+            int
+        )  # of all that was pruned: a correction may go later than what it corrects
+        for entry in self.carried:
+            for key, amount in entry.amounts.items():
+                sums[key] += amount
+        if _is_below_zero(self.kept.cost_nanos, sums):
+            self.unlikely += self.carried[-1:]
         self.orphans = [  # what they correct may have been pruned before them
             one for one in corrections if one.corrects not in expired and one.reserved_us >= self.kept.before_us
         ]
@@ -127,6 +135,10 @@ class _Books:
         total = sum(held.values())
         if account.spent != total:
             yield Discrepancy("spent", key, account.spent, total)
+
+
+def _is_below_zero(cost_nanos: int, amounts: Mapping[str, int]) -> bool:
+    return cost_nanos < 0 or any(amount < 0 for amount in amounts.values())
 
 
 def _forged(store: Store, reversals: list[Entry], carried: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
