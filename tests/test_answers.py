@@ -104,6 +104,21 @@ def test_tokens_cached_for_an_hour_stay_so_to_the_end_of_a_stream(told: int | No
     assert found.input_tokens == 3 + five + hour
 
 
+def test_a_response_that_is_told_twice_is_billed_once() -> None:
+    """By a stream's last event, and as the answer that an SDK makes of the stream; the turns of a session are added up."""
+
+    def told(id: str) -> dict[str, Any]:
+        usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
+        return {"id": id, "object": "response", "model": "gpt-4o", "status": "completed", "output": [], "usage": usage}
+
+    def done(id: str) -> dict[str, Any]:
+        return {"type": "response.completed", "response": told(id)}
+
+    assert Usage.from_response("openai", [done("a"), told("a")]).input_tokens == 100
+    assert Usage.from_response("openai", [done("a"), done("a")]).output_tokens == 10
+    assert Usage.from_response("openai", [done("a"), done("b")]).input_tokens == 200
+
+
 def test_counts_that_come_with_every_chunk_are_final_when_the_answer_has_ended() -> None:
     """Perplexity and vLLM tell with each chunk what it was up to there: where the stream is cut, more was billed."""
 

@@ -228,6 +228,8 @@ def test_the_command_names_the_marker(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/books.db"
     with Bursar(url, [Budget("day", "10 USD", per="user")]) as bursar, bursar.scope(user="alice"):
         bursar.charge("0.5 USD")
+    wrong = CliRunner().invoke(main, ["erase", "--store", url, "--user", "Alice"], prog_name="bursar")
+    assert (wrong.exit_code, "Nothing in the store names user=Alice" in wrong.output) == (1, True)
     done = CliRunner().invoke(main, ["erase", "--store", url, "--user", "alice"], prog_name="bursar")
     assert done.exit_code == 0, done.output
     assert done.output.startswith(

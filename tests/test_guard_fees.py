@@ -43,6 +43,18 @@ def test_searches_without_a_limit_are_refused(bursar: Bursar) -> None:
         bursar.reserve("anthropic", "claude-sonnet-4-5", body=body())
 
 
+def test_the_smaller_answer_that_is_granted_leaves_room_for_the_fees() -> None:
+    with Bursar("memory:", [Budget("strict", "3.70 USD", estimate="strict")]) as bursar:
+        request = body(max_uses=2)
+        del request[
+            "max_tokens"
+        ]  # at its full length the answer would cost 2.88 USD, beside 3.60 of input and 0.02 of fees
+        granted = bursar.reserve("anthropic", request["model"], body=request)
+        (status,) = bursar.status()
+        assert granted.capped
+        assert 3.69 < status.reserved <= status.limit
+
+
 TIERS: list[tuple[str, str, dict[str, Any], Usage]] = [
     ("openai", "gpt-5.1", {"service_tier": "priority"}, Usage(service_tier="priority")),
     ("anthropic", "claude-opus-4-8", {"speed": "fast"}, Usage(service_tier="fast")),
@@ -74,6 +86,17 @@ def test_what_a_tier_or_region_adds_is_reserved(
         lost = bursar.reserve(provider, model, body=request, input_tokens=10_000).settle_unknown("lost")
         assert lost is not None
         assert lost.cost_usd >= record.cost_usd
+
+
+@pytest.mark.parametrize("said", ["auto", "default", "standard_only"])
+def test_a_tier_that_leaves_the_choice_is_the_standard_one(bursar: Bursar, said: str) -> None:
+    plain = {"model": "gpt-5.1", "max_tokens": 100, "messages": [{"role": "user", "content": "What is new?"}]}
+    held = []
+    for request in (plain, {**plain, "service_tier": said}):
+        reservation = bursar.reserve("openai", "gpt-5.1", body=request)
+        held.append(bursar.status()[0].reserved)
+        reservation.release()
+    assert held[0] == held[1]
 
 
 def test_a_region_that_only_the_caller_knows_is_reserved_and_settled() -> None:

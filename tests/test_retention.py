@@ -279,6 +279,44 @@ def test_what_may_still_be_settled_late_stays(books: Bursar, clock: ManualClock)
     assert audit(store) == []
 
 
+def test_i4_what_was_taken_back_late_may_be_pruned_after_what_it_corrects(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    """Its sums are below 0 then, and those of all that was pruned are not: the audit finds nothing."""
+    store = opens(clock)
+    operator = Operator(store, by="ann")
+    with Bursar(store, [Budget("total", "90 USD")], clock=clock) as bursar:
+        with_tables(store, clock)
+        late = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500, ttl_s=60)
+        clock.advance(61)
+        bursar.tend()
+        clock.advance(50 * DAY_S)
+        with_tables(store, clock)
+        late.settle(Usage(input_tokens=1))
+        before = told(store)
+        for kept_days in (1, 90):  # the second time, less goes than the first time
+            clock.advance(50 * DAY_S)
+            operator.prune(clock.now_us() - kept_days * DAY_S * 1_000_000)
+            assert told(store) == before
+            assert audit(store) == []
+        assert {entry.kind for entry in store.entries()} == {"carried"}
+
+
+def test_more_than_there_was_taken_back_in_sums_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "books.db"
+    clock = ManualClock(time.time_ns() // 1_000)
+    store = open_store(f"sqlite:///{file}", clock)
+    with Bursar(store, [Budget("total", "90 USD")], clock=clock) as bursar:
+        bursar.charge("1 USD")
+        clock.advance(3 * DAY_S)
+        Operator(store, by="ann").prune(clock.now_us() - DAY_S * 1_000_000)
+        assert audit(store) == []
+        with sqlite3.connect(file) as connection:
+            connection.execute("UPDATE records SET amounts = replace(amounts, ':1000', ':-1000')")
+            connection.execute("UPDATE accounts SET spent = -spent")
+        assert "record" in [one.what for one in audit(store)]
+
+
 def test_no_record_of_an_open_window_goes(opens: Callable[[ManualClock | None], Store], clock: ManualClock) -> None:
     with Bursar(
         opens(clock), [Budget("year", "90 USD", window="year"), Budget("r", "9 USD", window="rolling 30d")]

@@ -164,6 +164,18 @@ FREE: dict[str, Callable[[openai.OpenAI], Any]] = {
 }
 
 
+def test_retrieving_a_background_response_again_costs_nothing(bursar: Bursar) -> None:
+    failed = Canned({"error": {"message": "busy"}}, status=500, headers={"retry-after-ms": "1"})
+    answers = [failed, Canned(response("completed", USED))]
+    routes = {"POST /v1/responses": Canned(response("queued")), "GET /v1/responses/resp_1": lambda body: answers.pop(0)}
+    with CannedProvider(routes) as provider:
+        client = bursar.wrap(plain(provider)).with_options(max_retries=1)
+        client.responses.create(model="gpt-4o", input="hello", background=True)
+        client.responses.retrieve("resp_1")
+    assert not answers
+    assert (only(bursar).cost_nanos, only(bursar).estimated) == (7_500_000, False)
+
+
 @pytest.mark.parametrize("what", FREE)
 def test_what_is_free_passes(what: str, provider: CannedProvider) -> None:
     with Bursar("memory:", [Budget("none", "0.000000001 USD")]) as bursar:

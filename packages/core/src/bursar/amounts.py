@@ -135,6 +135,8 @@ class Amounts:
                 tokens, tier, region = estimate.input_tokens, call.service_tier, call.region
                 media = bool(request.media)
                 input_nanos = price.bound_nanos(tokens, 0, media=media, service_tier=tier, region=region)
+                if estimate.strict:
+                    input_nanos += self._fees_bound(call)
                 fit = price.fit_output_tokens(free, input_nanos, input_tokens=tokens, service_tier=tier, region=region)
             elif unit == "tokens":
                 fit = free - estimate.input_tokens

@@ -304,7 +304,7 @@ class Bursar:
             settings = self._settings
             version, held = self._newest_definitions()
             self._trust.check(held)
-            budgets = [Budget(**one) for one in self._trust.budgets(held, settings.names)]
+            budgets = [Budget.of(one) for one in self._trust.budgets(held, settings.names)]
             given = settings.policy
             self.guard.policy = Policy(
                 budgets, version=version, rates=given.rates, decisions=Decisions(held), default=given.default

@@ -282,6 +282,8 @@ class Operator:
 
 def _question(id: str, one: Mapping[str, Any]) -> Question:
     budget, unit, _, scope, _ = json.loads(one["account"])
+    if not isinstance(scope, dict) or not isinstance(one["tags"], dict):
+        raise TypeError("a scope and tags have names")
     return Question(
         id,
         one["state"],

@@ -70,6 +70,10 @@ class Trip:
         self.reservation = reservation
         self.met = False  # a response has been seen, which ends the reservation, or will
 
+    def lose(self) -> None:
+        """An attempt was never answered, and may have been billed, unless it only retrieved what was made before."""
+        self.reservation._call.lost += bool(self._visit.model)
+
     def meet(self, response: Any) -> Ending | None:
         """How a whole response ends the reservation; None where it is still to come: streamed, or made in the background."""
         self.met = True
@@ -283,7 +287,7 @@ def _note_lost(response: Any) -> None:
         error = sys.exc_info()[1]
         was_refused = error is not None and surely_not_billed(error)
     if trip is not None and not was_refused:
-        trip.reservation._call.lost += 1
+        trip.lose()
 
 
 @contextlib.contextmanager
