@@ -17,6 +17,7 @@ from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.door import Door
 from bursar_litellm.errors import UNBOUNDED, BudgetStop, check_bounded, litellm_error
 from bursar_litellm.gate import Attempt
+from bursar_litellm.request import kind_of
 from bursar_litellm.streams import ABANDONED, guard_stream, is_stream
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def wrap_functions() -> None:
     """Wrap them in the module `litellm`, once; its Router and its own functions look them up there at every call."""
     with _lock:
         _background.take_place()
-        for name in (*_NAMES, *(f"a{name}" for name in _NAMES), *UNBOUNDED):
+        plain = (*_NAMES, *UNBOUNDED)
+        for name in (*plain, *(f"a{name}" for name in plain)):
             function = getattr(litellm, name, None)
             if callable(function) and not hasattr(function, "__bursar__"):
                 wrapped = _awaited(function) if inspect.iscoroutinefunction(function) else _plain(function)
@@ -174,12 +176,13 @@ def _arm(name: str) -> Sequence[Bursar]:
     """
     callbacks: list[Any] = litellm.callbacks
     for callback in callbacks:
-        if hasattr(callback, "gate"):
-            if callback not in litellm.input_callback:
-                litellm.input_callback.append(callback)
-            check_bounded(name)
+        if hasattr(callback, "gate") and callback not in litellm.input_callback:
+            litellm.input_callback.append(callback)
     announced: list[Any] = litellm.input_callback
-    return list(dict.fromkeys(callback.bursar for callback in announced if hasattr(callback, "gate")))
+    guards = list(dict.fromkeys(callback.bursar for callback in announced if hasattr(callback, "gate")))
+    if guards:
+        check_bounded(kind_of(name))
+    return guards
 
 
 def _answered(door: Door, answer: Any) -> list[tuple[Attempt, Ending]]:

@@ -120,7 +120,10 @@ class BursarLogger(CustomLogger):
 
     def _dispatch(self, details: dict[str, Any]) -> None:
         kind, door = kind_of(details.get("call_type")), open_door()
-        if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_free(self.bursar)):
+        if _NO_UPSTREAM in details or (door is not None and door.is_free(self.bursar)):
+            return
+        check_bounded(kind)
+        if kind not in ENDPOINTS:
             return
         key = str(details.get("litellm_call_id"))
         attempt, moment = self.gate.find(key), details.get("api_call_start_time")

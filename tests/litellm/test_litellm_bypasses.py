@@ -1,0 +1,72 @@
+"""Ways around the gate: what is billed later, what LiteLLM sends although it looks free, and calls that share one id."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import litellm
+import pytest
+from litellm import video_generation as early_video_generation  # before the guard wraps it
+
+from bursar import Bursar
+from bursar.errors import UnboundedEstimate
+from bursar.testing.provider import Provider
+from bursar_litellm import BudgetStop
+
+PROMPT = "abc " * 1_000
+MESSAGES = [{"role": "user", "content": PROMPT}]
+COST_NANOS = 7_500_000
+
+
+Guarded = Callable[..., AbstractContextManager[Bursar]]
+
+
+def openai(provider: Provider, **more: Any) -> dict[str, Any]:
+    return {"model": "openai/gpt-4o", "api_base": f"{provider.url}/v1", "api_key": "any", "max_retries": 0, **more}
+
+
+def run(call: Any) -> Any:
+    async def awaited() -> Any:
+        answer = await call
+        return [chunk async for chunk in answer] if hasattr(type(answer), "__anext__") else answer
+
+    return asyncio.run(awaited())
+
+
+BATCH = {"completion_window": "24h", "endpoint": "/v1/chat/completions", "input_file_id": "f", "api_key": "any"}
+RUN = {"custom_llm_provider": "openai", "thread_id": "t", "assistant_id": "a", "api_key": "any"}
+EVALUATION = {"eval_id": "e", "data_source": {"type": "completions"}, "custom_llm_provider": "openai", "api_key": "any"}
+FILM = {"prompt": "x", "model": "openai/sora-2", "api_key": "any"}
+LATER: dict[str, tuple[str, Callable[..., Any]]] = {
+    "batch": ("a batch is billed when it has run", lambda **at: litellm.create_batch(**BATCH, **at)),
+    "abatch": ("a batch is billed when it has run", lambda **at: run(litellm.acreate_batch(**BATCH, **at))),
+    "run": ("a run of an assistant", lambda **at: litellm.run_thread(**RUN, **at)),
+    "arun": ("a run of an assistant", lambda **at: run(litellm.arun_thread(**RUN, **at))),
+    "arun-stream": ("a run of an assistant", lambda **at: litellm.arun_thread_stream(**RUN, **at)),
+    "evaluation": ("an evaluation", lambda **at: litellm.create_run(**EVALUATION, **at)),
+    "aevaluation": ("an evaluation", lambda **at: run(litellm.acreate_run(**EVALUATION, **at))),
+    "film": ("a film", lambda **at: litellm.video_generation(**FILM, **at)),
+    "film, imported early": ("a film", lambda **at: early_video_generation(**FILM, **at)),
+    "session": (
+        "live session",
+        lambda **at: run(litellm._arealtime(model="openai/gpt-4o-realtime-preview", websocket=None, api_key="any")),
+    ),
+}
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["callbacks-kept", "callbacks-replaced"])
+@pytest.mark.parametrize("name", list(LATER))
+def test_what_is_billed_later_is_refused_with_a_reason(
+    name: str, replaced: bool, provider: Provider, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another library, such as CrewAI, the list of callbacks may be replaced."""
+    reason, call = LATER[name]
+    with guarded(), monkeypatch.context() as patch:
+        if replaced:
+            patch.setattr(litellm, "callbacks", [])
+        with pytest.raises((UnboundedEstimate, BudgetStop), match=reason):
+            call(api_base=f"{provider.url}/v1")
+    assert provider.requests == 0
