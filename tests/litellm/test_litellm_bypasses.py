@@ -11,7 +11,7 @@ import litellm
 import pytest
 from litellm import video_generation as early_video_generation  # before the guard wraps it
 
-from bursar import Bursar
+from bursar import BudgetExceeded, Bursar
 from bursar.errors import UnboundedEstimate
 from bursar.testing.provider import Provider
 from bursar_litellm import BudgetStop
@@ -69,4 +69,37 @@ def test_what_is_billed_later_is_refused_with_a_reason(
             patch.setattr(litellm, "callbacks", [])
         with pytest.raises((UnboundedEstimate, BudgetStop), match=reason):
             call(api_base=f"{provider.url}/v1")
+    assert provider.requests == 0
+
+
+# -- mocks ---------------------------------------------------------------------------------------------------------
+
+COHERE: dict[str, Any] = {"model": "cohere/rerank-v3.5", "query": "q", "documents": ["a"], "api_key": "any"}
+CLAUDE: dict[str, Any] = {"model": "anthropic/claude-sonnet-4-5", "messages": MESSAGES, "max_tokens": 5}
+SPEECH: dict[str, Any] = {"model": "openai/tts-1", "input": "x", "voice": "alloy", "api_key": "any"}
+VECTORS: dict[str, Any] = {"model": "openai/text-embedding-3-small", "input": ["x"], "api_key": "any"}
+NO_MOCKS: dict[str, Callable[[str], Any]] = {
+    "rerank": lambda url: litellm.rerank(**COHERE, api_base=url, mock_response="x"),
+    "arerank": lambda url: run(litellm.arerank(**COHERE, api_base=url, mock_response="x")),
+    "speech": lambda url: litellm.speech(**SPEECH, api_base=url, mock_response="x"),
+    "responses": lambda url: litellm.responses("x", "gpt-4o", api_key="any", api_base=url, mock_response={"a": 1}),
+    "messages": lambda url: run(litellm.anthropic_messages(**CLAUDE, api_key="any", api_base=url, mock_timeout=True)),
+    "embedding": lambda url: litellm.embedding(**VECTORS, api_base=url, mock_tool_calls=[1]),
+}
+
+
+@pytest.mark.parametrize("name", list(NO_MOCKS))
+def test_a_mock_that_litellm_does_not_know_is_no_free_call(name: str, provider: Provider, broke: Guarded) -> None:
+    """It is sent as if the argument were not there."""
+    with broke(), pytest.raises(BudgetExceeded):
+        NO_MOCKS[name](provider.url)
+    assert provider.requests == 0
+
+
+def test_a_fallback_of_a_mock_is_no_mock(provider: Provider, broke: Guarded) -> None:
+    real = {"model": "openai/gpt-4o", "mock_response": None}
+    with broke(), pytest.raises(BudgetExceeded):
+        litellm.completion(
+            **openai(provider), messages=MESSAGES, mock_response="litellm.RateLimitError", fallbacks=[real]
+        )
     assert provider.requests == 0

@@ -166,7 +166,8 @@ def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _door(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Door:
     """The door of one call, to be entered around it."""
-    return Door(_arm(name), {**dict(zip(("model", "messages"), args, strict=False)), **kwargs} if args else kwargs)
+    asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs} if args else kwargs
+    return Door(_arm(name), kind_of(name), asked)
 
 
 def _arm(name: str) -> Sequence[Bursar]:

@@ -12,7 +12,7 @@ from litellm.integrations.custom_logger import CustomLogger
 from bursar.ending import Ending, released, unknown
 from bursar.sending import Sending, passing
 from bursar_litellm.answer import read_answer, read_error
-from bursar_litellm.door import open_door
+from bursar_litellm.door import is_mocked, open_door
 from bursar_litellm.errors import BudgetStop, check_bounded
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Admission, Attempt, Gate
@@ -90,7 +90,7 @@ class BursarLogger(CustomLogger):
     def _read(self, kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """What to reserve for a call with these arguments; None where it is to be reserved for where it goes out, or never."""
         door = open_door()
-        if kwargs.get("mock_response") or (door is not None and door.is_free(self.bursar)):
+        if is_mocked(kind, kwargs) or (door is not None and door.is_free(self.bursar)):
             return None
         if kwargs.get("fallbacks"):
             return None  # each of the models that are tried is announced by itself
