@@ -11,10 +11,10 @@ import litellm
 import pytest
 from litellm import video_generation as early_video_generation  # before the guard wraps it
 
-from bursar import BudgetExceeded, Bursar
+from bursar import Budget, BudgetExceeded, Bursar
 from bursar.errors import UnboundedEstimate
 from bursar.testing.provider import Provider
-from bursar_litellm import BudgetStop
+from bursar_litellm import BudgetStop, LiteLLMBudgetExceeded
 
 PROMPT = "abc " * 1_000
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -103,3 +103,55 @@ def test_a_fallback_of_a_mock_is_no_mock(provider: Provider, broke: Guarded) -> 
             **openai(provider), messages=MESSAGES, mock_response="litellm.RateLimitError", fallbacks=[real]
         )
     assert provider.requests == 0
+
+
+# -- one id ----------------------------------------------------------------------------------------------------------
+
+
+async def same_id(provider: Provider) -> None:
+    call = openai(provider, messages=MESSAGES, max_tokens=500, litellm_call_id="same")
+    await asyncio.gather(*(litellm.acompletion(**call) for _ in range(3)))
+
+
+async def same_id_streamed(provider: Provider) -> None:
+    async def one() -> None:
+        call = openai(provider, messages=MESSAGES, max_tokens=500, litellm_call_id="same", stream=True)
+        async for _ in await litellm.acompletion(**call):
+            pass
+
+    await asyncio.gather(one(), one(), one())
+
+
+async def several_models(provider: Provider) -> None:
+    """As the proxy does for `"model": "a,b,c"`."""
+    router = litellm.Router([{"model_name": name, "litellm_params": openai(provider)} for name in "abc"])
+    await router.abatch_completion(models=list("abc"), messages=MESSAGES, max_tokens=500, litellm_call_id="same")
+
+
+@pytest.mark.parametrize("at_once", [same_id, same_id_streamed, several_models])
+def test_calls_at_once_under_one_id_are_calls_of_their_own(
+    at_once: Callable[[Provider], Any], provider: Provider, guarded: Guarded
+) -> None:
+    with guarded() as bursar:
+        asyncio.run(at_once(provider))
+    assert [(one.estimated, one.cost_nanos) for one in bursar.records()] == [(False, COST_NANOS)] * 3
+
+
+def test_a_call_is_not_sent_on_the_reservation_that_another_one_waits_for(provider: Provider, guarded: Guarded) -> None:
+    async def both() -> list[Any]:
+        call = openai(provider, messages=MESSAGES, max_tokens=500, litellm_call_id="same")
+        return await asyncio.gather(*(litellm.acompletion(**call) for _ in range(2)), return_exceptions=True)
+
+    with guarded(Budget("one", "0.009 USD", on_exceed="wait 0.3s")) as bursar:
+        taken = bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=500)
+        answers = asyncio.run(both())
+        taken.release("not sent")
+    assert [type(answer) for answer in answers] == [LiteLLMBudgetExceeded] * 2
+    assert provider.requests == 0
+
+
+def test_a_list_of_deployments_is_charged_for_those_that_were_asked(provider: Provider, guarded: Guarded) -> None:
+    deployments = [{"model_name": "gpt-4o", "litellm_params": openai(provider)}]
+    with guarded() as bursar:
+        litellm.completion("gpt-4o", MESSAGES, max_tokens=500, model_list=deployments)
+    assert [one.cost_nanos for one in bursar.records()] == [COST_NANOS]

@@ -36,13 +36,14 @@ class Door:
     which a framework around LiteLLM has reserved for this very call already.
     """
 
-    __slots__ = ("_passing", "_token", "attempts", "held", "is_mock", "is_open", "outer", "refusal")
+    __slots__ = ("_passing", "_token", "attempts", "held", "is_mock", "is_open", "outer", "refusal", "root")
 
     def __init__(self, guards: Sequence[Bursar], kind: str, asked: Mapping[str, Any]) -> None:
         self.attempts: list[Attempt] = []
         self.refusal: BaseException | None = None
         outer: Door | None = open_door()
         self.outer = outer
+        self.root: Door = self if outer is None else outer.root
         self.is_mock = is_mocked(kind, asked)
         self.held: Sequence[Bursar] = ()
         self._passing = ExitStack() if is_sending() else None

@@ -189,7 +189,7 @@ def _arm(name: str) -> Sequence[Bursar]:
 def _answered(door: Door, answer: Any) -> list[tuple[Attempt, Ending]]:
     if isinstance(answer, CoroutineType):
         for attempt in door.own():
-            attempt.door = None  # LiteLLM's events will tell of it
+            attempt.gate.disown(attempt)
         return []
     own = door.own()
     newest = {one.gate: one for one in own}

@@ -92,7 +92,7 @@ class BursarLogger(CustomLogger):
         door = open_door()
         if is_mocked(kind, kwargs) or (door is not None and door.is_free(self.bursar)):
             return None
-        if kwargs.get("fallbacks"):
+        if kwargs.get("fallbacks") or kwargs.get("model_list"):
             return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
         model = kwargs.get("model")
