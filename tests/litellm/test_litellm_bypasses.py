@@ -155,3 +155,19 @@ def test_a_list_of_deployments_is_charged_for_those_that_were_asked(provider: Pr
     with guarded() as bursar:
         litellm.completion("gpt-4o", MESSAGES, max_tokens=500, model_list=deployments)
     assert [one.cost_nanos for one in bursar.records()] == [COST_NANOS]
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_cache_had_only_in_part_is_billed_for_the_rest(
+    provider: Provider, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")  # LiteLLM's cache needs it
+    call = openai(provider) | {"model": "openai/text-embedding-3-small"}
+    with guarded() as bursar, monkeypatch.context() as patch:
+        patch.setattr(litellm, "cache", litellm.Cache(type="local"))
+        for texts in (["one"], ["one", "two"], ["one", "two"]):
+            run(litellm.aembedding(input=texts, **call))
+    assert provider.requests == 2
+    assert sorted(one.cost_nanos for one in bursar.records()) == [0, 20_000, 20_000]
