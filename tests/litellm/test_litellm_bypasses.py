@@ -12,7 +12,7 @@ import pytest
 from litellm import video_generation as early_video_generation  # before the guard wraps it
 
 from bursar import Budget, BudgetExceeded, Bursar
-from bursar.errors import UnboundedEstimate
+from bursar.errors import InvalidInput, UnboundedEstimate
 from bursar.testing.provider import Provider
 from bursar_litellm import BudgetStop, LiteLLMBudgetExceeded
 
@@ -171,3 +171,28 @@ def test_what_the_cache_had_only_in_part_is_billed_for_the_rest(
             run(litellm.aembedding(input=texts, **call))
     assert provider.requests == 2
     assert sorted(one.cost_nanos for one in bursar.records()) == [0, 20_000, 20_000]
+
+
+# -- what goes over the body -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", [{"max_tokens": 4_000}, {"n": 40}, {"max_completion_tokens": 4_000}], ids=str)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_extra_body_asks_for_is_reserved(
+    over: dict[str, int], is_async: bool, provider: Provider, guarded: Guarded
+) -> None:
+    call = openai(provider, messages=MESSAGES, max_tokens=100, extra_body=over)
+    with guarded(Budget("cap", "0.03 USD")), pytest.raises(BudgetExceeded):
+        run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    assert provider.requests == 0
+
+
+def test_extra_body_names_no_other_model(provider: Provider, guarded: Guarded) -> None:
+    """LiteLLM sends it to some providers, and not to others."""
+    with guarded():
+        for model in ("gpt-4", "gpt-4o-mini"):
+            with pytest.raises(InvalidInput, match="Name it by `model` alone"):
+                litellm.completion(**openai(provider), messages=MESSAGES, extra_body={"model": model})
+            with pytest.raises(InvalidInput, match="Name it by `model` alone"):
+                run(litellm.acompletion(**openai(provider), messages=MESSAGES, extra_body={"model": model}))
+    assert provider.requests == 0
