@@ -11,6 +11,7 @@ UNBOUNDED = {
     "create_batch": "a batch is billed when it has run",
     "create_fine_tuning_job": "training is billed when it has run",
     "create_run": "an evaluation is billed when it has run",
+    "agent_interaction": "an agent is billed when it has ended",
     "run_thread": "a run of an assistant is billed when it has ended",
     "run_thread_stream": "a run of an assistant is billed when it has ended",
     "_realtime": "a live session has no end that is known before",

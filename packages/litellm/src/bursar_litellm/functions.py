@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 _NAMES = (
     *("completion", "text_completion", "embedding", "responses", "anthropic_messages", "image_generation"),
     *("image_edit", "image_variation", "transcription", "speech", "rerank", "ocr", "video_generation"),
+    *("generate_content", "generate_content_stream", "compact_responses", "llm_passthrough_route", *UNBOUNDED),
 )
+# The modules that LiteLLM's functions are looked up in, and which of these.
+_PLACES = ((litellm, _NAMES), (litellm.google_genai, _NAMES), (litellm.interactions, ("create",)))
 _lock = threading.Lock()
 _Later = list[Callable[[], Any]]
 
@@ -78,13 +81,13 @@ def wrap_functions() -> None:
     """Wrap them in the module `litellm`, once; its Router and its own functions look them up there at every call."""
     with _lock:
         _background.take_place()
-        plain = (*_NAMES, *UNBOUNDED)
-        for name in (*plain, *(f"a{name}" for name in plain)):
-            function = getattr(litellm, name, None)
-            if callable(function) and not hasattr(function, "__bursar__"):
-                wrapped = _awaited(function) if inspect.iscoroutinefunction(function) else _plain(function)
-                wrapped.__bursar__ = True  # type: ignore[attr-defined]
-                setattr(litellm, name, wrapped)
+        for place, names in _PLACES:
+            for name in (*names, *(f"a{name}" for name in names)):
+                function = getattr(place, name, None)
+                if callable(function) and not hasattr(function, "__bursar__"):
+                    wrapped = _awaited(function) if inspect.iscoroutinefunction(function) else _plain(function)
+                    wrapped.__bursar__ = True  # type: ignore[attr-defined]
+                    setattr(place, name, wrapped)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:

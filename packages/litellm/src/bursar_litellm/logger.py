@@ -24,6 +24,7 @@ from bursar_litellm.request import (
     clean,
     is_async,
     kind_of,
+    kind_on_wire,
     limit_output,
     read_arguments,
     read_tags,
@@ -96,7 +97,7 @@ class BursarLogger(CustomLogger):
             return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
         model = kwargs.get("model")
-        if kind not in ENDPOINTS or not model or model in litellm.model_alias_map:
+        if kind not in ENDPOINTS or kind == "llm_passthrough_route" or not model or model in litellm.model_alias_map:
             return None  # without its name, as it came by position, or by another than LiteLLM will send
         try:
             return read_arguments(kind, kwargs)
@@ -119,7 +120,7 @@ class BursarLogger(CustomLogger):
             raise BudgetStop(error) from error
 
     def _dispatch(self, details: dict[str, Any]) -> None:
-        kind, door = kind_of(details.get("call_type")), open_door()
+        kind, door = kind_on_wire(details), open_door()
         if _NO_UPSTREAM in details or (door is not None and door.is_free(self.bursar)):
             return
         check_bounded(kind)

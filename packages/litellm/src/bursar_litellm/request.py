@@ -34,7 +34,18 @@ ENDPOINTS = {
     "speech": "audio/speech",
     "rerank": "rerank",
     "ocr": "ocr",
+    "compact_responses": "responses/compact",
+    "interaction": "interactions",
+    "llm_passthrough_route": "",
 }
+PROMPTS = (
+    "messages",
+    "contents",
+    "prompt",
+    "input",
+    "inputText",
+    "system",
+)  # where what is passed on as it is asks a model
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {
     "completion": "max_tokens",
@@ -67,6 +78,18 @@ def kind_of(call_type: Any) -> str:
         if plain in ENDPOINTS or plain in UNBOUNDED:
             return plain
     return name
+
+
+def kind_on_wire(details: Mapping[str, Any]) -> str:
+    """The same of a call that is about to go out; empty where no model is asked."""
+    kind = kind_of(details.get("call_type"))
+    if kind in ("create", "acreate"):  # LiteLLM has several functions of that name
+        url = str((details.get("additional_args") or {}).get("api_base"))
+        kind = "interaction" if details.get("model") else "agent_interaction"
+        return kind if url.endswith("/interactions") else ""
+    if kind == "llm_passthrough_route" and wire_body(details).keys().isdisjoint(PROMPTS):
+        return ""
+    return kind
 
 
 def is_async(call_type: Any) -> bool:
