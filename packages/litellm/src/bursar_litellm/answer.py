@@ -28,9 +28,11 @@ def read_answer(provider: str, answer: Any, details: Mapping[str, Any] | None, c
     `details`: LiteLLM's own notes on the call, which keep the provider's words where it has them; `characters`: the text
     of a call for speech, which is billed by them and answered by sound alone.
     """
-    if is_cached(answer):
+    usage = _raw_usage(provider, details)
+    if usage is None and is_cached(answer):
         return released("answered from LiteLLM's cache")
-    usage = _raw_usage(provider, details) or read_usage(provider, answer)
+    # Of many texts to be embedded the cache may have had some: what was asked for the others is billed.
+    usage = usage or read_usage(provider, answer)
     if usage is not None:
         return settled(usage)
     if characters:

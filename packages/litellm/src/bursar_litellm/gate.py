@@ -18,6 +18,9 @@ from bursar_litellm.errors import litellm_error
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation
 
+# LiteLLM's id of a call, and of which call from outside: the Router asks several models at once under one id, and clients of
+# the proxy choose theirs. 0: it was made where no wrapper stands.
+_Key = tuple[str, int]
 MAX_OPEN = 100_000  # beyond it the oldest are left to their expiry
 
 
@@ -42,7 +45,7 @@ class Attempt:
         "sending",
     )
 
-    def __init__(self, gate: Gate, key: str, door: Door | None) -> None:
+    def __init__(self, gate: Gate, key: _Key, door: Door | None) -> None:
         self.gate = gate
         self.key = key
         self.door = door
@@ -117,15 +120,15 @@ class Gate:
 
     # -- begin ---------------------------------------------------------------------------------------------------
 
-    def enter(self, key: str) -> Attempt | None:
-        """A new attempt of the call `key`; None while the last one has not been sent yet, which then belongs to this door.
+    def enter(self, call_id: str) -> Attempt | None:
+        """A new attempt of the call; None while the last one has not been sent yet, which then belongs to this door.
 
         LiteLLM serves many a call by another of its own functions (responses by a chat, messages by responses): both
         announce it, under one id.
         """
         door = open_door()
         with self._lock:
-            found = self._open.get(key)
+            key, found = _key(call_id, door), self.find(call_id)
             if found is None or found.is_sent:
                 attempt = self._open[key] = Attempt(self, key, door)
                 self._unended += 1
@@ -133,16 +136,32 @@ class Gate:
                     self._open.popitem(last=False)
                     self._unended -= 1
             else:
-                attempt, found.door = found, door
+                del self._open[found.key]
+                attempt = self._open[key] = found
+                found.key, found.door = key, door
         if door is not None:
             door.attempts.append(attempt)
         if found is not None and found.is_sent and found.reservation is not None:
             self._finish(found, unknown("it was tried again, and its end not told"))
         return None if attempt is found else attempt
 
-    def find(self, key: str | None) -> Attempt | None:
-        """The open attempt of this call."""
-        return None if key is None else self._open.get(key)
+    def find(self, call_id: str | None) -> Attempt | None:
+        """The open attempt of this call, or the one that a function around it announced where no wrapper stands."""
+        if call_id is None:
+            return None
+        door = open_door()
+        found = self._open.get(_key(call_id, door))
+        if found is None and door is not None:
+            found = self._open.get((call_id, 0))
+            return None if found is None or found.is_sent else found
+        return found
+
+    def disown(self, attempt: Attempt) -> None:
+        """Its door is left before it has ended: LiteLLM's events will tell of that."""
+        with self._lock:
+            if self._open.pop(attempt.key, None) is not None:
+                attempt.key, attempt.door = (attempt.key[0], 0), None
+                self._open[attempt.key] = attempt
 
     def has(self, attempt: Attempt) -> bool:
         """Whether the attempt is still open."""
@@ -199,10 +218,14 @@ class Gate:
 
     def forget(self) -> None:
         """At the beginning; and in the child after a fork, for the open attempts are the parent's."""
-        self._open: OrderedDict[str, Attempt] = OrderedDict()
+        self._open: OrderedDict[_Key, Attempt] = OrderedDict()
         self._unended = self._drains = 0  # `_drains`: how many threads wait for the last to end
         self._lock = threading.RLock()
         self._ended = threading.Condition(self._lock)
+
+
+def _key(call_id: str, door: Door | None) -> _Key:
+    return call_id, 0 if door is None else id(door.root)  # an attempt keeps its door, so the id is not given anew
 
 
 # -- attempts whose end nobody reports ---------------------------------------------------------------------------

@@ -16,10 +16,9 @@ from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.errors import check_bounded
 from bursar_litellm.gate import Admission
 from bursar_litellm.logger import BursarLogger
-from bursar_litellm.request import LIMIT_NAMES, ask_for_usage_in, changeable, kind_of, read_tags, write
+from bursar_litellm.request import LIMIT_NAMES, PROMPTS, ask_for_usage_in, changeable, kind_of, read_tags, write
 
 _ROUTE_MODEL = re.compile(r"/models?/([^/:?]+)")  # Google's and AWS's paths name the model
-_PROMPTS = ("messages", "contents", "prompt", "input", "inputText", "system")
 _GATEWAY = "gateway"  # whoever sells the model: its price is looked for at the makers'
 
 
@@ -40,7 +39,7 @@ class ProxyLogger(BursarLogger):
         route = str(getattr(user_api_key_dict, "request_route", None) or "")
         named = _ROUTE_MODEL.search(route)
         model = data.get("model") or (named and named[1])
-        if not model and not any(name in data for name in _PROMPTS):
+        if not model and not any(name in data for name in PROMPTS):
             return None  # a list, a file, a lookup: no model is asked
         attempt = self.gate.enter(_call_id(data))
         if attempt is None:

@@ -11,6 +11,7 @@ import litellm
 from litellm.constants import openai_compatible_providers
 from litellm.types.utils import all_litellm_params
 
+from bursar.errors import InvalidInput
 from bursar_litellm.errors import UNBOUNDED
 from bursar_litellm.media import read_media
 
@@ -33,7 +34,18 @@ ENDPOINTS = {
     "speech": "audio/speech",
     "rerank": "rerank",
     "ocr": "ocr",
+    "compact_responses": "responses/compact",
+    "interaction": "interactions",
+    "llm_passthrough_route": "",
 }
+PROMPTS = (
+    "messages",
+    "contents",
+    "prompt",
+    "input",
+    "inputText",
+    "system",
+)  # where what is passed on as it is asks a model
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {
     "completion": "max_tokens",
@@ -68,6 +80,18 @@ def kind_of(call_type: Any) -> str:
     return name
 
 
+def kind_on_wire(details: Mapping[str, Any]) -> str:
+    """The same of a call that is about to go out; empty where no model is asked."""
+    kind = kind_of(details.get("call_type"))
+    if kind in ("create", "acreate"):  # LiteLLM has several functions of that name
+        url = str((details.get("additional_args") or {}).get("api_base"))
+        kind = "interaction" if details.get("model") else "agent_interaction"
+        return kind if url.endswith("/interactions") else ""
+    if kind == "llm_passthrough_route" and wire_body(details).keys().isdisjoint(PROMPTS):
+        return ""
+    return kind
+
+
 def is_async(call_type: Any) -> bool:
     """Whether a call of this type is awaited, by the name alone: `anthropic_messages` always is."""
     name = str(getattr(call_type, "value", call_type) or "")
@@ -85,11 +109,12 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items()
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
+    over = _lay_over(body, model)
     named = _plain(model)
     request = {
         "provider": provider,
         "model": _base_model(kwargs) or named,
-        "messages": kwargs.get("messages"),
+        "messages": over.get("messages") or kwargs.get("messages"),
         "body": body,
         "endpoint": ENDPOINTS[kind],
         "retries": _retries(provider, kwargs),
@@ -141,7 +166,8 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
             body["input"] = details.get("input")
     if kind == "speech":
         body["input"] = details.get("input")  # the text itself is left out of what LiteLLM notes
-    is_limited = _limit_name(kind, provider, body) is not None
+    over = _lay_over(body, model)
+    is_limited = _limit_name(kind, provider, body) is not None and over.keys().isdisjoint(LIMIT_NAMES)
     request = {
         "provider": provider,
         "model": _base_model({**optional, **settings}) or _plain(model),
@@ -153,6 +179,22 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         "changeable": ("max_output_tokens",) if is_limited else (),  # LiteLLM has written the body for this very model
     }
     return request | read_media(kind, request, sound)
+
+
+def _lay_over(body: dict[str, Any], model: str) -> Mapping[str, Any]:
+    """Take out the `extra_body`, which goes over what is sent, and lay it over this body: of two numbers the greater counts.
+
+    Raises InvalidInput where it names another model: some providers are sent that one, some are not.
+    """
+    over = _mapping(body.pop("extra_body", None))
+    if over.get("model", model) != model:
+        raise InvalidInput(
+            f"extra_body names another model than the call, {model!r}. Name it by `model` alone.", argument="extra_body"
+        )
+    for name, value in over.items():
+        both = (body.get(name), value)
+        body[name] = max(both) if all(type(one) is int for one in both) else value
+    return over
 
 
 def wire_body(details: Mapping[str, Any]) -> dict[str, Any]:
