@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
 from bursar.audit import audit
 from bursar.cli import main
-from bursar.commands import Ended, Granted, Rejected
+from bursar.commands import Ended, Entry, Granted, Rejected
 from bursar.retention import bound, kept
 from bursar.stores import open_store
 from bursar.stores.base import Store
@@ -154,6 +154,28 @@ def test_calls_go_on_meanwhile(books: Bursar, clock: ManualClock) -> None:
     assert pruned.records > 0
     assert not wrong
     assert audit(store) == []
+
+
+def test_an_audit_meanwhile_raises_no_false_alarm(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opens(clock)
+    with_tables(store, clock)
+    for number in range(1_100):  # more than are read at a time
+        store.post(charge(f"{store.now_us():014x}-{number:04}", (EVERYBODY, 5)))
+    assert type(store.execute(charge(f"{store.now_us():014x}-last", (EVERYBODY, 5)))) is Ended
+    clock.advance(200 * DAY_S)
+    read = store.entries
+
+    def meanwhile() -> Iterator[Entry]:
+        found = read()
+        yield next(found)
+        Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)
+        yield from found
+
+    monkeypatch.setattr(store, "entries", meanwhile)
+    assert audit(store) == []
+    store.close()
 
 
 def scopes(store: Store, budget: str) -> list[str]:

@@ -35,9 +35,9 @@ def audit(store: Store, *, operator: str | None = None) -> list[Discrepancy]:
     """Everything that does not add up (I2, I3, I4, I10), and what nobody was allowed to decide; empty where all is in order.
     Changes nothing.
 
-    Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. A level of a rate cannot be
-    rebuilt from records, so of rates only `reserved` is checked. `operator`: the public key that the store has to know.
-    Raises StoreError.
+    Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. What does not add up is
+    looked for again, since records may be pruned meanwhile. A level of a rate cannot be rebuilt from records, so of rates only
+    `reserved` is checked. `operator`: the public key that the store has to know. Raises StoreError.
     """
     return audited(store, operator=operator)[0]
 
@@ -47,13 +47,16 @@ def audited(store: Store, *, operator: str | None = None) -> tuple[list[Discrepa
     found: list[Discrepancy] = []
     pruned = Kept()
     for _ in range(MAX_LOOKS):
+        last = found
         before = {account.rule.key: account for account in store.accounts()}
         books = _Books(store)
         pruned = books.kept
         moved = {account.rule.key for account in store.accounts() if before.get(account.rule.key) != account}
         found = [*books.check(before, moved), *_forged(store, books.reversals, books.sums, operator)]
-        if not moved:
+        if not moved and (not found or found == last):
             break
+    else:
+        found = [one for one in found if one in last]
     return found, pruned
 
 
