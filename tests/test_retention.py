@@ -314,6 +314,26 @@ def test_no_record_of_an_open_window_goes(opens: Callable[[ManualClock | None], 
         assert "may be made again" in bound(open_store("memory:", clock), clock.now_us()).why
 
 
+def test_a_correction_may_go_long_after_its_expiry(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    store = opens(clock)
+    operator = Operator(store, by="ann")
+    store.execute(reserve("given", (EVERYBODY, 10), ttl_us=1_000_000))
+    clock.advance(2)
+    assert store.sweep() == 1
+    clock.advance(3 * DAY_S)
+    between_us = clock.now_us()
+    clock.advance(3 * DAY_S)
+    assert type(store.execute(settle("given", 6))) is Ended
+    clock.advance(200 * DAY_S)
+    assert operator.prune(between_us)[0][:2] == (1, 10)
+    assert operator.prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].records == 2
+    assert sum(entry.cost_nanos for entry in store.entries()) == 6
+    assert audit(store) == []
+    store.close()
+
+
 def test_an_operator_alone_decides_to_prune(books: Bursar, clock: ManualClock) -> None:
     store, long_ago = books.store, clock.now_us() - 100 * DAY_S * 1_000_000
     key = Operator(store, by="ann").appoint()
@@ -340,6 +360,23 @@ def test_sums_that_nobody_decided_to_keep_are_found(tmp_path: Path) -> None:
         connection.execute("UPDATE records SET kind = 'carried', settled_us = 999999, facts = ?", (facts,))
     store = open_store(f"sqlite:///{file}")
     assert [one.what for one in audit(store)] == ["record"]
+    store.close()
+
+
+def test_more_cannot_be_retired_than_was_pruned(tmp_path: Path, clock: ManualClock) -> None:
+    """Spending that somebody moves under a prune that an operator decided is told of."""
+    file = tmp_path / "books.db"
+    store = open_store(f"sqlite:///{file}", clock)
+    store.execute(charge(f"{store.now_us():014x}", (EVERYBODY, 5)))
+    _, until = Operator(store, by="ann").prune(clock.now_us())
+    with sqlite3.connect(file) as connection:
+        told = f"'x', 'retired', NULL, {until.before_us - 1}, '{json.dumps({EVERYBODY.key: -5})}'"
+        named, rest = "id, kind, corrects, settled_us, amounts", "outcome, estimated, reason, cost_nanos, usage, reserved_us"
+        rest += ", digest, draft, facts"
+        connection.execute(f"INSERT INTO records({named}, {rest}) SELECT {told}, {rest} FROM records")
+        connection.execute("UPDATE records SET cost_nanos = 0 WHERE kind = 'retired'")
+        connection.execute("UPDATE accounts SET spent = 0")
+    assert [(one.what, one.held) for one in audit(store)] == [("record", -5)]
     store.close()
 
 

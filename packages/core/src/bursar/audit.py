@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from bursar.signing import changes, operator_of, prune_name, verifies
 from bursar.stores.base import Store
 
 MAX_LOOKS = 5
+SUMS = ("carried", "retired")  # the kinds of records that stand for pruned ones
 
 
 class Discrepancy(NamedTuple):
@@ -76,14 +77,14 @@ class _Books:
         for entry in store.entries():
             if entry.kind == "expiry":
                 expired.add(entry.id)
-            if entry.corrects is not None:
+            if entry.kind in SUMS:
+                self.sums.append(entry)
+            elif entry.corrects is not None:
                 corrections.append(entry)
-            elif entry.kind != "retired" and (entry.cost_nanos < 0 or any(one < 0 for one in entry.amounts.values())):
-                self.unlikely.append(entry)  # only that and a correction take anything back
+            elif entry.cost_nanos < 0 or any(one < 0 for one in entry.amounts.values()):
+                self.unlikely.append(entry)  # only a correction takes anything back
             if entry.kind == "reversal":
                 self.reversals.append(entry)
-            if entry.kind in ("carried", "retired"):
-                self.sums.append(entry)
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
         self.kept = kept(self.sums)
@@ -109,10 +110,21 @@ class _Books:
         for key in {*self.spent, *self.reserved} - set(accounts) - moved:
             if sum(amount for _, amount in self.spent[key]) or self.reserved[key]:
                 yield Discrepancy("account", key, "nothing", "amounts on it")
+        yield from self._below_zero()
         for entry in self.unlikely:
             yield Discrepancy("record", entry.id, f"a {entry.kind} below 0", "nothing can cost less than nothing")
         for entry in self.orphans:
             yield Discrepancy("correction", entry.id, f"a correction of {entry.corrects}", "no such expiry")
+
+    def _below_zero(self) -> Iterator[Discrepancy]:
+        """Sums of what was pruned are judged together: a correction may have gone long after what it corrects, and an account too."""
+        together: Counter[str] = Counter()
+        for entry in self.sums:
+            together.update(entry.amounts)
+            together["all costs"] += entry.cost_nanos
+        for what, amount in together.items():
+            if amount < 0:
+                yield Discrepancy("record", f"sums of {what}", amount, "nothing can cost less than nothing")
 
     def _rolling(self, account: Account) -> Iterator[Discrepancy]:
         """Bucket by bucket: what has left the window is in the records alone."""
