@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -16,9 +17,9 @@ from click.testing import CliRunner
 from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
 from bursar.audit import audit
 from bursar.cli import main
-from bursar.commands import Ended, Entry, Granted, Rejected
+from bursar.commands import Ended, Entry, Granted, Refused, Rejected
 from bursar.retention import bound, kept
-from bursar.stores import open_store
+from bursar.stores import open_store, retiring
 from bursar.stores.base import Store
 from bursar.stores.sqlite import SqliteStore
 from bursar.testing import ManualClock
@@ -287,6 +288,38 @@ def test_runs_that_come_back_meanwhile_lose_nothing(
         one.close()
 
 
+def test_a_rolling_window_that_is_used_again_meanwhile_forgets_nothing(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that rested is used at the moment when it is to go, for as much as had been spent in it before."""
+    store = opens(clock)
+    pace, idle = rule("pace", 3, "rolling", "requests", period_us=3_600_000_000, of="r"), retiring.idle
+
+    def use() -> None:
+        for number in range(3):
+            clock.advance(61)
+            assert type(store.execute(charge(f"{store.now_us():014x}-{number}", (pace, 1)))) is Ended
+
+    def meanwhile(*said: Any) -> Any:
+        found = list(idle(*said))
+        use()
+        return found
+
+    use()
+    clock.advance(200 * DAY_S)
+    with_tables(store, clock)
+    module = "sqlite" if isinstance(store, SqliteStore) else "postgres.partitions"
+    monkeypatch.setattr(f"bursar.stores.{module}.idle", meanwhile)
+    assert Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 0
+    assert type(store.execute(reserve("more", (pace, 1), version=99))) is Refused
+    assert audit(store) == []
+    monkeypatch.undo()
+    clock.advance(200 * DAY_S)
+    assert Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 1
+    assert audit(store) == []
+    store.close()
+
+
 def test_what_may_still_be_settled_late_stays(books: Bursar, clock: ManualClock) -> None:
     store = books.store
     Operator(store, by="ann").prune(clock.now_us() - 20 * DAY_S * 1_000_000)
@@ -371,7 +404,10 @@ def test_more_cannot_be_retired_than_was_pruned(tmp_path: Path, clock: ManualClo
     _, until = Operator(store, by="ann").prune(clock.now_us())
     with sqlite3.connect(file) as connection:
         told = f"'x', 'retired', NULL, {until.before_us - 1}, '{json.dumps({EVERYBODY.key: -5})}'"
-        named, rest = "id, kind, corrects, settled_us, amounts", "outcome, estimated, reason, cost_nanos, usage, reserved_us"
+        named, rest = (
+            "id, kind, corrects, settled_us, amounts",
+            "outcome, estimated, reason, cost_nanos, usage, reserved_us",
+        )
         rest += ", digest, draft, facts"
         connection.execute(f"INSERT INTO records({named}, {rest}) SELECT {told}, {rest} FROM records")
         connection.execute("UPDATE records SET cost_nanos = 0 WHERE kind = 'retired'")

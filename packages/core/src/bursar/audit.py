@@ -117,7 +117,7 @@ class _Books:
             yield Discrepancy("correction", entry.id, f"a correction of {entry.corrects}", "no such expiry")
 
     def _below_zero(self) -> Iterator[Discrepancy]:
-        """Sums of what was pruned are judged together: a correction may have gone long after what it corrects, and an account too."""
+        """Sums of what was pruned are judged together: a correction may have gone long after what it corrects, or an account."""
         together: Counter[str] = Counter()
         for entry in self.sums:
             together.update(entry.amounts)

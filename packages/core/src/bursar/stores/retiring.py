@@ -13,7 +13,7 @@ from bursar.stores.pruning import put, retired
 
 BATCH = 500  # accounts of one transaction
 _SUMS = "kind IN ('carried', 'retired')"
-_DELETE = "DELETE FROM accounts WHERE key = {0} AND reserved = 0 AND spent = {0} AND level = {0} AND at_us = {0}"
+_DELETE = "DELETE FROM accounts WHERE key = {0} AND reserved = 0 AND spent = {0} AND level = {0} AND at_us = {0} AND buckets = {0}"
 _COUNT = "UPDATE account_counts SET accounts = accounts - {0} WHERE budget = {0}"
 _NO_COUNT = "DELETE FROM account_counts WHERE budget = {0} AND accounts <= 0"
 
@@ -88,7 +88,9 @@ def retire(cursor: Any, dialect: Dialect, batch: Sequence[Idle], before_us: int,
     for account, booked in batch:
         key = account.rule.key
         if key not in held:
-            cursor.execute(_DELETE.format(dialect.mark), (key, account.spent, account.level, account.at_us))
+            buckets = rows.dumps(account.buckets) if account.buckets else ""
+            figures = (key, account.spent, account.level, account.at_us, buckets)
+            cursor.execute(_DELETE.format(dialect.mark), figures)
             if cursor.rowcount:
                 gone[key] = booked
                 budgets[account.rule.budget] += 1
