@@ -226,6 +226,24 @@ def test_accounts_that_are_done_with_go_and_may_come_back(
         assert team_spent() == sum(record.cost_nanos for record in bursar.records())
 
 
+def test_what_an_operator_granted_a_run_is_not_granted_again(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    with Bursar(opens(clock), [Budget("run", "1 USD", per="run")], clock=clock) as bursar:
+        store = bursar.store
+        operator = Operator(store, Operator(store, by="ann").appoint(), by="ann")
+        for run, for_s in (("raised", None), ("raised once", 60.0), ("as it was", None)):
+            with bursar.scope(run=run):
+                bursar.charge("1 USD")
+            if run != "as it was":
+                operator.raise_limit("run", "1 USD", {"run": run}, for_s=for_s)
+        clock.advance(200 * DAY_S)
+        assert operator.prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 2
+        (status,) = bursar.status(run="raised")
+        assert (status.limit, status.spent) == (2, 1)
+        assert audit(store) == []
+
+
 def test_what_an_open_reservation_names_stays_and_what_differs_from_its_records(
     opens: Callable[[ManualClock | None], Store], clock: ManualClock
 ) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bursar.accounts import Account, age
+from bursar.commands import Definitions
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.pruning import put, retired
 
@@ -42,11 +43,23 @@ POSTGRES = Dialect(
 )
 
 
-def idle(cursor: Any, dialect: Dialect, before_us: int, now_us: int) -> Iterator[Sequence[Idle]]:
+def granted(held: Definitions, now_us: int) -> frozenset[str]:
+    """The accounts that an operator has granted more, which holds still: made anew they would have it once more."""
+    found = [one.definition for kind in ("raise", "approval") for one in held.get(kind, {}).values()]
+    return frozenset(
+        str(one.get("account"))
+        for one in found
+        if one.get("state", "approved") == "approved" and now_us < (one.get("until_us") or now_us + 1)
+    )
+
+
+def idle(
+    cursor: Any, dialect: Dialect, granted: Container[str], before_us: int, now_us: int
+) -> Iterator[Sequence[Idle]]:
     """The accounts that mean nothing any more, in batches for `retire`: no record names them but sums of those that were pruned.
 
     Of these: those of windows that have ended, those of runs, and what stands as if it were new of rates, slots and rolling
-    windows. An account that differs from its records stays, for the audit to find.
+    windows; but none of those `granted`. An account that differs from its records stays, for the audit to find.
     """
     cursor.execute(rows.ALL_ACCOUNTS)  # first: a record of whatever moves them from here on may be missed below
     accounts = [rows.account(row) for row in cursor.fetchall()]
@@ -59,6 +72,7 @@ def idle(cursor: Any, dialect: Dialect, before_us: int, now_us: int) -> Iterator
         (account, booked)
         for account in accounts
         if account.rule.key not in named
+        and account.rule.key not in granted
         and is_done_with(account, before_us, now_us)
         and (account.spent == (booked := sums.get(account.rule.key, 0)) or account.rule.kind != "window")
     ]

@@ -32,7 +32,7 @@ from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import Pruned, batch, prunable
 from bursar.stores.reading import TableReading, definitions_of
-from bursar.stores.retiring import SQLITE, idle, retire
+from bursar.stores.retiring import SQLITE, granted, idle, retire
 
 log = logging.getLogger("bursar")
 
@@ -319,7 +319,8 @@ class SqliteStore(TableReading):
             with self._transaction() as cursor:
                 pruned = batch(cursor, "?", "records", condition, before_us, facts)
         with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
-            found = idle(connection.cursor(), SQLITE, before_us, now_us)
+            more = granted(self.definitions()[1], now_us)
+            found = idle(connection.cursor(), SQLITE, more, before_us, now_us)
         for some in found:
             with self._transaction() as cursor:
                 total = total.plus(Pruned(accounts=retire(cursor, SQLITE, some, before_us, facts)))

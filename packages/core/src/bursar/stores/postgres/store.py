@@ -50,6 +50,7 @@ from bursar.stores.postgres.server import (
 from bursar.stores.postgres.wire import Wire, answer_of, copied, late
 from bursar.stores.pruning import Pruned
 from bursar.stores.reading import TableReading, definitions_of
+from bursar.stores.retiring import granted
 from bursar.stores.server_clock import ServerClock
 
 SWEEP_BATCH = 500
@@ -293,8 +294,9 @@ class PostgresStore(TableReading):
         self._query(queries.RETRY, (at_us, list(ids)))
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        more = granted(self.definitions()[1], self.now_us())
         with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
-            return prune(connection, before_us, self.now_us(), facts)
+            return prune(connection, more, before_us, self.now_us(), facts)
 
     def erase(self, erasure: Erasure, sign: Sign) -> Erased:
         with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:
