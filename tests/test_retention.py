@@ -226,6 +226,19 @@ def test_accounts_that_are_done_with_go_and_may_come_back(
         assert team_spent() == sum(record.cost_nanos for record in bursar.records())
 
 
+def test_the_account_of_a_block_goes_and_that_of_a_tag_stays(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    with Bursar(opens(clock), [], clock=clock) as bursar:
+        for tags in ({}, {"scope": "nightly"}, {"customer": "c-1"}):
+            with bursar.scope(budget="1 USD", **tags):
+                bursar.charge("0.01 USD")
+        clock.advance(200 * DAY_S)
+        assert Operator(bursar.store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 1
+        assert [status.scope for status in bursar.status()] == [{"customer": "c-1"}, {"scope": "nightly"}]
+        assert audit(bursar.store) == []
+
+
 def test_what_an_operator_granted_a_run_is_not_granted_again(
     opens: Callable[[ManualClock | None], Store], clock: ManualClock
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from bursar.stores import sqlite_rows as rows
 from bursar.stores.pruning import put, retired
 
 BATCH = 500  # accounts of one transaction
+_BLOCK = re.compile(
+    r'\{"scope": "[0-9a-f]{14}-[0-9a-f]{16}"\}'
+)  # of a block with a budget and no tags: nobody has its id again
 _SUMS = "kind IN ('carried', 'retired')"
 _DELETE = "DELETE FROM accounts WHERE key = {0} AND reserved = 0 AND spent = {0} AND level = {0} AND at_us = {0} AND buckets = {0}"
 _COUNT = "UPDATE account_counts SET accounts = accounts - {0} WHERE budget = {0}"
@@ -58,8 +62,8 @@ def idle(
 ) -> Iterator[Sequence[Idle]]:
     """The accounts that mean nothing any more, in batches for `retire`: no record names them but sums of those that were pruned.
 
-    Of these: those of windows that have ended, those of runs, and what stands as if it were new of rates, slots and rolling
-    windows; but none of those `granted`. An account that differs from its records stays, for the audit to find.
+    Of these: those of windows that have ended, those of runs and blocks, and what stands as if it were new of rates, slots and
+    rolling windows; but none of those `granted`. An account that differs from its records stays, for the audit to find.
     """
     cursor.execute(rows.ALL_ACCOUNTS)  # first: a record of whatever moves them from here on may be missed below
     accounts = [rows.account(row) for row in cursor.fetchall()]
@@ -85,7 +89,9 @@ def is_done_with(account: Account, before_us: int, now_us: int) -> bool:
     if account.reserved:
         return False
     if rule.kind == "window":
-        return "run" in json.loads(rule.scope) if rule.end_us is None else rule.end_us <= before_us
+        if rule.end_us is not None:
+            return rule.end_us <= before_us
+        return "run" in json.loads(rule.scope) or _BLOCK.fullmatch(rule.scope) is not None
     if rule.kind == "refill":
         return age(account, now_us).level == rule.limit
     return not age(account, now_us).spent
