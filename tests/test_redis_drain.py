@@ -240,6 +240,21 @@ def test_accounts_at_rest_are_retired(store: RedisStore, clock: ManualClock, tar
         ]
 
 
+def test_what_an_operator_granted_a_run_is_not_granted_again(
+    store: RedisStore, clock: ManualClock, target: Store
+) -> None:
+    with Bursar(store, [Budget("run", "1 USD", per="run")], clock=clock) as bursar:
+        operator = Operator(store, Operator(store, by="ann").appoint(), by="ann")
+        for run in ("raised", "as it was"):
+            with bursar.scope(run=run):
+                bursar.charge("1 USD")
+        operator.raise_limit("run", "1 USD", {"run": "raised"})
+        drain(store, target)
+        clock.advance(us=200 * DAY_US)
+        assert operator.prune(clock.now_us() - 190 * DAY_US)[0].accounts == 1
+        assert [account.rule.scope for account in store.accounts()] == ['{"run": "raised"}']
+
+
 def test_an_account_that_moves_meanwhile_stays(store: RedisStore, clock: ManualClock, target: Store) -> None:
     runs = [rule("run", 10**12, of=f"r{number}") for number in range(2_500)]
     for number, one in enumerate(runs):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -16,9 +17,9 @@ from click.testing import CliRunner
 from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
 from bursar.audit import audit
 from bursar.cli import main
-from bursar.commands import Ended, Granted, Rejected
+from bursar.commands import Ended, Entry, Granted, Refused, Rejected
 from bursar.retention import bound, kept
-from bursar.stores import open_store
+from bursar.stores import open_store, retiring
 from bursar.stores.base import Store
 from bursar.stores.sqlite import SqliteStore
 from bursar.testing import ManualClock
@@ -156,6 +157,28 @@ def test_calls_go_on_meanwhile(books: Bursar, clock: ManualClock) -> None:
     assert audit(store) == []
 
 
+def test_an_audit_meanwhile_raises_no_false_alarm(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opens(clock)
+    with_tables(store, clock)
+    for number in range(1_100):  # more than are read at a time
+        store.post(charge(f"{store.now_us():014x}-{number:04}", (EVERYBODY, 5)))
+    assert type(store.execute(charge(f"{store.now_us():014x}-last", (EVERYBODY, 5)))) is Ended
+    clock.advance(200 * DAY_S)
+    read = store.entries
+
+    def meanwhile() -> Iterator[Entry]:
+        found = read()
+        yield next(found)
+        Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)
+        yield from found
+
+    monkeypatch.setattr(store, "entries", meanwhile)
+    assert audit(store) == []
+    store.close()
+
+
 def scopes(store: Store, budget: str) -> list[str]:
     return [account.rule.scope for account in store.accounts() if account.rule.budget == budget]
 
@@ -201,6 +224,37 @@ def test_accounts_that_are_done_with_go_and_may_come_back(
         assert scopes(store, "run") == []
         assert audit(store) == []
         assert team_spent() == sum(record.cost_nanos for record in bursar.records())
+
+
+def test_the_account_of_a_block_goes_and_that_of_a_tag_stays(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    with Bursar(opens(clock), [], clock=clock) as bursar:
+        for tags in ({}, {"scope": "nightly"}, {"customer": "c-1"}):
+            with bursar.scope(budget="1 USD", **tags):
+                bursar.charge("0.01 USD")
+        clock.advance(200 * DAY_S)
+        assert Operator(bursar.store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 1
+        assert [status.scope for status in bursar.status()] == [{"customer": "c-1"}, {"scope": "nightly"}]
+        assert audit(bursar.store) == []
+
+
+def test_what_an_operator_granted_a_run_is_not_granted_again(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    with Bursar(opens(clock), [Budget("run", "1 USD", per="run")], clock=clock) as bursar:
+        store = bursar.store
+        operator = Operator(store, Operator(store, by="ann").appoint(), by="ann")
+        for run, for_s in (("raised", None), ("raised once", 60.0), ("as it was", None)):
+            with bursar.scope(run=run):
+                bursar.charge("1 USD")
+            if run != "as it was":
+                operator.raise_limit("run", "1 USD", {"run": run}, for_s=for_s)
+        clock.advance(200 * DAY_S)
+        assert operator.prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 2
+        (status,) = bursar.status(run="raised")
+        assert (status.limit, status.spent) == (2, 1)
+        assert audit(store) == []
 
 
 def test_what_an_open_reservation_names_stays_and_what_differs_from_its_records(
@@ -263,6 +317,38 @@ def test_runs_that_come_back_meanwhile_lose_nothing(
     assert len(list(store.accounts())) == len(back)
     for one in (store, *others):
         one.close()
+
+
+def test_a_rolling_window_that_is_used_again_meanwhile_forgets_nothing(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that rested is used at the moment when it is to go, for as much as had been spent in it before."""
+    store = opens(clock)
+    pace, idle = rule("pace", 3, "rolling", "requests", period_us=3_600_000_000, of="r"), retiring.idle
+
+    def use() -> None:
+        for number in range(3):
+            clock.advance(61)
+            assert type(store.execute(charge(f"{store.now_us():014x}-{number}", (pace, 1)))) is Ended
+
+    def meanwhile(*said: Any) -> Any:
+        found = list(idle(*said))
+        use()
+        return found
+
+    use()
+    clock.advance(200 * DAY_S)
+    with_tables(store, clock)
+    module = "sqlite" if isinstance(store, SqliteStore) else "postgres.partitions"
+    monkeypatch.setattr(f"bursar.stores.{module}.idle", meanwhile)
+    assert Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 0
+    assert type(store.execute(reserve("more", (pace, 1), version=99))) is Refused
+    assert audit(store) == []
+    monkeypatch.undo()
+    clock.advance(200 * DAY_S)
+    assert Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 1
+    assert audit(store) == []
+    store.close()
 
 
 def test_what_may_still_be_settled_late_stays(books: Bursar, clock: ManualClock) -> None:
@@ -330,6 +416,26 @@ def test_no_record_of_an_open_window_goes(opens: Callable[[ManualClock | None], 
         assert "may be made again" in bound(open_store("memory:", clock), clock.now_us()).why
 
 
+def test_a_correction_may_go_long_after_its_expiry(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    store = opens(clock)
+    operator = Operator(store, by="ann")
+    store.execute(reserve("given", (EVERYBODY, 10), ttl_us=1_000_000))
+    clock.advance(2)
+    assert store.sweep() == 1
+    clock.advance(3 * DAY_S)
+    between_us = clock.now_us()
+    clock.advance(3 * DAY_S)
+    assert type(store.execute(settle("given", 6))) is Ended
+    clock.advance(200 * DAY_S)
+    assert operator.prune(between_us)[0][:2] == (1, 10)
+    assert operator.prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].records == 2
+    assert sum(entry.cost_nanos for entry in store.entries()) == 6
+    assert audit(store) == []
+    store.close()
+
+
 def test_an_operator_alone_decides_to_prune(books: Bursar, clock: ManualClock) -> None:
     store, long_ago = books.store, clock.now_us() - 100 * DAY_S * 1_000_000
     key = Operator(store, by="ann").appoint()
@@ -356,6 +462,26 @@ def test_sums_that_nobody_decided_to_keep_are_found(tmp_path: Path) -> None:
         connection.execute("UPDATE records SET kind = 'carried', settled_us = 999999, facts = ?", (facts,))
     store = open_store(f"sqlite:///{file}")
     assert [one.what for one in audit(store)] == ["record"]
+    store.close()
+
+
+def test_more_cannot_be_retired_than_was_pruned(tmp_path: Path, clock: ManualClock) -> None:
+    """Spending that somebody moves under a prune that an operator decided is told of."""
+    file = tmp_path / "books.db"
+    store = open_store(f"sqlite:///{file}", clock)
+    store.execute(charge(f"{store.now_us():014x}", (EVERYBODY, 5)))
+    _, until = Operator(store, by="ann").prune(clock.now_us())
+    with sqlite3.connect(file) as connection:
+        told = f"'x', 'retired', NULL, {until.before_us - 1}, '{json.dumps({EVERYBODY.key: -5})}'"
+        named, rest = (
+            "id, kind, corrects, settled_us, amounts",
+            "outcome, estimated, reason, cost_nanos, usage, reserved_us",
+        )
+        rest += ", digest, draft, facts"
+        connection.execute(f"INSERT INTO records({named}, {rest}) SELECT {told}, {rest} FROM records")
+        connection.execute("UPDATE records SET cost_nanos = 0 WHERE kind = 'retired'")
+        connection.execute("UPDATE accounts SET spent = 0")
+    assert [(one.what, one.held) for one in audit(store)] == [("record", -5)]
     store.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from bursar.signing import changes, operator_of, prune_name, verifies
 from bursar.stores.base import Store
 
 MAX_LOOKS = 5
+SUMS = ("carried", "retired")  # the kinds of records that stand for pruned ones
 
 
 class Discrepancy(NamedTuple):
@@ -35,9 +36,9 @@ def audit(store: Store, *, operator: str | None = None) -> list[Discrepancy]:
     """Everything that does not add up (I2, I3, I4, I10), and what nobody was allowed to decide; empty where all is in order.
     Changes nothing.
 
-    Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. A level of a rate cannot be
-    rebuilt from records, so of rates only `reserved` is checked. `operator`: the public key that the store has to know.
-    Raises StoreError.
+    Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. What does not add up is
+    looked for again, since records may be pruned meanwhile. A level of a rate cannot be rebuilt from records, so of rates only
+    `reserved` is checked. `operator`: the public key that the store has to know. Raises StoreError.
     """
     return audited(store, operator=operator)[0]
 
@@ -47,13 +48,16 @@ def audited(store: Store, *, operator: str | None = None) -> tuple[list[Discrepa
     found: list[Discrepancy] = []
     pruned = Kept()
     for _ in range(MAX_LOOKS):
+        last = found
         before = {account.rule.key: account for account in store.accounts()}
         books = _Books(store)
         pruned = books.kept
         moved = {account.rule.key for account in store.accounts() if before.get(account.rule.key) != account}
         found = [*books.check(before, moved), *_forged(store, books.reversals, books.sums, operator)]
-        if not moved:
+        if not moved and (not found or found == last):
             break
+    else:
+        found = [one for one in found if one in last]
     return found, pruned
 
 
@@ -73,14 +77,14 @@ class _Books:
         for entry in store.entries():
             if entry.kind == "expiry":
                 expired.add(entry.id)
-            if entry.corrects is not None:
+            if entry.kind in SUMS:
+                self.sums.append(entry)
+            elif entry.corrects is not None:
                 corrections.append(entry)
-            elif entry.kind != "retired" and (entry.cost_nanos < 0 or any(one < 0 for one in entry.amounts.values())):
-                self.unlikely.append(entry)  # only that and a correction take anything back
+            elif entry.cost_nanos < 0 or any(one < 0 for one in entry.amounts.values()):
+                self.unlikely.append(entry)  # only a correction takes anything back
             if entry.kind == "reversal":
                 self.reversals.append(entry)
-            if entry.kind in ("carried", "retired"):
-                self.sums.append(entry)
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
         self.kept = kept(self.sums)
@@ -106,10 +110,21 @@ class _Books:
         for key in {*self.spent, *self.reserved} - set(accounts) - moved:
             if sum(amount for _, amount in self.spent[key]) or self.reserved[key]:
                 yield Discrepancy("account", key, "nothing", "amounts on it")
+        yield from self._below_zero()
         for entry in self.unlikely:
             yield Discrepancy("record", entry.id, f"a {entry.kind} below 0", "nothing can cost less than nothing")
         for entry in self.orphans:
             yield Discrepancy("correction", entry.id, f"a correction of {entry.corrects}", "no such expiry")
+
+    def _below_zero(self) -> Iterator[Discrepancy]:
+        """Sums of what was pruned are judged together: a correction may have gone long after what it corrects, or an account."""
+        together: Counter[str] = Counter()
+        for entry in self.sums:
+            together.update(entry.amounts)
+            together["all costs"] += entry.cost_nanos
+        for what, amount in together.items():
+            if amount < 0:
+                yield Discrepancy("record", f"sums of {what}", amount, "nothing can cost less than nothing")
 
     def _rolling(self, account: Account) -> Iterator[Discrepancy]:
         """Bucket by bucket: what has left the window is in the records alone."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bursar.accounts import Account, age
+from bursar.commands import Definitions
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.pruning import put, retired
 
 BATCH = 500  # accounts of one transaction
+_BLOCK = re.compile(
+    r'\{"scope": "[0-9a-f]{14}-[0-9a-f]{16}"\}'
+)  # of a block with a budget and no tags: nobody has its id again
 _SUMS = "kind IN ('carried', 'retired')"
-_DELETE = "DELETE FROM accounts WHERE key = {0} AND reserved = 0 AND spent = {0} AND level = {0} AND at_us = {0}"
+_DELETE = "DELETE FROM accounts WHERE key = {0} AND reserved = 0 AND spent = {0} AND level = {0} AND at_us = {0} AND buckets = {0}"
 _COUNT = "UPDATE account_counts SET accounts = accounts - {0} WHERE budget = {0}"
 _NO_COUNT = "DELETE FROM account_counts WHERE budget = {0} AND accounts <= 0"
 
@@ -42,11 +47,23 @@ POSTGRES = Dialect(
 )
 
 
-def idle(cursor: Any, dialect: Dialect, before_us: int, now_us: int) -> Iterator[Sequence[Idle]]:
+def granted(held: Definitions, now_us: int) -> frozenset[str]:
+    """The accounts that an operator has granted more, which holds still: made anew they would have it once more."""
+    found = [one.definition for kind in ("raise", "approval") for one in held.get(kind, {}).values()]
+    return frozenset(
+        str(one.get("account"))
+        for one in found
+        if one.get("state", "approved") == "approved" and now_us < (one.get("until_us") or now_us + 1)
+    )
+
+
+def idle(
+    cursor: Any, dialect: Dialect, granted: Container[str], before_us: int, now_us: int
+) -> Iterator[Sequence[Idle]]:
     """The accounts that mean nothing any more, in batches for `retire`: no record names them but sums of those that were pruned.
 
-    Of these: those of windows that have ended, those of runs, and what stands as if it were new of rates, slots and rolling
-    windows. An account that differs from its records stays, for the audit to find.
+    Of these: those of windows that have ended, those of runs and blocks, and what stands as if it were new of rates, slots and
+    rolling windows; but none of those `granted`. An account that differs from its records stays, for the audit to find.
     """
     cursor.execute(rows.ALL_ACCOUNTS)  # first: a record of whatever moves them from here on may be missed below
     accounts = [rows.account(row) for row in cursor.fetchall()]
@@ -59,6 +76,7 @@ def idle(cursor: Any, dialect: Dialect, before_us: int, now_us: int) -> Iterator
         (account, booked)
         for account in accounts
         if account.rule.key not in named
+        and account.rule.key not in granted
         and is_done_with(account, before_us, now_us)
         and (account.spent == (booked := sums.get(account.rule.key, 0)) or account.rule.kind != "window")
     ]
@@ -71,7 +89,9 @@ def is_done_with(account: Account, before_us: int, now_us: int) -> bool:
     if account.reserved:
         return False
     if rule.kind == "window":
-        return "run" in json.loads(rule.scope) if rule.end_us is None else rule.end_us <= before_us
+        if rule.end_us is not None:
+            return rule.end_us <= before_us
+        return "run" in json.loads(rule.scope) or _BLOCK.fullmatch(rule.scope) is not None
     if rule.kind == "refill":
         return age(account, now_us).level == rule.limit
     return not age(account, now_us).spent
@@ -88,7 +108,9 @@ def retire(cursor: Any, dialect: Dialect, batch: Sequence[Idle], before_us: int,
     for account, booked in batch:
         key = account.rule.key
         if key not in held:
-            cursor.execute(_DELETE.format(dialect.mark), (key, account.spent, account.level, account.at_us))
+            buckets = rows.dumps(account.buckets) if account.buckets else ""
+            figures = (key, account.spent, account.level, account.at_us, buckets)
+            cursor.execute(_DELETE.format(dialect.mark), figures)
             if cursor.rowcount:
                 gone[key] = booked
                 budgets[account.rule.budget] += 1

@@ -19,7 +19,7 @@ from bursar.stores import sqlite_schema as schema
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.pruning import Pruned, batch, prunable
 from bursar.stores.reading import TableReading, definitions_of
-from bursar.stores.retiring import SQLITE, idle, retire
+from bursar.stores.retiring import SQLITE, granted, idle, retire
 
 CHECKPOINT_PAGES = 6_000  # at 24 MiB of the log whoever commits has to fold it into the file
 OPENING = 4  # a store that many processes make at once is worth waiting for so many times as long as for a command
@@ -160,7 +160,8 @@ class SqliteTables(TableReading):
             with self._transaction() as cursor:
                 pruned = batch(cursor, "?", "records", condition, before_us, facts)
         with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
-            found = idle(connection.cursor(), SQLITE, before_us, now_us)
+            more = granted(self.definitions()[1], now_us)
+            found = idle(connection.cursor(), SQLITE, more, before_us, now_us)
         for some in found:
             with self._transaction() as cursor:
                 total = total.plus(Pruned(accounts=retire(cursor, SQLITE, some, before_us, facts)))

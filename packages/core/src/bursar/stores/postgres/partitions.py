@@ -8,7 +8,7 @@ takes every other id: those that callers gave, and whatever was there before the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -142,9 +142,11 @@ def announce(connection: psycopg.Connection[Any], now_us: int) -> None:
         raise
 
 
-def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, facts: Mapping[str, Any]) -> Pruned:
+def prune(
+    connection: psycopg.Connection[Any], granted: Container[str], before_us: int, now_us: int, facts: Mapping[str, Any]
+) -> Pruned:
     """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches; then retire
-    accounts.
+    accounts, but those `granted`.
 
     A month in which anything has to stay is left as it is.
     """
@@ -162,7 +164,7 @@ def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, fact
             if pruned is None:
                 break
             total = total.plus(pruned)
-    for some in idle(connection.cursor(), POSTGRES, before_us, now_us):
+    for some in idle(connection.cursor(), POSTGRES, granted, before_us, now_us):
         with connection.transaction(), connection.cursor() as cursor:
             total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, some, before_us, facts)))
     return total

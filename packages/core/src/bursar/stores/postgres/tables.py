@@ -19,6 +19,7 @@ from bursar.stores.postgres.partitions import prune
 from bursar.stores.postgres.server import MIGRATING, connect, fault_of, is_lost, is_passing, split
 from bursar.stores.pruning import Pruned
 from bursar.stores.reading import TableReading, definitions_of
+from bursar.stores.retiring import granted
 
 MAX_ERASURES = 50
 
@@ -71,8 +72,9 @@ class PostgresTables(TableReading):
         self._query(queries.RETRY, (at_us, list(ids)))
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
+        more = granted(self.definitions()[1], self.now_us())
         with faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
-            return prune(connection, before_us, self.now_us(), facts)
+            return prune(connection, more, before_us, self.now_us(), facts)
 
     def erase(self, erasure: Erasure, sign: Sign) -> Erased:
         with faults(), connect(self._url, self._schema, timeout_s=0) as connection:

@@ -17,6 +17,7 @@ from bursar.stores.redis.scripts import CLAIM, PUBLISH
 from bursar.stores.redis.server import Server
 from bursar.stores.redis.slots import Slots, check_budgets
 from bursar.stores.redis.wire import Wire, alert_of, fields_of, row_of
+from bursar.stores.retiring import granted
 from bursar.stores.sqlite_rows import PAGE, dumps
 
 MAX_TURNS = 100  # of somebody whom others are always ahead of
@@ -174,7 +175,8 @@ class RedisKeys:
         """Retire accounts alone: records are drained, and pruned where they went."""
         now_us = self.now_us()
         rests_us = min(before_us, now_us - 2 * LATE_US)  # until LATE_US after the drain an expiry may be corrected
-        return Pruned(accounts=sum(retire(self.server, slot, rests_us, now_us) for slot in self.slots.all()))
+        more = granted(self.definitions()[1], now_us)
+        return Pruned(accounts=sum(retire(self.server, slot, more, rests_us, now_us) for slot in self.slots.all()))
 
 
 def _field(kind: str, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from bursar.accounts import Account
 from bursar.commands import Entry
@@ -27,8 +27,9 @@ def note(server: Server, slot: str, entries: Iterable[Entry]) -> None:
         server.ask("ZADD", f"{slot}moved", *endless)
 
 
-def retire(server: Server, slot: str, before_us: int, now_us: int) -> int:
-    """Take away the accounts of a slot that no record in Redis names, and on which nothing was booked since then; how many went.
+def retire(server: Server, slot: str, granted: Container[str], before_us: int, now_us: int) -> int:
+    """Take away the accounts of a slot that no record in Redis names, and on which nothing was booked since then, but those
+    `granted`; how many went.
 
     One of which the drain has not seen anything is taken for one of today.
     """
@@ -41,7 +42,7 @@ def retire(server: Server, slot: str, before_us: int, now_us: int) -> int:
         done = {
             key: account
             for key, account in accounts.items()
-            if key not in recorded and is_done_with(account, before_us, now_us)
+            if key not in recorded and key not in granted and is_done_with(account, before_us, now_us)
         }
         resting = _resting(server, slot, done, before_us, now_us)
         told = [text for key in resting for text in (key, texts[key], done[key].rule.budget)]
