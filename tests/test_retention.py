@@ -339,7 +339,7 @@ def test_a_rolling_window_that_is_used_again_meanwhile_forgets_nothing(
     use()
     clock.advance(200 * DAY_S)
     with_tables(store, clock)
-    module = "sqlite" if isinstance(store, SqliteStore) else "postgres.partitions"
+    module = "sqlite_tables" if isinstance(store, SqliteStore) else "postgres.partitions"
     monkeypatch.setattr(f"bursar.stores.{module}.idle", meanwhile)
     assert Operator(store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 0
     assert type(store.execute(reserve("more", (pace, 1), version=99))) is Refused
