@@ -65,7 +65,7 @@ class Attempt:
         """End the reservation by the answers, or by the error that came out of the call."""
         verb, args, options = self._ending(self.stop or error)
         end = partial(getattr(reservation, verb), *args, **options)
-        if isinstance(error, GeneratorExit) and amid_bursar():  # the garbage collector's doing
+        if error is not None and amid_bursar():  # the garbage collector's doing
             end_soon(end)
             return
         with told_only(), _apart(error, self.earlier_error):

@@ -158,7 +158,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if opened is None:
             return
         ending = _read(read_error, opened, error, response)
-        if isinstance(error, GeneratorExit) and amid_bursar():  # the garbage collector's doing
+        if amid_bursar():  # the garbage collector's doing
             end_soon(partial(self._gate.finish, opened, ending))
         else:
             self._gate.finish(opened, ending)
