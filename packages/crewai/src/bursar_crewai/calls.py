@@ -100,6 +100,13 @@ def note_answer(client: object, stated: Any) -> None:
         attempt.answers.add(stated)
 
 
+def note_tools(client: object, response: Any) -> None:
+    """The client reads this answer of OpenAI's Responses."""
+    attempt = _attempt.get()
+    if attempt is not None and attempt.sends_by(client):
+        attempt.answers.add_tools(response)
+
+
 def note_chunk(client: object) -> None:
     """A part of a streamed answer is on its way to the user's code: the call cannot be made again behind its back.
 
