@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 from collections.abc import Callable, Generator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from bursar import Budget, Bursar
 from bursar.commands import Tell
@@ -73,3 +77,33 @@ def test_a_call_that_is_collected_while_it_waits_leaves_the_room_whatever_that_d
     drop(waits())
     assert ends(lambda: room.freed("a" for _ in range(1) if gc.collect() >= 0))
     assert not room
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_i9_the_call_of_a_task_that_nobody_goes_on_with_ends(in_loop: bool, tmp_path: Path) -> None:
+    """Its coroutine is closed where it stands, without a loop or amid another's work, and cannot wait for the store."""
+    bursar = Bursar(f"sqlite:///{tmp_path}/b.db?durability=process", [Budget("b", "1 USD")])
+    loop, begun = asyncio.new_event_loop(), asyncio.Event()
+
+    async def work() -> None:
+        async with bursar.atool("search", cost="0.10 USD"):
+            begun.set()
+            await loop.create_future()
+
+    async def collect() -> None:
+        gc.collect()
+
+    task: Any = loop.create_task(work())
+    task._log_destroy_pending = False
+    loop.run_until_complete(begun.wait())
+    del task
+    if in_loop:
+        loop.run_until_complete(collect())
+        loop.close()
+    else:
+        loop.close()
+        gc.collect()
+    assert drain(20)
+    assert bursar.store.open_reservations() == 0
+    assert [record.cost_nanos for record in bursar.records()] == [100_000_000]
+    bursar.close()

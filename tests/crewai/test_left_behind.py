@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("bursar_crewai")
 
+from canned import Canned, CannedProvider
 from crewai import Agent
 from crewai.flow.flow import Flow, start
 from crewai.llms.base_llm import BaseLLM
@@ -110,6 +111,34 @@ def test_a_client_that_adds_to_how_usage_is_tracked_is_booked_once(provider: Pro
     with BursarCrew(bursar).scope():
         Counting(model="gpt-4o", base_url=f"{provider.url}/v1", api_key="replayed", max_tokens=500).call("hi")
     assert [record.cost_nanos for record in bursar.records()] == [provider.billed_nanos]
+
+
+@pytest.mark.parametrize("way", ["call", "acall"])
+def test_what_the_providers_own_tools_cost_is_booked(way: str, bursar: Bursar) -> None:
+    """CrewAI reads the tokens of an answer of OpenAI's Responses, and no searches. Opening a page is free."""
+    pages = [{"type": "search", "query": "x"}, {"type": "open_page", "url": "http://x"}]
+    output = [
+        {"type": "web_search_call", "id": f"ws_{number}", "status": "completed", "action": action}
+        for number, action in enumerate(pages)
+    ]
+    response = {
+        "id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "gpt-4o", "output": output,
+        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [{"type": "web_search"}], "metadata": {},
+        "usage": {
+            "input_tokens": 1_000, "output_tokens": 50, "total_tokens": 1_050,
+            "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},
+        },
+    }  # fmt: skip
+    with CannedProvider({"POST /v1/responses": Canned(response)}) as provider, BursarCrew(bursar).scope():
+        said = {"base_url": f"{provider.url}/v1", "api_key": "replayed", "max_tokens": 500, "max_retries": 0}
+        llm: Any = OpenAICompletion(model="gpt-4o", api="responses", builtin_tools=["web_search"], **said)
+        if way == "call":
+            llm.call("hi")
+        else:
+            asyncio.run(llm.acall("hi"))
+    (record,) = bursar.records()
+    assert record.usage["server_tools"] == {"web_search": 1}
+    assert (record.cost_nanos, record.estimated) == (13_000_000, False)
 
 
 def test_a_copy_of_litellms_client_is_retried_as_the_client_is(provider: Provider, bursar: Bursar) -> None:

@@ -215,13 +215,15 @@ class Block:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        steps = self._leaving(error)
+        # A task that nobody goes on with is closed: it cannot wait any more.
+        is_closed = isinstance(error, GeneratorExit) or isinstance(getattr(error, "__context__", None), GeneratorExit)
+        steps = self._leaving(error, is_closed=is_closed)
         if steps is not None:
             with self._reported(error):
                 await self._driver.arun(steps)
         return False
 
-    def _leaving(self, error: BaseException | None) -> Ending | None:
+    def _leaving(self, error: BaseException | None, *, is_closed: bool = False) -> Ending | None:
         """What is left to do, in steps; None where that is nothing, or is done in the background."""
         if not self._reservation.is_open or self._driver.keeper.keeps(self._call):
             return None
@@ -231,7 +233,7 @@ class Block:
             steps = self._reservation._settle_unknown("left without settling")
         else:
             steps = self._reservation._settle_error(error)
-        if isinstance(error, GeneratorExit) and amid_bursar():
+        if is_closed or (error is not None and amid_bursar()):
             end_soon(partial(self._driver.run, steps))
             return None
         return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,11 +37,12 @@ class Ending(NamedTuple):
 class Answers:
     """The answers of one call so far. Usually one; CrewAI may ask again inside a call, for instance after a refused schema."""
 
-    __slots__ = ("complete", "count", "usage")
+    __slots__ = ("complete", "count", "server_tools", "usage")
 
     def __init__(self) -> None:
         self.count = 0
         self.complete = True
+        self.server_tools: Counter[str] = Counter()
         self.usage: Usage | None = None
 
     def add(self, stated: Any) -> None:
@@ -52,10 +54,18 @@ class Answers:
         else:
             self.usage = found if self.usage is None else _sum(self.usage, found)
 
+    def add_tools(self, response: Any) -> None:
+        """An answer of OpenAI's Responses, with what the provider's own tools did: CrewAI reads no more than its tokens."""
+        try:
+            self.server_tools.update(Usage.from_response("openai", response).server_tools)
+        except BursarError:
+            return  # what CrewAI reads of it says how the call ends
+
     def ending(self, error: BaseException | None, service_tier: str | None, *, streamed: bool) -> Ending:
         """How the call ends, with the error that came out of it, if any; `streamed`: after a part of the answer."""
         if self.usage is not None and self.usage.input_tokens and self.complete:
-            usage = self.usage.replace(service_tier=self.usage.service_tier or service_tier)
+            tools = {**self.usage.server_tools, **self.server_tools}
+            usage = self.usage.replace(service_tier=self.usage.service_tier or service_tier, server_tools=tools)
             failed = {} if error is None else {"outcome": "failed", "reason": type(error).__name__}
             return Ending("settle", (usage,), failed)
         if error is None or self.count:

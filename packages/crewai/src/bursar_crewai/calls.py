@@ -65,7 +65,7 @@ class Attempt:
         """End the reservation by the answers, or by the error that came out of the call."""
         verb, args, options = self._ending(self.stop or error)
         end = partial(getattr(reservation, verb), *args, **options)
-        if isinstance(error, GeneratorExit) and amid_bursar():  # the garbage collector's doing
+        if error is not None and amid_bursar():  # the garbage collector's doing
             end_soon(end)
             return
         with told_only(), _apart(error, self.earlier_error):
@@ -98,6 +98,13 @@ def note_answer(client: object, stated: Any) -> None:
     if attempt is not None and attempt.sends_by(client):
         attempt.sending.end()  # tools may follow inside the same call of the client
         attempt.answers.add(stated)
+
+
+def note_tools(client: object, response: Any) -> None:
+    """The client reads this answer of OpenAI's Responses."""
+    attempt = _attempt.get()
+    if attempt is not None and attempt.sends_by(client):
+        attempt.answers.add_tools(response)
 
 
 def note_chunk(client: object) -> None:

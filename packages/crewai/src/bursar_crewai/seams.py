@@ -18,7 +18,7 @@ from crewai.llms.base_llm import BaseLLM
 from crewai.rag.embeddings import factory
 
 from bursar.errors import InvalidInput
-from bursar_crewai.calls import arun, is_part, note_answer, note_chunk, run
+from bursar_crewai.calls import arun, is_part, note_answer, note_chunk, note_tools, run
 from bursar_crewai.embeddings import guard_embedder
 from bursar_crewai.frames import clean, current, enter, find, inside, leave
 from bursar_crewai.guard import BursarCrew, guard_here, guard_of
@@ -28,6 +28,7 @@ from bursar_crewai.tools import begin_tool, end_tool
 
 _MARK = "_bursar_guards"  # on a wrapped method: the class whose method it guards
 _EVENTS = "publish_stream_event"  # what the event bus calls with every event, in the emitting thread, first of all
+_RESPONSES_USAGE = "_extract_responses_token_usage"  # what OpenAI's client asks of each answer of the Responses API
 _lock = threading.Lock()
 _open = False
 
@@ -103,6 +104,8 @@ def _below(kind: type) -> list[type]:
 def _guard_client(kind: type) -> None:
     if "_track_token_usage_internal" in kind.__dict__:
         _wrap_usage(kind)
+    if _RESPONSES_USAGE in kind.__dict__:
+        setattr(kind, _RESPONSES_USAGE, _shown(getattr(kind, _RESPONSES_USAGE)))
     for name, wrap in (("call", _guarded_call), ("acall", _guarded_acall)):
         method = kind.__dict__.get(name)
         if method is None or getattr(method, "__isabstractmethod__", False):
@@ -181,6 +184,15 @@ def _wrap_usage(kind: Any) -> None:
         return original(self, usage)
 
     kind._track_token_usage_internal = track
+
+
+def _shown(extract: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @wraps(extract)
+    def reading(self: Any, response: Any) -> Any:
+        note_tools(self, response)
+        return extract(self, response)
+
+    return reading
 
 
 # -- what is under way -------------------------------------------------------------------------------------------------

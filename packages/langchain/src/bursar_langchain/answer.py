@@ -16,8 +16,8 @@ _PLAIN_PARTS = frozenset(("cached_tokens", "audio_tokens", "reasoning_tokens"))
 _TIERS = ("priority", "flex")
 
 
-def read_end(provider: str, result: Any, *, in_batch: bool = False) -> Ending:
-    """The end of a call that was answered. `result` is the LLMResult; `in_batch`: one prompt of several."""
+def read_end(provider: str, result: Any, *, in_batch: bool = False, tools: Any = None) -> Ending:
+    """The end of a call that was answered. `result` is the LLMResult; `in_batch`: one prompt of several; `tools`: those offered."""
     message = _message(result)
     metadata = getattr(message, "usage_metadata", None) or {}
     if metadata.get("total_cost") == 0:
@@ -34,6 +34,8 @@ def read_end(provider: str, result: Any, *, in_batch: bool = False) -> Ending:
             "the answer states no usage: a stream at another base URL does so with stream_usage=True, which the "
             "middleware sets"
         )
+    if not usage.server_tools and (used := _server_tools(message, usage.model, tools)):
+        usage = usage.replace(server_tools=used)
     if usage.input_tokens == 0:
         return unknown("the answer states no input tokens", usage)
     return settled(usage)
@@ -115,6 +117,40 @@ def _normalised(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> Usage 
         model=_model(facts),
         service_tier=tier or facts.get("service_tier"),
     )
+
+
+def _server_tools(message: Any, model: str | None, offered: Any) -> Mapping[str, int]:
+    """How often the provider used tools of its own, which it bills by the call: by the content, where LangChain drops its usage."""
+    content = getattr(message, "content", None)
+    blocks = [*(content if isinstance(content, list) else ())]
+    blocks += (getattr(message, "additional_kwargs", None) or {}).get("tool_outputs") or ()
+    blocks = [_as_sent(one) for one in blocks if isinstance(one, Mapping)]
+    body: dict[str, Any] = {"model": model, "usage": {"input_tokens": 1, "output_tokens": 1}}
+    if any(one.get("type") == "server_tool_use" for one in blocks):
+        # Anthropic's; a search that ended in an error is free
+        ended = [(one.get("type"), isinstance(one.get("content"), list)) for one in blocks]
+        body["usage"]["server_tool_use"] = {"web_search_requests": ended.count(("web_search_tool_result", True))}
+        body |= {"type": "message", "role": "assistant", "content": blocks}
+    elif any(str(one.get("type")).endswith("_call") for one in blocks):
+        body |= {"object": "response", "output": blocks, "tools": offered or []}
+    else:
+        return {}
+    try:
+        return Usage.from_response("anthropic" if "content" in body else "openai", body).server_tools
+    except BursarError:
+        return {}
+
+
+def _as_sent(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A block of the content as OpenAI or Anthropic sent it, where LangChain has put it into its own form, `"v1"`."""
+    kind, more = block.get("type"), block.get("extras") or {}
+    if kind == "server_tool_result" and more.get("block_type"):
+        return {"type": more["block_type"], "content": [] if block.get("status") == "success" else None}
+    if kind != "server_tool_call":
+        return block
+    if str(block.get("id")).startswith("srvtoolu"):
+        return {"type": "server_tool_use", "name": block.get("name")}
+    return {"type": f"{block.get('name')}_call", "action": block.get("args"), "container_id": more.get("container_id")}
 
 
 def _model(facts: Mapping[str, Any]) -> str | None:

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class Open:
     """One announced call. `said` is an object that every handler is shown of it, and of no other call but those of its batch.
 
-    `in_batch`: whether it is one of several, as in `generate([a, b])`; `cleanup` is what its end undoes; `earlier` an open
-    call with the same run id, which a user may give to several.
+    `in_batch`: whether it is one of several, as in `generate([a, b])`; `tools`: what it may use; `cleanup` is what its end
+    undoes; `earlier` an open call with the same run id, which a user may give to several.
     """
 
     __slots__ = (
-        "cleanup", "earlier", "in_batch", "is_chat", "order", "parent", "provider", "reservation", "said", "sending", "watch",
+        "cleanup", "earlier", "in_batch", "is_chat", "order", "parent", "provider", "reservation", "said", "sending", "tools",
+        "watch",
     )  # fmt: skip
 
     def __init__(self, order: int, parent: int | None, said: object, in_batch: bool, is_chat: bool) -> None:
@@ -43,6 +44,7 @@ class Open:
         self.is_chat = is_chat
         self.earlier: Open | None = None
         self.provider = ""
+        self.tools: object = None
         self.reservation: Reservation | None = None
         self.cleanup: Callable[[], object] | None = None
         self.sending: Sending | None = None

@@ -101,7 +101,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
             return None
         with self._gate.admission(run_id, opened):
             request = read_start(serialized, inputs[0] if is_chat else inputs, params, metadata)
-            opened.provider = request["provider"]
+            opened.provider, opened.tools = request["provider"], request["body"].get("tools")
             request["default_tags"] = self._tags(parent_run_id, metadata, slot)
             reservation = self._gate.adopt(slot, request["model"], request["max_output_tokens"])
             request["changeable"] = () if slot is None else slot.offers(request["model"])
@@ -158,7 +158,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if opened is None:
             return
         ending = _read(read_error, opened, error, response)
-        if isinstance(error, GeneratorExit) and amid_bursar():  # the garbage collector's doing
+        if amid_bursar():  # the garbage collector's doing
             end_soon(partial(self._gate.finish, opened, ending))
         else:
             self._gate.finish(opened, ending)
@@ -290,7 +290,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
 
 def _read(reader: Callable[..., Ending], opened: Open, *event: Any) -> Ending:
     """The ending that an event tells of. One that cannot be read books the worst case."""
-    options = {"in_batch": opened.in_batch} if reader is read_end else {}
+    options = {"in_batch": opened.in_batch, "tools": opened.tools} if reader is read_end else {}
     try:
         return reader(opened.provider, *event, **options)
     except Exception as error:  # noqa: BLE001 - raised, it would replace the answer, and leave the reservation open

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bursar.ending import Ending, end_soon, expect_orphans, settled
+from bursar.ending import Ending, amid_bursar, end_soon, expect_orphans, settled
 from bursar.sending import Sending
 from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.spans import noted
@@ -106,6 +106,10 @@ class Call:
         if self.sending is not None:
             self.sending.end()
         return reservation
+
+    def drop(self, ending: Ending) -> None:
+        """End it where an error comes out of it: that may be a task that the garbage collector closes, amid Bursar's own work."""
+        (self.end_soon if amid_bursar() else self.end)(ending)
 
     def end_soon(self, ending: Ending) -> None:
         """End it in the background: a finaliser may run anywhere, under any lock."""

@@ -137,15 +137,17 @@ class BursarCallbackHandler(BaseCallbackHandler):
             return
         payload = payload or {}
         error = payload.get(EventPayload.EXCEPTION)
+        if event_type is CBEventType.EMBEDDING and payload:
+            sending.set(())
         if isinstance(error, GeneratorExit):
             call.end_soon(failed(error))  # a stream that is dropped: this may be the garbage collector's doing
         elif error is not None:
-            call.end(failed(error))
+            call.drop(failed(error))
         elif event_type is CBEventType.EMBEDDING:
-            sending.set(())
-            call.end(
+            ending = (
                 unknown("LlamaIndex hands on no usage of embeddings") if call.usage is None else settled(call.usage)
             )
+            (call.end if payload else call.drop)(ending)  # nothing came of it: it was cancelled
         else:
             response = payload.get(EventPayload.RESPONSE) or payload.get(EventPayload.COMPLETION)
             call.end(call.answered(response))

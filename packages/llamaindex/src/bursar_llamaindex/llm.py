@@ -222,7 +222,7 @@ def _failing(call: Call) -> Iterator[None]:
         call.end_soon(failed(error))
         raise
     except BaseException as error:
-        call.end(failed(error))
+        call.drop(failed(error))
         raise
 
 

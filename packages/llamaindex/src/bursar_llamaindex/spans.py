@@ -216,7 +216,7 @@ class Spans(NullSpanHandler):
             return
         span.failed = err or RuntimeError("the call was dropped")
         for call in span.calls:
-            call.end(read_drop(err, was_sent=span.waits))
+            call.drop(read_drop(err, was_sent=span.waits))
         if not span.pending or span.method != "aget_text_embedding_batch":
             _open.pop(id_, None)  # else the gate finds the error when the rest of the batch comes to it
 
