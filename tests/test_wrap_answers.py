@@ -447,3 +447,22 @@ def test_what_only_the_first_chunk_says_decides_the_price_too(told: tuple[str, .
         passing.end_now()
         booked = only(bursar).usage
     assert {name: booked.get(name) for name in facts} == (facts if told else dict.fromkeys(facts))
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_counts_of_every_chunk_are_the_bill_where_the_stream_says_that_it_is_done(bursar: Bursar, done: bool) -> None:
+    """Perplexity and vLLM tell them as they go on: a stream that is cut is booked at the most it may have."""
+    body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True, "max_tokens": 600}
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    reservation = bursar.reserve("openai", "gpt-4o", body=body)
+    passing = answer_of(reservation, visit("chat/completions", "openai", body, None, 0), response)
+    for out in (1, 500):
+        usage = {"prompt_tokens": 1_000, "completion_tokens": out, "total_tokens": 1_000 + out}
+        choices = [{"index": 0, "delta": {"content": "x"}, "finish_reason": None}]
+        event = {"object": "chat.completion.chunk", "model": "gpt-4o", "choices": choices, "usage": usage}
+        passing.feed(f"data: {json.dumps(event)}\n\n".encode())
+    if done:
+        passing.feed(b"data: [DONE]\n\n")
+    passing.end_now()
+    record = only(bursar)
+    assert (record.estimated, record.cost_nanos) == ((False, COST_NANOS) if done else (True, COST_NANOS + 1_000_000))
