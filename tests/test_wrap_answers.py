@@ -194,7 +194,7 @@ def test_retries_are_reserved_for(provider: Provider) -> None:
         assert bursar.status()[0].reserved == 0
 
 
-REFUSED, FAILED = (Fault("refuse", status=status, retry_after_s=0.001) for status in (429, 500))
+REFUSED, FAILED, BUSY = (Fault("refuse", status=status, retry_after_s=0.001) for status in (429, 500, 529))
 
 
 @pytest.mark.parametrize("estimate", ["strict", "learned"])
@@ -204,6 +204,7 @@ REFUSED, FAILED = (Fault("refuse", status=status, retry_after_s=0.001) for statu
         ([Fault("hang")], True),
         ([FAILED], True),
         ([REFUSED], False),
+        ([BUSY], False),
         ([Fault("hang"), REFUSED], True),
         ([FAILED, FAILED], True),
         ([REFUSED, REFUSED], False),
