@@ -104,6 +104,26 @@ def test_tokens_cached_for_an_hour_stay_so_to_the_end_of_a_stream(told: int | No
     assert found.input_tokens == 3 + five + hour
 
 
+@pytest.mark.parametrize("snake", [False, True])
+def test_a_google_stream_ends_with_its_last_round(snake: bool) -> None:
+    """A round of its own tools ends with a reason too; as on the wire, and as google-genai's objects say it."""
+
+    def chunk(out: int, finish: str | None) -> dict[str, Any]:
+        content = {"parts": [{"text": "x"}], "role": "model"}
+        if snake:
+            usage = {"prompt_token_count": 46, "candidates_token_count": out, "total_token_count": 46 + out}
+            return {"candidates": [{"content": content, "finish_reason": finish}], "usage_metadata": usage}
+        told = {"promptTokenCount": 46, "candidatesTokenCount": out, "totalTokenCount": 46 + out}
+        return {"candidates": [{"content": content, "finishReason": finish}], "usageMetadata": told}
+
+    events = [chunk(1, None), chunk(180, "STOP"), chunk(181, None), chunk(235, "STOP")]
+    for cut in (1, 3):
+        with pytest.raises(UnreadableAnswer) as caught:
+            Usage.from_response("google", events[:cut])
+        assert caught.value.fields["partial"].output_tokens == [1, 181][cut // 2]
+    assert Usage.from_response("google", events).output_tokens == 235
+
+
 def test_a_response_that_is_told_twice_is_billed_once() -> None:
     """By a stream's last event, and as the answer that an SDK makes of the stream; the turns of a session are added up."""
 

@@ -56,6 +56,18 @@ def test_the_end_of_a_window_is_told_in_utc_with_its_year(tmp_path: Path) -> Non
     assert f"{one.window[1].year}-12-31 18:30" in shown
 
 
+@pytest.mark.parametrize("width", ["40", "80", "100", "200"])
+def test_a_number_is_shown_whole_however_narrow_the_terminal_is(tmp_path: Path, width: str) -> None:
+    """A limit of 123456789 tokens that goes on in the next line reads as one of 12345678."""
+    url = f"sqlite:///{tmp_path / 'books.db'}?durability=process"
+    budgets = [Budget("all", "123_456_789 tokens", window="year"), Budget("each", "12345.678901234 USD", per="agent")]
+    with Bursar(url, budgets) as books, books.scope(agent="a-planner-of-many-words", run="r-17"):
+        books.charge("1234.567890123 USD")
+    for command, numbers in (("status", ["123456789 tokens", "11111.111011111"]), ("records", ["1234.567890123"])):
+        shown = CliRunner(env={"COLUMNS": width}).invoke(main, [command, "--store", url], prog_name="bursar").output
+        assert [number for number in numbers if number not in shown] == []
+
+
 def test_records_are_shown_by_tag(store: str) -> None:
     done = bursar("records", "run=r-17", "--store", store, "--format", "json")
     records = [json.loads(line) for line in done.output.splitlines()]

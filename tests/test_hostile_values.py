@@ -43,6 +43,7 @@ from bursar.errors import UnreadableAnswer
 from bursar.money import nanos
 from bursar.prices import Override
 from bursar.scope import check_tags
+from bursar.stores import open_store
 
 HUGE = 10**5_000  # Python writes out no integer of so many digits
 ODD_NUMBERS = [HUGE, -HUGE, -1, 2**63, float("nan"), float("inf"), -0.5, True, "5", None]
@@ -318,6 +319,18 @@ def test_a_budget_that_this_version_cannot_read_is_told_by_name(tmp_path: Path, 
         Bursar(url)
     told = CliRunner().invoke(main, ["status", "--store", url])
     assert (told.exit_code, "policy apply" in told.output) == (1, True)
+
+
+def test_i7_a_cost_is_booked_by_the_policy_of_before_where_the_new_one_cannot_be_read() -> None:
+    store = open_store("memory:")
+    with Bursar(store, [Budget("b", "1 USD")]) as bursar:
+        bursar.charge("0.10 USD")
+        with Bursar(store) as other:
+            store.publish({"other": {"name": "other", "limit": "5 USD", "of_a_newer_version": 1}})
+            other.charge("0.20 USD")
+            with pytest.raises(PolicyError, match="cannot be read"):
+                other.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        assert [str(one.spent) for one in bursar.status()] == ["0.30"]
 
 
 @pytest.mark.parametrize(("scope", "tags"), [(["x"], {}), ("x", {}), ({}, ["agent"]), ({}, "agent"), (None, {})])

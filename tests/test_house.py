@@ -76,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
     "audit": _BASE | _LAW | {"retention", "signing", "stores"},
     "seal": _BASE | _LAW | {"stores"},
     "trust": _BASE | _LAW | {"signing", "stores"},
-    "operator": _BASE | _LAW | {"budget", "records", "refusal", "retention", "scope", "signing", "stores"},
+    "operator": _BASE | _LAW | {"budget", "decisions", "records", "refusal", "retention", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "ending", "outcome", "records"},

@@ -33,6 +33,7 @@ from bursar import (
 )
 from bursar.commands import Refused, Stepped
 from bursar.policy import Policy
+from bursar.stores import open_store
 from bursar.stores.memory import MemoryStore
 from bursar.testing import ManualClock
 
@@ -330,6 +331,22 @@ def test_an_approval_may_raise_the_limit_for_a_time(desk: Any, clock: ManualCloc
     with pytest.raises(BudgetExceeded) as over:
         here.spend()
     assert over.value.limit == Decimal("0.1")
+
+
+def test_a_question_whose_window_is_over_waits_for_no_answer(clock: ManualClock) -> None:
+    """To approve it would change nothing, and the operator would take it for done."""
+    store = open_store("memory:", clock)
+    operator = Operator(store, Operator(store).appoint())
+    daily = Budget("b", "1 USD", window="day", thresholds=[Threshold("50%", "ask")])
+    with Bursar(store, [daily], clock=clock) as bursar:
+        bursar.charge("0.60 USD")
+        with pytest.raises(ApprovalRequired) as caught:
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        assert [one.state for one in operator.questions()] == ["open"]
+        clock.advance(86_400)
+        assert [one.state for one in operator.questions()] == ["over"]
+        with pytest.raises(InvalidInput, match="is over"):
+            operator.approve(caught.value.id)
 
 
 def test_a_denied_question_refuses(desk: Any) -> None:

@@ -137,10 +137,10 @@ def renewed(held: Definitions, newer: Definitions, now_us: int) -> Definitions:
 
 def _may_stop(switch: Mapping[str, Any], now_us: int) -> bool:
     account = switch.get("account")
-    return bool(switch.get("frozen")) and (account is None or now_us < _end_us(account) + _LINGERING_US)
+    return bool(switch.get("frozen")) and (account is None or now_us < end_us(account) + _LINGERING_US)
 
 
-def _end_us(account: Any) -> int:
+def end_us(account: Any) -> int:
     """When the account's window ends. Its key says so, which is bound to the switch's name: nobody can have it end sooner."""
     try:
         _, _, name, _, start_us = json.loads(account)

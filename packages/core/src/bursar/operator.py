@@ -13,6 +13,7 @@ from typing import Any
 from bursar.accounts import Account
 from bursar.budget import Budget, parse_limit
 from bursar.commands import Definition, Ended, Release, Tell
+from bursar.decisions import end_us
 from bursar.errors import InvalidInput, OperatorRequired, shown
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
@@ -32,7 +33,10 @@ log = logging.getLogger("bursar")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a threshold asks, or was answered: `state` is open, approved or denied. Amounts are Decimal in the unit."""
+    """What a threshold asks, or was answered: `state` is open, approved or denied; over, where its window ended without an answer.
+
+    Amounts are Decimal in the unit.
+    """
 
     id: str
     state: str
@@ -92,10 +96,10 @@ class Operator:
     def questions(self) -> list[Question]:
         """What thresholds have asked, and how it was answered. What somebody else put there is left out, and logged."""
         _, held = self.store.definitions()
-        found = []
+        found, now_us = [], self.store.now_us()
         for id, one in held.get("approval", {}).items():
             try:
-                found.append(_question(id, one.definition))
+                found.append(_question(id, one.definition, now_us))
             except (KeyError, ValueError, TypeError, AttributeError):  # raised, it would hide all others
                 log.warning("the question %r cannot be read: no threshold has put it", id)
         return found
@@ -103,6 +107,11 @@ class Operator:
     def approve(self, id: str, *, raise_by: str | None = None, for_s: float | None = None, why: str = "") -> None:
         """Let what asked go on: with its limit raised by an amount ("5 USD"), else up to the limit; for a time, else for good."""
         held = self._question(id)
+        if self.store.now_us() >= end_us(held.definition.get("account")):
+            raise InvalidInput(
+                f"The window that {id!r} asks about is over, and holds up nothing any more. `bursar approvals` lists what does.",
+                argument="id",
+            )
         answer = {
             **held.definition,
             "state": "approved",
@@ -280,13 +289,14 @@ class Operator:
         self.store.execute(Tell(f"{name} {self.store.now_us()}", kind, facts))
 
 
-def _question(id: str, one: Mapping[str, Any]) -> Question:
+def _question(id: str, one: Mapping[str, Any], now_us: int) -> Question:
     budget, unit, _, scope, _ = json.loads(one["account"])
     if not isinstance(scope, dict) or not isinstance(one["tags"], dict):
         raise TypeError("a scope and tags have names")
+    is_over = one["state"] == "open" and now_us >= end_us(one["account"])
     return Question(
         id,
-        one["state"],
+        "over" if is_over else one["state"],
         budget,
         scope,
         unit,

@@ -87,7 +87,7 @@ def resume(name: str | None, store: str, key: Path | None, by: str | None, why: 
 @click.command()
 @store_option
 @form_option
-@click.option("--all", "everything", is_flag=True, help="The answered ones too.")
+@click.option("--all", "everything", is_flag=True, help="Those too that are answered, or whose window is over.")
 def approvals(store: str, form: str, everything: bool) -> None:
     """Show what thresholds ask."""
     with opened_operator(store) as operator:

@@ -141,12 +141,20 @@ def _cell(value: Any) -> str:
 def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: str) -> None:
     from rich.console import Console
 
-    from bursar.cli.books import plain, table
+    from bursar.cli.books import fits, plain, table
 
-    made = table(title, *columns)
-    for row in rows:
-        made.add_row(*(plain(_said(row.get(name))) for name in columns))
-    Console().print(made)
+    console, made = Console(), table(title, *columns)
+    cells = [[_said(row.get(name)) for name in columns] for row in rows]
+    for row in cells:
+        made.add_row(*map(plain, row))
+    if fits(columns, cells, console.width):
+        console.print(made)
+        return
+    echo(title)  # where there is no room beside each other, one below the other
+    for row in cells:
+        echo("")
+        for name, cell in zip(columns, row, strict=True):
+            echo(f"{name}: {cell}")
 
 
 def _said(value: Any) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_BACKGROUND = 10_000  # responses under way at the provider; what is beyond expires, and is booked as estimated
+_OVERLOADED = (503, 529)  # turned away before anything was generated; the client comes again, time after time
 _UNFINISHED = ("queued", "in_progress")
 
 
@@ -282,7 +283,7 @@ def _note_lost(response: Any) -> None:
     """The SDK tries again: whether the attempt before may have been billed, by its response or by the error that is handled."""
     trip = _current.get()
     if response is not None:
-        was_refused = refuses(response.status_code)
+        was_refused = refuses(response.status_code) or response.status_code in _OVERLOADED
     else:
         error = sys.exc_info()[1]
         was_refused = error is not None and surely_not_billed(error)
