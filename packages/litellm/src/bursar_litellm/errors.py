@@ -19,6 +19,7 @@ UNBOUNDED = {
     "create_realtime_client_secret": "a live session has no end that is known before",
     "create_realtime_transcription_session": "a live session has no end that is known before",
     "realtime_calls": "a live session has no end that is known before",
+    "upload_passed_on": "the proxy shows nothing of an upload that it passes on; its own route for it is held",
     "video_generation": "a film is billed by the second, when it is made",
     "create_video": "a film is billed by the second, when it is made",
     "video_remix": "a film is billed by the second, when it is made",

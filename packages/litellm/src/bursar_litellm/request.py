@@ -35,17 +35,12 @@ ENDPOINTS = {
     "rerank": "rerank",
     "ocr": "ocr",
     "compact_responses": "responses/compact",
-    "interaction": "interactions",
+    "create_interaction": "interactions",
     "llm_passthrough_route": "",
 }
-PROMPTS = (
-    "messages",
-    "contents",
-    "prompt",
-    "input",
-    "inputText",
-    "system",
-)  # where what is passed on as it is asks a model
+# What is passed on as it is: where it asks a model, and the paths of what costs nothing.
+PROMPTS = ("messages", "contents", "prompt", "input", "inputText", "system", "instances")
+FREE = re.compile(r"(/count_tokens|/count-tokens|:countTokens|/input_tokens|/tokenize|/moderations)$")
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {
     "completion": "max_tokens",
@@ -83,11 +78,12 @@ def kind_of(call_type: Any) -> str:
 def kind_on_wire(details: Mapping[str, Any]) -> str:
     """The same of a call that is about to go out; empty where no model is asked."""
     kind = kind_of(details.get("call_type"))
+    url = str((details.get("additional_args") or {}).get("api_base"))
     if kind in ("create", "acreate"):  # LiteLLM has several functions of that name
-        url = str((details.get("additional_args") or {}).get("api_base"))
-        kind = "interaction" if details.get("model") else "agent_interaction"
-        return kind if url.endswith("/interactions") else ""
-    if kind == "llm_passthrough_route" and wire_body(details).keys().isdisjoint(PROMPTS):
+        kind = "create_interaction" if url.endswith("/interactions") else ""
+    if kind == "create_interaction" and not details.get("model"):
+        return "agent_interaction"
+    if kind == "llm_passthrough_route" and (FREE.search(url) or wire_body(details).keys().isdisjoint(PROMPTS)):
         return ""
     return kind
 
