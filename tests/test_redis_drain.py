@@ -15,7 +15,7 @@ from test_redis_cluster import reserve as org_reserve
 
 from bursar import Budget, BudgetExceeded, Bursar, Operator, StoreError, Usage
 from bursar.cli import main
-from bursar.commands import Draw, Ended, Entry, Granted, Release, Settle
+from bursar.commands import Draw, Ended, Entry, Granted, Release, Settle, Tell
 from bursar.stores import open_store
 from bursar.stores.base import Store
 from bursar.stores.memory import MemoryStore
@@ -253,6 +253,15 @@ def test_what_an_operator_granted_a_run_is_not_granted_again(
         clock.advance(us=200 * DAY_US)
         assert operator.prune(clock.now_us() - 190 * DAY_US)[0].accounts == 1
         assert [account.rule.scope for account in store.accounts()] == ['{"run": "raised"}']
+
+
+def test_old_alerts_are_forgotten(store: RedisStore, clock: ManualClock) -> None:
+    for name, days in (("told", 0), ("untold", 200), ("new", 0)):
+        store.execute(Tell(name, "frozen", {}))
+        clock.advance(us=days * DAY_US)
+    store.delivered(["told"])
+    Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)
+    assert [alert.id for alert, _ in store.alerts()] == [alert.id for alert, _ in store.claim(9, DAY_US)] == ["new"]
 
 
 def test_an_account_that_moves_meanwhile_stays(store: RedisStore, clock: ManualClock, target: Store) -> None:

@@ -51,6 +51,15 @@ def retire(server: Server, slot: str, granted: Container[str], before_us: int, n
     return retired
 
 
+def forget_alerts(server: Server, slot: str, before_us: int) -> None:
+    """Take away the alerts of before that time, out of the outbox first: nobody takes them any more."""
+    while found := server.ask("ZRANGEBYSCORE", f"{slot}alerts", "-inf", f"({before_us}", "LIMIT", "0", str(PAGE)):
+        ids = [id.decode() for id in found]
+        server.ask("ZREM", f"{slot}outbox", *ids)
+        server.ask("DEL", *(f"{slot}t:{id}" for id in ids))
+        server.ask("ZREM", f"{slot}alerts", *ids)
+
+
 class _Named:
     """The accounts that the records of a slot's stream name, followed as it grows."""
 

@@ -30,7 +30,7 @@ from bursar.stores.base import expire_all
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.pruning import LATE_US, Pruned
 from bursar.stores.redis.faults import fault_of
-from bursar.stores.redis.retiring import retire
+from bursar.stores.redis.retiring import forget_alerts, retire
 from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
 from bursar.stores.redis.server import Server, durability_of
 from bursar.stores.redis.slots import Slots, check_budgets
@@ -320,10 +320,12 @@ class RedisStore:
         return [made(name, fields_of(row)) for name, row in zip(names, rows, strict=True) if row]
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
-        """Retire accounts alone: records are drained, and pruned where they went."""
+        """Retire accounts, and forget alerts: records are drained, and pruned where they went."""
         now_us = self.now_us()
         rests_us = min(before_us, now_us - 2 * LATE_US)  # until LATE_US after the drain an expiry may be corrected
         more = granted(self.definitions()[1], now_us)
+        for slot in self.slots.all():
+            forget_alerts(self.server, slot, rests_us)
         return Pruned(accounts=sum(retire(self.server, slot, more, rests_us, now_us) for slot in self.slots.all()))
 
     def close(self) -> None:
