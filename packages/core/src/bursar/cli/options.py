@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
 MAX_KEY_BYTES = 1_000
+PAGE = 1_000  # rows of one table, which is printed once all of them are there
 TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
 # A spreadsheet takes a cell that starts with one of these for a formula, wide signs too; and where it is set to, a semicolon
 # or a tab begins another cell.
@@ -143,10 +145,16 @@ def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: st
 
     from bursar.cli.books import plain, table
 
-    made = table(title, *columns)
-    for row in rows:
-        made.add_row(*(plain(_said(row.get(name))) for name in columns))
-    Console().print(made)
+    console, rest = Console(), iter(rows)
+    page = list(islice(rest, PAGE))
+    while True:
+        made = table(title, *columns)
+        for row in page:
+            made.add_row(*(plain(_said(row.get(name))) for name in columns))
+        console.print(made)
+        page = list(islice(rest, PAGE))
+        if not page:
+            return
 
 
 def _said(value: Any) -> str:
