@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, Stopped, Threshold, Usage
 from bursar.cli import main
+from bursar.cli.options import PAGE, show
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +80,22 @@ def test_records_are_shown_by_tag(store: str) -> None:
     assert records[1]["reason"] == "the budget 'cap' had $0.0025 available, the call needed $0.0075"
     assert bursar("records", "run=other", "--store", store, "--format", "json").output == ""
     assert "blocked" in bursar("records", "--store", store).output
+
+
+def test_a_table_is_printed_before_all_of_its_rows_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """A year of records, as a table that is made of all of them, fits into no memory."""
+    printed = []
+
+    def rows() -> Iterator[dict[str, int]]:
+        for number in range(2 * PAGE + 1):
+            yield {"number": number}
+            printed.append(capsys.readouterr().out)
+
+    show(rows(), ["number"], "table", "Numbers")
+    first, second = (text for text in printed if text)
+    assert f"{PAGE - 1}" in first
+    assert f"{2 * PAGE - 1}" in second
+    assert f"{2 * PAGE}" in capsys.readouterr().out
 
 
 def test_no_cell_of_a_csv_is_a_formula(store: str) -> None:

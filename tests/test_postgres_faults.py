@@ -30,6 +30,7 @@ from bursar.stores.erasing import Erasure
 from bursar.stores.leases import recover
 from bursar.stores.leases.journal import Journal
 from bursar.stores.postgres import PostgresStore
+from bursar.stores.postgres import server as server_module
 from bursar.stores.postgres.server import _upgrade, split
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, charge, reserve, rule, settle
@@ -319,6 +320,20 @@ def test_a_sum_beyond_2_63_overflows_and_harms_no_other_command(store: PostgresS
 
     answers = asyncio.run(together())
     assert [type(answer) for answer in answers] == [StoreError, *[Granted] * 5]
+
+
+def test_whoever_stops_amid_a_prune_holds_the_records_for_a_while_only(
+    url: str, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between taking a month out and its commit: nobody could write a record meanwhile."""
+    monkeypatch.setattr(server_module, "STOPPED_S", 0.3)
+    stopped = server_module.connect(*split(url), timeout_s=0)
+    with contextlib.closing(stopped):
+        stopped.execute("BEGIN")
+        stopped.execute("LOCK TABLE records_timed IN ACCESS EXCLUSIVE MODE")
+        assert type(store.execute(charge(f"{store.now_us():014x}", (DOLLAR, 5)))) is Ended
+        with pytest.raises(psycopg.Error, match="idle-in-transaction"):
+            stopped.execute("COMMIT")
 
 
 def test_i2_rows_that_contradict_each_other_are_damage(store: PostgresStore) -> None:

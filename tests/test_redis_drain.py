@@ -15,7 +15,7 @@ from test_redis_cluster import reserve as org_reserve
 
 from bursar import Budget, BudgetExceeded, Bursar, Operator, StoreError, Usage
 from bursar.cli import main
-from bursar.commands import Draw, Ended, Entry, Granted, Release, Settle
+from bursar.commands import Draw, Ended, Entry, Granted, Release, Settle, Tell
 from bursar.stores import open_store
 from bursar.stores.base import Store
 from bursar.stores.memory import MemoryStore
@@ -253,6 +253,36 @@ def test_what_an_operator_granted_a_run_is_not_granted_again(
         clock.advance(us=200 * DAY_US)
         assert operator.prune(clock.now_us() - 190 * DAY_US)[0].accounts == 1
         assert [account.rule.scope for account in store.accounts()] == ['{"run": "raised"}']
+
+
+def test_what_has_expired_long_before_its_drain_may_be_corrected_after_it(
+    store: RedisStore, clock: ManualClock, target: Store
+) -> None:
+    of_day = {"start_us": clock.now_us(), "end_us": clock.now_us() + DAY_US}
+    lines = [(one, 10) for one in (rule("day", 10**9, **of_day), rule("run", 10**9, of="r"))]
+    for id in ("late", "unbilled"):
+        store.execute(reserve(id, *lines, ttl_us=1_000_000))
+    clock.advance(2)
+    assert store.sweep() == 2
+    clock.advance(us=200 * DAY_US)
+    assert drain(store, target) == 2
+    assert Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)[0].accounts == 0
+    clock.advance(us=90 * DAY_US)
+    for command in (settle("late", 6), Release("unbilled")):
+        assert type(store.execute(command)) is Ended
+    assert [account.spent for account in store.accounts()] == [6, 6]
+    drain(store, target)
+    clock.advance(us=200 * DAY_US)
+    assert Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)[0].accounts == 2
+
+
+def test_old_alerts_are_forgotten(store: RedisStore, clock: ManualClock) -> None:
+    for name, days in (("told", 0), ("untold", 200), ("new", 0)):
+        store.execute(Tell(name, "frozen", {}))
+        clock.advance(us=days * DAY_US)
+    store.delivered(["told"])
+    Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)
+    assert [alert.id for alert, _ in store.alerts()] == [alert.id for alert, _ in store.claim(9, DAY_US)] == ["new"]
 
 
 def test_an_account_that_moves_meanwhile_stays(store: RedisStore, clock: ManualClock, target: Store) -> None:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
 from bursar.audit import audit
 from bursar.cli import main
-from bursar.commands import Ended, Entry, Granted, Refused, Rejected
+from bursar.commands import Ended, Entry, Granted, Refused, Rejected, Tell
 from bursar.retention import bound, kept
 from bursar.stores import open_store, retiring
 from bursar.stores.base import Store
@@ -237,6 +237,19 @@ def test_the_account_of_a_block_goes_and_that_of_a_tag_stays(
         assert Operator(bursar.store, by="ann").prune(clock.now_us() - 100 * DAY_S * 1_000_000)[0].accounts == 1
         assert [status.scope for status in bursar.status()] == [{"customer": "c-1"}, {"scope": "nightly"}]
         assert audit(bursar.store) == []
+
+
+def test_alerts_go_that_were_told_or_that_nobody_takes(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    store = opens(clock)
+    for name, days in (("old", 90), ("told", 50), ("untold", 50), ("new", 0)):
+        store.execute(Tell(name, "frozen", {}))
+        clock.advance(days * DAY_S)
+    store.delivered(["told"])
+    Operator(store, by="ann").prune(clock.now_us() - 40 * DAY_S * 1_000_000)
+    assert [alert.id for alert, _ in store.alerts()] == ["untold", "new"]
+    store.close()
 
 
 def test_what_an_operator_granted_a_run_is_not_granted_again(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
 MAX_KEY_BYTES = 1_000
+PAGE = 1_000  # rows of one table, which is printed once all of them are there
 TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
 # A spreadsheet takes a cell that starts with one of these for a formula, wide signs too; and where it is set to, a semicolon
 # or a tab begins another cell.
@@ -143,18 +145,23 @@ def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: st
 
     from bursar.cli.books import fits, plain, table
 
-    console, made = Console(), table(title, *columns)
-    cells = [[_said(row.get(name)) for name in columns] for row in rows]
-    for row in cells:
-        made.add_row(*map(plain, row))
-    if fits(columns, cells, console.width):
-        console.print(made)
-        return
-    echo(title)  # where there is no room beside each other, one below the other
-    for row in cells:
-        echo("")
-        for name, cell in zip(columns, row, strict=True):
-            echo(f"{name}: {cell}")
+    console, rest = Console(), iter(rows)
+    page = list(islice(rest, PAGE))
+    while True:
+        made, cells = table(title, *columns), [[_said(row.get(name)) for name in columns] for row in page]
+        if fits(columns, cells, console.width):
+            for row in cells:
+                made.add_row(*map(plain, row))
+            console.print(made)
+        else:  # where there is no room beside each other, one below the other
+            echo(title)
+            for row in cells:
+                echo("")
+                for name, cell in zip(columns, row, strict=True):
+                    echo(f"{name}: {cell}")
+        page = list(islice(rest, PAGE))
+        if not page:
+            return
 
 
 def _said(value: Any) -> str:

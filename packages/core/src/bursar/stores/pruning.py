@@ -38,7 +38,7 @@ class Prunable(Protocol):
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
         """Put sums in the place of records settled before that time, and retire the accounts that nothing else names; `facts` go
-        on record with both. Raises StoreError.
+        on record with both. Alerts of before that time go too. Raises StoreError.
 
         Each step is one transaction, so that whoever is cut off goes on the next time. What can still be settled late stays.
         """
@@ -126,6 +126,15 @@ def batch(
     cursor.executemany(f"DELETE FROM {table} WHERE id = {mark}", [(row[0],) for row in found])
     put(cursor, mark, carried(_digest(found[0][0]), before_us, sums, pruned, facts))
     return pruned
+
+
+def forget_alerts(cursor: Any, before_us: int, now_us: int) -> bool:
+    """Delete some alerts of before that time, in the transaction that is open: those that were told, and those that nobody takes
+    any more. Whether there may be others.
+    """
+    done = f"at_us < {before_us} AND (delivered_us > 0 OR at_us < {now_us - LATE_US})"
+    cursor.execute(f"DELETE FROM alerts WHERE id IN (SELECT id FROM alerts WHERE {done} LIMIT {BATCH})")
+    return bool(cursor.rowcount == BATCH)
 
 
 def put(cursor: Any, mark: str, entries: Sequence[Entry]) -> None:

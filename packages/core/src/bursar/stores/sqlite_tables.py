@@ -17,7 +17,7 @@ from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores import sqlite_schema as schema
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
-from bursar.stores.pruning import Pruned, batch, prunable
+from bursar.stores.pruning import Pruned, batch, forget_alerts, prunable
 from bursar.stores.reading import TableReading, definitions_of
 from bursar.stores.retiring import SQLITE, granted, idle, retire
 
@@ -159,6 +159,10 @@ class SqliteTables(TableReading):
             total = total.plus(pruned)
             with self._transaction() as cursor:
                 pruned = batch(cursor, "?", "records", condition, before_us, facts)
+        others = True
+        while others:
+            with self._transaction() as cursor:
+                others = forget_alerts(cursor, before_us, now_us)
         with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
             more = granted(self.definitions()[1], now_us)
             found = idle(connection.cursor(), SQLITE, more, before_us, now_us)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
-from bursar.stores.pruning import Pruned, batch, carried, prunable, put
+from bursar.stores.pruning import Pruned, batch, carried, forget_alerts, prunable, put
 from bursar.stores.retiring import POSTGRES, idle, retire
 
 AHEAD = 2  # months that have their table before they begin
@@ -164,6 +164,8 @@ def prune(
             if pruned is None:
                 break
             total = total.plus(pruned)
+    while forget_alerts(connection.cursor(), before_us, now_us):
+        pass
     for some in idle(connection.cursor(), POSTGRES, granted, before_us, now_us):
         with connection.transaction(), connection.cursor() as cursor:
             total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, some, before_us, facts)))

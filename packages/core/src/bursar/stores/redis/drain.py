@@ -45,7 +45,7 @@ def _drain(source: RedisStore, target: Store, slot: str) -> int:
                 fault="damaged",
             )
         moved += answer.new
-        note(source.server, slot, entries)
+        note(source.server, slot, entries, source.now_us())
         source.server.run(DRAINED, slot, str(KEPT_S), str(EXPIRY_KEPT_S), *(text for one in page for text in one))
     return moved
 

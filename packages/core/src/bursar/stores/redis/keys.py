@@ -12,7 +12,7 @@ from bursar.commands import Alert, Definition, Definitions, Entry, Reservation
 from bursar.errors import StoreError
 from bursar.signing import changes, operator_of
 from bursar.stores.pruning import LATE_US, Pruned
-from bursar.stores.redis.retiring import retire
+from bursar.stores.redis.retiring import forget_alerts, retire
 from bursar.stores.redis.scripts import CLAIM, PUBLISH
 from bursar.stores.redis.server import Server
 from bursar.stores.redis.slots import Slots, check_budgets
@@ -172,10 +172,12 @@ class RedisKeys:
         return [made(name, fields_of(row)) for name, row in zip(names, rows, strict=True) if row]
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
-        """Retire accounts alone: records are drained, and pruned where they went."""
+        """Retire accounts, and forget alerts: records are drained, and pruned where they went."""
         now_us = self.now_us()
         rests_us = min(before_us, now_us - 2 * LATE_US)  # until LATE_US after the drain an expiry may be corrected
         more = granted(self.definitions()[1], now_us)
+        for slot in self.slots.all():
+            forget_alerts(self.server, slot, rests_us)
         return Pruned(accounts=sum(retire(self.server, slot, more, rests_us, now_us) for slot in self.slots.all()))
 
 

@@ -16,15 +16,18 @@ PAGE = 1_000  # accounts looked at, and taken away, at a time
 _START = 4  # where a key has the begin of its window, 0 for one that has no end
 
 
-def note(server: Server, slot: str, entries: Iterable[Entry]) -> None:
-    """Before these records leave Redis: when something was booked on the accounts of which no window tells."""
+def note(server: Server, slot: str, entries: Iterable[Entry], now_us: int) -> None:
+    """Before these records leave Redis: until when something was booked on accounts of which no window tells, or may be corrected
+    for LATE_US from now on.
+    """
     newest: dict[str, int] = {}
     for entry in entries:
+        at_us = now_us if entry.kind == "expiry" else entry.settled_us
         for key in entry.amounts:
-            newest[key] = max(newest.get(key, 0), entry.settled_us)
-    endless = [text for key, at_us in newest.items() if not json.loads(key)[_START] for text in (str(at_us), key)]
-    if endless:
-        server.ask("ZADD", f"{slot}moved", *endless)
+            if entry.kind == "expiry" or not json.loads(key)[_START]:
+                newest[key] = max(newest.get(key, 0), at_us)
+    if newest:
+        server.ask("ZADD", f"{slot}moved", "GT", *(text for key, at_us in newest.items() for text in (str(at_us), key)))
 
 
 def retire(server: Server, slot: str, granted: Container[str], before_us: int, now_us: int) -> int:
@@ -49,6 +52,15 @@ def retire(server: Server, slot: str, granted: Container[str], before_us: int, n
         if told:
             retired += int(server.run(RETIRE, slot, *told))
     return retired
+
+
+def forget_alerts(server: Server, slot: str, before_us: int) -> None:
+    """Take away the alerts of before that time, out of the outbox first: nobody takes them any more."""
+    while found := server.ask("ZRANGEBYSCORE", f"{slot}alerts", "-inf", f"({before_us}", "LIMIT", "0", str(PAGE)):
+        ids = [id.decode() for id in found]
+        server.ask("ZREM", f"{slot}outbox", *ids)
+        server.ask("DEL", *(f"{slot}t:{id}" for id in ids))
+        server.ask("ZREM", f"{slot}alerts", *ids)
 
 
 class _Named:
@@ -86,9 +98,8 @@ def _pages(server: Server, name: str) -> Iterator[Sequence[str]]:
 
 
 def _resting(server: Server, slot: str, accounts: Mapping[str, Account], before_us: int, now_us: int) -> Iterator[str]:
-    """Those of ended windows, and of the others those that rest for so long."""
+    """Those that rest for so long; those of ended windows where nothing of them may be corrected since."""
     endless = [key for key, account in accounts.items() if account.rule.end_us is None]
     server.many(("ZADD", f"{slot}moved", "NX", str(now_us), key) for key in endless)
-    moved = server.many(("ZSCORE", f"{slot}moved", key) for key in endless)
-    rests = {key for key, at_us in zip(endless, moved, strict=True) if float(at_us) < before_us}
-    return (key for key, account in accounts.items() if account.rule.end_us is not None or key in rests)
+    moved = server.many(("ZSCORE", f"{slot}moved", key) for key in accounts)
+    return (key for key, at_us in zip(accounts, moved, strict=True) if at_us is None or float(at_us) < before_us)
