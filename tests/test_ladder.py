@@ -297,6 +297,17 @@ def test_throttle_lets_calls_through_at_its_rate(desk: Any, clock: ManualClock) 
     assert clock.now_us() - began_us >= 30_000_000
 
 
+def test_the_stricter_of_two_throttles_holds(desk: Any) -> None:
+    """Of the same unit and period: the second mark's rate takes the place of the first one's, whose account it goes on with."""
+    slow, slower = (Threshold(at, "throttle", rate=f"{n} requests/minute") for at, n in (("20%", 6), ("50%", 2)))
+    here = desk(slow, slower)
+    for cents, limit in ((2, 6), (2, 2)):  # the call after these meets the next mark
+        here.spend(cents)
+        here.spend()
+        (throttle,) = (one for one in here.bursar.store.accounts() if "throttle" in one.rule.key)
+        assert throttle.rule.limit == limit
+
+
 def test_ask_stops_until_an_operator_approves(desk: Any) -> None:
     here = desk(Threshold("50%", "ask"), owner="ann@example.com")
     here.spend(5)
