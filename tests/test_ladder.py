@@ -360,6 +360,20 @@ def test_a_question_whose_window_is_over_waits_for_no_answer(clock: ManualClock)
             operator.approve(caught.value.id)
 
 
+def test_a_kill_of_a_window_that_is_long_over_is_not_listed(clock: ManualClock) -> None:
+    """Among those of every day before, nobody would find the one that stops calls now."""
+    operator = Operator(store := open_store("memory:", clock))
+    daily = Budget("b", "1 USD", window="day", thresholds=[Threshold("50%", "kill")])
+    with Bursar(store, [daily], clock=clock) as bursar:
+        bursar.charge("0.60 USD")
+        with pytest.raises(BudgetExceeded):
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        operator.freeze({"agent": "a"})
+        assert len(operator.frozen()) == 2
+        clock.advance(4 * 86_400)
+        assert list(operator.frozen()) == ["agent=a"]
+
+
 def test_a_denied_question_refuses(desk: Any) -> None:
     here = desk(Threshold("50%", "ask"))
     here.spend(5)
