@@ -297,6 +297,17 @@ def test_throttle_lets_calls_through_at_its_rate(desk: Any, clock: ManualClock) 
     assert clock.now_us() - began_us >= 30_000_000
 
 
+def test_the_stricter_of_two_throttles_holds(desk: Any) -> None:
+    """Of the same unit and period: the second mark's rate takes the place of the first one's, whose account it goes on with."""
+    slow, slower = (Threshold(at, "throttle", rate=f"{n} requests/minute") for at, n in (("20%", 6), ("50%", 2)))
+    here = desk(slow, slower)
+    for cents, limit in ((2, 6), (2, 2)):  # the call after these meets the next mark
+        here.spend(cents)
+        here.spend()
+        (throttle,) = (one for one in here.bursar.store.accounts() if "throttle" in one.rule.key)
+        assert throttle.rule.limit == limit
+
+
 def test_ask_stops_until_an_operator_approves(desk: Any) -> None:
     here = desk(Threshold("50%", "ask"), owner="ann@example.com")
     here.spend(5)
@@ -347,6 +358,20 @@ def test_a_question_whose_window_is_over_waits_for_no_answer(clock: ManualClock)
         assert [one.state for one in operator.questions()] == ["over"]
         with pytest.raises(InvalidInput, match="is over"):
             operator.approve(caught.value.id)
+
+
+def test_a_kill_of_a_window_that_is_long_over_is_not_listed(clock: ManualClock) -> None:
+    """Among those of every day before, nobody would find the one that stops calls now."""
+    operator = Operator(store := open_store("memory:", clock))
+    daily = Budget("b", "1 USD", window="day", thresholds=[Threshold("50%", "kill")])
+    with Bursar(store, [daily], clock=clock) as bursar:
+        bursar.charge("0.60 USD")
+        with pytest.raises(BudgetExceeded):
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        operator.freeze({"agent": "a"})
+        assert len(operator.frozen()) == 2
+        clock.advance(4 * 86_400)
+        assert list(operator.frozen()) == ["agent=a"]
 
 
 def test_a_denied_question_refuses(desk: Any) -> None:

@@ -131,11 +131,12 @@ def renewed(held: Definitions, newer: Definitions, now_us: int) -> Definitions:
     """What is held, with what is newer in its place; without the switches that can stop nothing any more."""
     kinds = {kind: {**held.get(kind, {}), **newer.get(kind, {})} for kind in [*held, *newer]}
     if "freeze" in kinds:
-        kinds["freeze"] = {name: one for name, one in kinds["freeze"].items() if _may_stop(one.definition, now_us)}
+        kinds["freeze"] = {name: one for name, one in kinds["freeze"].items() if may_stop(one.definition, now_us)}
     return kinds
 
 
-def _may_stop(switch: Mapping[str, Any], now_us: int) -> bool:
+def may_stop(switch: Mapping[str, Any], now_us: int) -> bool:
+    """Whether a switch is thrown, and not on an account whose window is over for so long that no call of it is under way."""
     account = switch.get("account")
     return bool(switch.get("frozen")) and (account is None or now_us < end_us(account) + _LINGERING_US)
 

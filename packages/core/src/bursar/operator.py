@@ -13,7 +13,7 @@ from typing import Any
 from bursar.accounts import Account
 from bursar.budget import Budget, parse_limit
 from bursar.commands import Definition, Ended, Release, Tell
-from bursar.decisions import end_us
+from bursar.decisions import end_us, may_stop
 from bursar.errors import InvalidInput, OperatorRequired, shown
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
@@ -80,9 +80,12 @@ class Operator:
         return name
 
     def frozen(self) -> dict[str, dict[str, Any]]:
-        """The switches that are thrown, by name, with who threw them, why and when."""
+        """The switches that are thrown and may still stop anything, by name, with who threw them, why and when."""
         _, held = self.store.definitions()
-        return {name: one.definition for name, one in held.get("freeze", {}).items() if one.definition.get("frozen")}
+        now_us = self.store.now_us()
+        return {
+            name: one.definition for name, one in held.get("freeze", {}).items() if may_stop(one.definition, now_us)
+        }
 
     def resume(self, name: str, *, why: str = "") -> None:
         """Put a switch back, by its name. Needs the key."""
