@@ -69,7 +69,7 @@ class Call:
             return self._hold(await self.bursar.acall(**self.request).__aenter__())
 
     def check(self) -> None:
-        """A part of its answer is there, so that what else is called is not its own. Raises what has stopped it, if anything has."""
+        """A part of its answer is there, so that what else is called is not its own. Raises what has stopped it."""
         if self.sending is not None:
             self.sending.end()
             self.sending = None
