@@ -78,20 +78,42 @@ def test_memory_that_is_read_before_and_saved_after_is_held_too(
         assert bursar.store.open_reservations() == 0
 
 
-def test_what_is_called_after_a_cancelled_agent_is_not_its_own(
-    provider: Provider, bursar: Bursar, client: Make
+@pytest.mark.parametrize("way", ["agent", "crew"])
+def test_what_is_called_after_a_cancellation_is_another_call(
+    way: str, provider: Provider, bursar: Bursar, client: Make, crew: Make
 ) -> None:
-    agent = BursarCrew(bursar).attach(Agent(role="planner", goal="g", backstory="b", llm=client(provider.url)))
+    """CrewAI tells of no end there."""
+    guard, llm = BursarCrew(bursar), client(provider.url)
+    provider.script([Answer(latency_s=1.0)])
+
+    def kickoff() -> Any:
+        if way == "agent":
+            return guard.attach(Agent(role="planner", goal="g", backstory="b", llm=llm)).kickoff_async("hi")
+        return crew(llm, step_callback=guard.step_callback).akickoff()
 
     async def both() -> None:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await agent.kickoff_async("hi")
+            async with asyncio.timeout(0.3):
+                await kickoff()
         await client(provider.url).acall("hi")
 
-    provider.script([Answer(latency_s=1.0)])
     asyncio.run(both())
     assert (provider.requests, len(list(bursar.records()))) == (2, 1)
+
+
+def test_a_crew_that_is_interrupted_in_a_tool_leaves_nothing_open(
+    provider: Provider, bursar: Bursar, client: Make, crew: Make, search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Any, query: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(search), "_run", interrupted)
+    provider.script([Answer(tool_calls=[("search", {"query": "x"})])])
+    with pytest.raises(KeyboardInterrupt):
+        crew(client(provider.url), search, step_callback=BursarCrew(bursar).step_callback).kickoff()
+    assert bursar.store.open_reservations() == 0
+    client(provider.url).call("hi")
+    assert [record.tags.get("tool") for record in bursar.records()] == [None, "search"]
 
 
 def test_a_scope_tells_of_a_refused_embedding_once(provider: Provider, bursar: Bursar, client: Make) -> None:

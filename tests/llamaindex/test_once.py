@@ -79,3 +79,34 @@ def test_litellm(bursar: Bursar, provider: Provider) -> None:
     provider.wait_idle()
     assert len(list(bursar.records())) == provider.billed_calls == 4
     assert bursar.store.open_reservations() == 0
+
+
+def test_the_same_question_to_a_wrapped_client_between_two_parts_of_a_stream(
+    bursar: Bursar, provider: Provider
+) -> None:
+    """It is another call, which the stream's reservation does not cover."""
+    from llama_index.llms.openai import OpenAI
+
+    settings = {"api_key": "any", "max_retries": 0}
+    client = bursar.wrap(openai.OpenAI(base_url=f"{provider.url}/v1", **settings))
+    llm = OpenAI("gpt-4o", max_tokens=500, api_base=f"{provider.url}/v1", **settings)
+
+    def ask() -> None:
+        client.chat.completions.create(
+            model="gpt-4o", messages=[{"role": "user", "content": "Why?"}], max_completion_tokens=500
+        )
+
+    async def stream() -> None:
+        parts = await llm.astream_complete("Why?")
+        await anext(parts)
+        ask()
+        async for _ in parts:
+            continue
+
+    parts = llm.stream_complete("Why?")
+    next(parts)
+    ask()
+    list(parts)
+    charged_once(bursar, provider, 2)
+    asyncio.run(stream())
+    charged_once(bursar, provider, 4)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from importlib import metadata
 from typing import Any
 
-from crewai import Agent
+from crewai import Agent, Crew, Flow
 from crewai.events import event_bus
 from crewai.events.types import agent_events, llm_events, tool_usage_events
 from crewai.hooks import InterceptionPoint
@@ -42,6 +42,7 @@ def open_seams() -> None:
         _check_release()
         _guard_clients()
         _follow_agents()
+        _follow_interrupts()
         setattr(event_bus, _EVENTS, _seen_by(getattr(event_bus, _EVENTS)))
         register(InterceptionPoint.EXECUTION_START, _begin_execution)
         register(InterceptionPoint.EXECUTION_END, _end_execution)
@@ -62,6 +63,8 @@ def _check_release() -> None:
             (event_bus, _EVENTS),
             (Agent, "kickoff"),
             (Agent, "kickoff_async"),
+            (Crew, "akickoff"),
+            (Flow, "kickoff_async"),
             (factory, "build_embedder_from_provider"),
             (tool_usage_events, "ToolUsageStartedEvent"),
         )
@@ -233,6 +236,38 @@ def _follow_agents() -> None:
             return await waiting(self, *args, **options)
 
     Agent.kickoff, Agent.kickoff_async = kickoff, kickoff_async  # type: ignore[method-assign]
+
+
+def _follow_interrupts() -> None:
+    """CrewAI tells of no end where a crew or flow is interrupted or cancelled."""
+    plain = Crew.kickoff
+
+    @wraps(plain)
+    def kickoff(self: Crew, *args: Any, **options: Any) -> Any:
+        with _ended(self):
+            return plain(self, *args, **options)
+
+    def followed(waiting: Callable[..., Any]) -> Any:
+        @wraps(waiting)
+        async def kickoff(self: Any, *args: Any, **options: Any) -> Any:
+            with _ended(self):
+                return await waiting(self, *args, **options)
+
+        return kickoff
+
+    Crew.kickoff = kickoff  # type: ignore[method-assign]
+    Crew.akickoff, Flow.kickoff_async = followed(Crew.akickoff), followed(Flow.kickoff_async)  # type: ignore[method-assign]
+
+
+@contextmanager
+def _ended(subject: object) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        frame = find(subject)
+        if frame is not None:
+            leave(frame)
+        raise
 
 
 def _seen_by(publish: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:

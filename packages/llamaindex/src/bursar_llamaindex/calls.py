@@ -69,7 +69,10 @@ class Call:
             return self._hold(await self.bursar.acall(**self.request).__aenter__())
 
     def check(self) -> None:
-        """Raises what has stopped it in the middle, a switch or a budget."""
+        """A part of its answer is there, so that what else is called is not its own. Raises what has stopped it."""
+        if self.sending is not None:
+            self.sending.end()
+            self.sending = None
         for reservation in self._held:
             if reservation.stopped is not None:
                 raise reservation.stopped
