@@ -13,7 +13,7 @@ from litellm import video_generation as early_video_generation  # before the gua
 
 from bursar import Budget, BudgetExceeded, Bursar
 from bursar.errors import InvalidInput, UnboundedEstimate
-from bursar.testing.provider import Provider
+from bursar.testing.provider import Fault, Provider
 from bursar_litellm import BudgetStop, LiteLLMBudgetExceeded
 
 PROMPT = "abc " * 1_000
@@ -196,3 +196,55 @@ def test_extra_body_names_no_other_model(provider: Provider, guarded: Guarded) -
             with pytest.raises(InvalidInput, match="Name it by `model` alone"):
                 run(litellm.acompletion(**openai(provider), messages=MESSAGES, extra_body={"model": model}))
     assert provider.requests == 0
+
+
+# -- answers that LiteLLM cannot read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["malformed", "no_usage"])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_answer_that_litellm_cannot_read_is_not_free(
+    kind: Any, is_async: bool, provider: Provider, guarded: Guarded
+) -> None:
+    """It makes a 422 of it, as if the provider had refused the request."""
+    call: dict[str, Any] = {"model": "gemini/gemini-2.5-flash", "api_base": provider.url, "api_key": "any"}
+    call |= {"messages": MESSAGES, "max_tokens": 500}
+    provider.script([Fault(kind), Fault("refuse", status=400)])
+    with guarded() as bursar:
+        for _ in range(2):
+            with pytest.raises(litellm.BadRequestError):
+                run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    unread, refused = bursar.records()
+    assert provider.billed_calls == 1
+    assert (unread.estimated, unread.cost_nanos > 0) == (True, True)
+    assert (refused.kind, refused.cost_nanos) == ("release", 0)
+
+
+# -- retries -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_embeddings_are_tried_again_whatever_was_said(is_async: bool, provider: Provider, guarded: Guarded) -> None:
+    call = openai(provider) | {"model": "openai/text-embedding-3-small", "input": [PROMPT]}
+    provider.script([Fault("drop"), Fault("drop")])
+    with guarded():  # what LiteLLM does: no retry was wanted
+        run(litellm.aembedding(**call)) if is_async else litellm.embedding(**call)
+    assert provider.requests == 3
+    with guarded(Budget("one", "0.0001 USD", estimate="strict")), pytest.raises(BudgetExceeded):
+        run(litellm.aembedding(**call)) if is_async else litellm.embedding(**call)
+    assert provider.requests == 3
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_attempt_that_another_one_follows_ends_by_its_own_error(
+    is_async: bool, provider: Provider, guarded: Guarded
+) -> None:
+    """As where a question is too long for a model, and goes to another one in the same call."""
+    larger = {"openai/gpt-4o": "openai/gpt-4o-mini"}
+    call = openai(provider, messages=MESSAGES, max_tokens=500, context_window_fallback_dict=larger)
+    provider.script([Fault("refuse", status=400, message="This model's maximum context length is 10 tokens")])
+    with guarded() as bursar:
+        run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    refused, served = bursar.records()
+    assert (refused.kind, refused.cost_nanos) == ("release", 0)
+    assert (served.tags["model"], served.estimated) == ("gpt-4o-mini", False)
