@@ -30,7 +30,7 @@ from bursar.stores import sqlite_schema as schema
 from bursar.stores.base import expire_all
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
-from bursar.stores.pruning import Pruned, batch, forget_alerts, prunable
+from bursar.stores.pruning import BATCH, Pruned, batch, forget_alerts, prunable, strays
 from bursar.stores.reading import TableReading, definitions_of
 from bursar.stores.retiring import SQLITE, granted, idle, retire
 
@@ -318,6 +318,11 @@ class SqliteStore(TableReading):
             total = total.plus(pruned)
             with self._transaction() as cursor:
                 pruned = batch(cursor, "?", "records", condition, before_us, facts)
+        ids = [id for (id,) in self._query(strays(before_us, condition))]  # looking takes no lock
+        for start in range(0, len(ids), BATCH):
+            with self._transaction() as cursor:
+                some = batch(cursor, "?", "records", condition, before_us, facts, ids[start : start + BATCH])
+            total = total.plus(some or Pruned())
         others = True
         while others:
             with self._transaction() as cursor:
@@ -325,9 +330,9 @@ class SqliteStore(TableReading):
         with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
             more = granted(self.definitions()[1], now_us)
             found = idle(connection.cursor(), SQLITE, more, before_us, now_us)
-        for some in found:
+        for idle_ones in found:
             with self._transaction() as cursor:
-                total = total.plus(Pruned(accounts=retire(cursor, SQLITE, some, before_us, facts)))
+                total = total.plus(Pruned(accounts=retire(cursor, SQLITE, idle_ones, before_us, facts)))
         return total
 
     def erase(self, erasure: Erasure, sign: Sign) -> Erased:
