@@ -30,10 +30,12 @@ _FLOOR = (  # months before that lie in `records_other`
     "SELECT substring(pg_get_expr(relpartbound, oid) from '[0-9a-f]{14}') FROM pg_class "
     "WHERE oid = to_regclass('records_timed')"
 )
+_THERE = "SELECT count(*) FROM (SELECT FROM records_ahead WHERE id >= %s AND id < %s LIMIT %s) AS there"
 _LEFT = (  # tables of months that were taken out, by somebody who was cut off before they were dropped
     "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r' "
     "AND relname ~ '^records_[0-9]{4}_[0-9]{2}$' AND NOT relispartition"
 )
+MAX_MOVED = 10_000  # records of a month that come late into its table
 MAX_TRIES = 20  # of a third of a second, to get a lock that everybody holds for moments
 
 log = logging.getLogger("bursar")
@@ -77,7 +79,8 @@ def make_ahead(connection: psycopg.Connection[Any], now_us: int) -> list[Month]:
     """Make the tables that are missing for this month and the next ones; those that were made.
 
     Nothing waits for this: where somebody reads all the time, or this user may not make tables, it is left for the next time,
-    because records of months without a table are safe in `records_ahead` meanwhile.
+    because records of months without a table are safe in `records_ahead` meanwhile. A month of which many lie there already stays
+    there: moving them would hold up every record for as long.
     """
     known = existing(connection)
     this = Month.of(now_us)
@@ -86,6 +89,9 @@ def make_ahead(connection: psycopg.Connection[Any], now_us: int) -> list[Month]:
     missing = [month for month in coming if month not in known and month.first_id >= floor]
     made: list[Month] = []
     for month in missing:
+        ((there,),) = connection.execute(_THERE, (month.first_id, month.later(1).first_id, MAX_MOVED + 1)).fetchall()
+        if there > MAX_MOVED:
+            continue
         try:
             with connection.transaction():
                 _make(connection, month)
