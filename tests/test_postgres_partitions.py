@@ -16,8 +16,9 @@ from postgres_server import SCHEMA, connect, fresh_url, server
 from bursar.audit import audit
 from bursar.commands import Ended, Granted, Rejected
 from bursar.migrations import upgrade
+from bursar.schema import RecordRow
 from bursar.stores.postgres import PostgresStore
-from bursar.stores.postgres.partitions import Month, announce, existing, make_ahead
+from bursar.stores.postgres.partitions import MAX_MOVED, Month, announce, existing, make_ahead
 from bursar.stores.postgres.server import is_passing
 from bursar.testing.store_contract.made import charge, reserve, rule, settle
 
@@ -151,6 +152,27 @@ def test_months_get_their_tables_ahead_and_what_came_before_moves_in(store: Post
             for month in existing(connection):
                 if month > this.later(2):
                     connection.execute(f"DROP TABLE {month.table}")
+
+
+def test_a_month_with_many_records_gets_no_table_late(store: PostgresStore) -> None:
+    """Moving them into it would lock the others out for as long, or take longer than a statement may, at every start."""
+    later = Month.of(store.now_us()).later(40)
+    store.execute(charge(f"{later.start_us:014x}-a", (DOLLAR, 1)))
+    with connect() as connection:
+        try:
+            columns = [name for name in RecordRow.model_fields if name != "id"]
+            named = ", ".join(f'"{name}"' for name in columns)
+            connection.execute(
+                f"INSERT INTO records(id, {named}) SELECT id || number, {named} FROM records, generate_series(1, %s) AS number "
+                "WHERE id LIKE %s",
+                (MAX_MOVED, f"{later.start_us:014x}%"),
+            )
+            assert make_ahead(connection, later.start_us) == [later.later(1), later.later(2)]
+            assert table_of(connection, f"{later.start_us:014x}-a") == "records_ahead"
+        finally:
+            for month in (later.later(1), later.later(2)):
+                connection.execute(f"DROP TABLE {month.table}")
+            connection.execute("DELETE FROM records_ahead")
 
 
 def test_who_reads_all_the_time_holds_up_no_settlement(store: PostgresStore) -> None:

@@ -449,6 +449,25 @@ def test_a_correction_may_go_long_after_its_expiry(
     store.close()
 
 
+def test_ids_that_look_like_a_time_keep_nothing(
+    opens: Callable[[ManualClock | None], Store], clock: ManualClock
+) -> None:
+    """Of random ids that callers give, one in thirty looks like one of a later year, one in thousands like one of any month."""
+    store = opens(clock)
+    with_tables(store, clock)
+    old_us = clock.now_us()
+    for id in (f"{old_us:014x}-made", "0e1c7a52-9f0b-4f6e", f"{old_us + 230 * DAY_S * 1_000_000:014x}"):
+        assert type(store.execute(charge(id, (EVERYBODY, 5)))) is Ended
+    clock.advance(230 * DAY_S)
+    with_tables(store, clock)
+    assert type(store.execute(charge(f"{old_us + 1:014x}", (EVERYBODY, 5)))) is Ended  # in the old month, of today
+    pruned, _ = Operator(store, by="ann").prune(clock.now_us() - 10 * DAY_S * 1_000_000)
+    assert pruned.records == 3
+    assert {entry.id for entry in store.entries() if entry.kind == "charge"} == {f"{old_us + 1:014x}"}
+    assert audit(store) == []
+    store.close()
+
+
 def test_an_operator_alone_decides_to_prune(books: Bursar, clock: ManualClock) -> None:
     store, long_ago = books.store, clock.now_us() - 100 * DAY_S * 1_000_000
     key = Operator(store, by="ann").appoint()

@@ -236,6 +236,20 @@ def test_old_decisions_are_not_verified_with_every_change() -> None:
     assert _signed.cache_info().misses == before + 3
 
 
+def test_what_a_former_operator_granted_counts_no_more(open_books: Callable[..., Bursar]) -> None:
+    bursar = open_books(SMALL)
+    operator = Operator(bursar.store, Operator(bursar.store, by="ann").appoint(), by="ann")
+    bursar.charge("0.01 USD")
+    operator.raise_limit("b", "1 USD")
+    spend(bursar)
+    successor = Operator(bursar.store, operator.appoint(), by="bob")
+    with pytest.raises(BudgetExceeded):
+        spend(bursar)
+    successor.raise_limit("b", "1 USD")
+    spend(bursar)
+    assert audit(bursar.store) == []
+
+
 def test_without_an_operator_budgets_change_freely(open_books: Callable[..., Bursar]) -> None:
     bursar = open_books(SMALL)
     open_books(LARGE)

@@ -105,14 +105,28 @@ def records_in(entry_facts: Mapping[str, Any]) -> int:
     return count if isinstance(count, int) else 0
 
 
+def strays(before_us: int, condition: str) -> str:
+    """The query, in SQL, of the ids, which callers gave, of records that may go though they look like those of a later time."""
+    later = f"id >= '{before_us:014x}' AND id < '{TIMED}' AND kind NOT IN ('carried', 'retired')"
+    return f"SELECT id FROM records WHERE {condition} AND {later}"
+
+
 def batch(
-    cursor: Any, mark: str, table: str, condition: str, before_us: int, facts: Mapping[str, Any]
+    cursor: Any,
+    mark: str,
+    table: str,
+    condition: str,
+    before_us: int,
+    facts: Mapping[str, Any],
+    ids: Sequence[str] = (),
 ) -> Pruned | None:
-    """Prune some records of a table in the transaction that is open; None when none is left. `mark`: the driver's placeholder."""
+    """Prune some records of a table in the transaction that is open; None when none is left. `mark`: the driver's placeholder.
+    `ids`: of these records, rather than of all whose ids do not tell a later time.
+    """
+    wanted = f"id IN ({', '.join([mark] * len(ids))})" if ids else f"id < {mark} OR id >= {mark}"
     cursor.execute(
-        f"SELECT id, cost_nanos, amounts, facts FROM {table} WHERE {condition} "
-        f"AND (id < {mark} OR id >= {mark}) ORDER BY id LIMIT {BATCH}",
-        (f"{before_us:014x}", TIMED),
+        f"SELECT id, cost_nanos, amounts, facts FROM {table} WHERE {condition} AND ({wanted}) ORDER BY id LIMIT {BATCH}",
+        tuple(ids) or (f"{before_us:014x}", TIMED),
     )
     found: Sequence[tuple[str, int, str, str]] = cursor.fetchall()
     if not found:

@@ -17,7 +17,7 @@ from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores import sqlite_schema as schema
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
-from bursar.stores.pruning import Pruned, batch, forget_alerts, prunable
+from bursar.stores.pruning import BATCH, Pruned, batch, forget_alerts, prunable, strays
 from bursar.stores.reading import TableReading, definitions_of
 from bursar.stores.retiring import SQLITE, granted, idle, retire
 
@@ -152,13 +152,13 @@ class SqliteTables(TableReading):
         self._write(rows.RETRY, [(at_us, id) for id in ids])
 
     def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
-        now_us = self.now_us()
-        condition, total = prunable(before_us, now_us), Pruned()
-        pruned: Pruned | None = total
-        while pruned is not None:
+        now_us, total = self.now_us(), Pruned()
+        condition = prunable(before_us, now_us)
+        while pruned := self._batch(condition, before_us, facts):
             total = total.plus(pruned)
-            with self._transaction() as cursor:
-                pruned = batch(cursor, "?", "records", condition, before_us, facts)
+        ids = [id for (id,) in self._query(strays(before_us, condition))]  # looking takes no lock
+        for start in range(0, len(ids), BATCH):
+            total = total.plus(self._batch(condition, before_us, facts, ids[start : start + BATCH]) or Pruned())
         others = True
         while others:
             with self._transaction() as cursor:
@@ -166,10 +166,16 @@ class SqliteTables(TableReading):
         with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
             more = granted(self.definitions()[1], now_us)
             found = idle(connection.cursor(), SQLITE, more, before_us, now_us)
-        for some in found:
+        for idle_ones in found:
             with self._transaction() as cursor:
-                total = total.plus(Pruned(accounts=retire(cursor, SQLITE, some, before_us, facts)))
+                total = total.plus(Pruned(accounts=retire(cursor, SQLITE, idle_ones, before_us, facts)))
         return total
+
+    def _batch(
+        self, condition: str, before_us: int, facts: Mapping[str, Any], ids: Sequence[str] = ()
+    ) -> Pruned | None:
+        with self._transaction() as cursor:
+            return batch(cursor, "?", "records", condition, before_us, facts, ids)
 
     def erase(self, erasure: Erasure, sign: Sign) -> Erased:
         with self._transaction("PRAGMA secure_delete=ON") as cursor:

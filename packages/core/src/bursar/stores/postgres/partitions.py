@@ -8,14 +8,14 @@ takes every other id: those that callers gave, and whatever was there before the
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
 
-from bursar.stores.pruning import Pruned, batch, carried, forget_alerts, prunable, put
+from bursar.stores.pruning import BATCH, LATE_US, Pruned, batch, carried, forget_alerts, prunable, put, strays
 from bursar.stores.retiring import POSTGRES, idle, retire
 
 AHEAD = 2  # months that have their table before they begin
@@ -30,10 +30,12 @@ _FLOOR = (  # months before that lie in `records_other`
     "SELECT substring(pg_get_expr(relpartbound, oid) from '[0-9a-f]{14}') FROM pg_class "
     "WHERE oid = to_regclass('records_timed')"
 )
+_THERE = "SELECT count(*) FROM (SELECT FROM records_ahead WHERE id >= %s AND id < %s LIMIT %s) AS there"
 _LEFT = (  # tables of months that were taken out, by somebody who was cut off before they were dropped
     "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r' "
     "AND relname ~ '^records_[0-9]{4}_[0-9]{2}$' AND NOT relispartition"
 )
+MAX_MOVED = 10_000  # records of a month that come late into its table
 MAX_TRIES = 20  # of a third of a second, to get a lock that everybody holds for moments
 
 log = logging.getLogger("bursar")
@@ -77,7 +79,8 @@ def make_ahead(connection: psycopg.Connection[Any], now_us: int) -> list[Month]:
     """Make the tables that are missing for this month and the next ones; those that were made.
 
     Nothing waits for this: where somebody reads all the time, or this user may not make tables, it is left for the next time,
-    because records of months without a table are safe in `records_ahead` meanwhile.
+    because records of months without a table are safe in `records_ahead` meanwhile. A month of which many lie there already stays
+    there: moving them would hold up every record for as long.
     """
     known = existing(connection)
     this = Month.of(now_us)
@@ -86,6 +89,9 @@ def make_ahead(connection: psycopg.Connection[Any], now_us: int) -> list[Month]:
     missing = [month for month in coming if month not in known and month.first_id >= floor]
     made: list[Month] = []
     for month in missing:
+        ((there,),) = connection.execute(_THERE, (month.first_id, month.later(1).first_id, MAX_MOVED + 1)).fetchall()
+        if there > MAX_MOVED:
+            continue
         try:
             with connection.transaction():
                 _make(connection, month)
@@ -148,7 +154,7 @@ def prune(
     """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches; then retire
     accounts, but those `granted`.
 
-    A month in which anything has to stay is left as it is.
+    A month in which anything has to stay is left as it is, until only ids that callers gave can be why: then it goes in batches.
     """
     condition, total = prunable(before_us, now_us), Pruned()
     for month in existing(connection):
@@ -156,20 +162,34 @@ def prune(
             total = total.plus(_drop(connection, month, condition, before_us, facts))
     for (name,) in connection.execute(_LEFT).fetchall():
         connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(name)))
-    for table in ("records_other", "records_ahead"):
-        while True:
-            with connection.transaction(), connection.cursor() as cursor:
-                cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
-                pruned = batch(cursor, "%s", table, condition, before_us, facts)
-            if pruned is None:
-                break
+    settled_us = min(before_us, now_us - 2 * LATE_US)  # then nothing that a month holds back is of its own time
+    held_up = [month.table for month in existing(connection) if month.later(1).start_us <= settled_us]
+    for table in ("records_other", "records_ahead", *held_up):
+        while pruned := _batch(connection, table, condition, before_us, facts):
             total = total.plus(pruned)
+    ids = [id for (id,) in connection.execute(strays(before_us, condition).encode()).fetchall()]
+    for start in range(0, len(ids), BATCH):
+        some = _batch(connection, "records", condition, before_us, facts, ids[start : start + BATCH])
+        total = total.plus(some or Pruned())
     while forget_alerts(connection.cursor(), before_us, now_us):
         pass
-    for some in idle(connection.cursor(), POSTGRES, granted, before_us, now_us):
+    for idle_ones in idle(connection.cursor(), POSTGRES, granted, before_us, now_us):
         with connection.transaction(), connection.cursor() as cursor:
-            total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, some, before_us, facts)))
+            total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, idle_ones, before_us, facts)))
     return total
+
+
+def _batch(
+    connection: psycopg.Connection[Any],
+    table: str,
+    condition: str,
+    before_us: int,
+    facts: Mapping[str, Any],
+    ids: Sequence[str] = (),
+) -> Pruned | None:
+    with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+        return batch(cursor, "%s", table, condition, before_us, facts, ids)
 
 
 def _drop(
