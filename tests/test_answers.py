@@ -86,6 +86,76 @@ def test_text_and_bytes_read_as_the_dict_does(row: dict[str, Any]) -> None:
     assert reading(row, text) == reading(row, text.encode()) == reading(row, row["body"])
 
 
+@pytest.mark.parametrize(
+    ("told", "five", "hour"), [(1_000, 0, 1_000), (1_200, 200, 1_000), (400, 400, 0), (None, 0, 1_000)]
+)
+def test_tokens_cached_for_an_hour_stay_so_to_the_end_of_a_stream(told: int | None, five: int, hour: int) -> None:
+    """`message_delta` repeats the total of what was written, without its split; an hour costs more than five minutes."""
+    split = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 1_000}
+    usage = {"input_tokens": 3, "cache_creation_input_tokens": 1_000, "cache_creation": split, "output_tokens": 1}
+    last = {"input_tokens": 3, "cache_creation_input_tokens": told, "output_tokens": 50}
+    events = [
+        {"type": "message_start", "message": {"model": "claude-sonnet-4-5", "usage": usage}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": last},
+        {"type": "message_stop"},
+    ]
+    found = Usage.from_response("anthropic", events)
+    assert (found.cache_write_5m_tokens, found.cache_write_1h_tokens) == (five, hour)
+    assert found.input_tokens == 3 + five + hour
+
+
+@pytest.mark.parametrize("snake", [False, True])
+def test_a_google_stream_ends_with_its_last_round(snake: bool) -> None:
+    """A round of its own tools ends with a reason too; as on the wire, and as google-genai's objects say it."""
+
+    def chunk(out: int, finish: str | None) -> dict[str, Any]:
+        content = {"parts": [{"text": "x"}], "role": "model"}
+        if snake:
+            usage = {"prompt_token_count": 46, "candidates_token_count": out, "total_token_count": 46 + out}
+            return {"candidates": [{"content": content, "finish_reason": finish}], "usage_metadata": usage}
+        told = {"promptTokenCount": 46, "candidatesTokenCount": out, "totalTokenCount": 46 + out}
+        return {"candidates": [{"content": content, "finishReason": finish}], "usageMetadata": told}
+
+    events = [chunk(1, None), chunk(180, "STOP"), chunk(181, None), chunk(235, "STOP")]
+    for cut in (1, 3):
+        with pytest.raises(UnreadableAnswer) as caught:
+            Usage.from_response("google", events[:cut])
+        assert caught.value.fields["partial"].output_tokens == [1, 181][cut // 2]
+    assert Usage.from_response("google", events).output_tokens == 235
+
+
+def test_a_response_that_is_told_twice_is_billed_once() -> None:
+    """By a stream's last event, and as the answer that an SDK makes of the stream; the turns of a session are added up."""
+
+    def told(id: str) -> dict[str, Any]:
+        usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
+        return {"id": id, "object": "response", "model": "gpt-4o", "status": "completed", "output": [], "usage": usage}
+
+    def done(id: str) -> dict[str, Any]:
+        return {"type": "response.completed", "response": told(id)}
+
+    assert Usage.from_response("openai", [done("a"), told("a")]).input_tokens == 100
+    assert Usage.from_response("openai", [done("a"), done("a")]).output_tokens == 10
+    assert Usage.from_response("openai", [done("a"), done("b")]).input_tokens == 200
+
+
+def test_counts_that_come_with_every_chunk_are_final_when_the_answer_has_ended() -> None:
+    """Perplexity and vLLM tell with each chunk what it was up to there: where the stream is cut, more was billed."""
+
+    def chunk(out: int | None, finish: str | None = None) -> dict[str, Any]:
+        usage = None if out is None else {"prompt_tokens": 10, "completion_tokens": out, "total_tokens": 10 + out}
+        choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": finish}
+        return {"object": "chat.completion.chunk", "model": "sonar", "choices": [choice], "usage": usage}
+
+    for events in ([chunk(1)], [chunk(None), chunk(1), chunk(2)]):
+        with pytest.raises(UnreadableAnswer) as cut:
+            Usage.from_response("perplexity", events)
+        assert cut.value.fields["reason"] == "no_usage"
+        assert cut.value.fields["partial"].output_tokens == len(events) - (len(events) > 1)
+    for events in ([chunk(1, "stop")], [chunk(1), chunk(2, "stop")], [chunk(1), chunk(2), chunk(None, "stop")]):
+        assert Usage.from_response("perplexity", events).output_tokens == min(2, len(events))
+
+
 def test_a_cut_anthropic_stream_tells_its_input_and_is_no_usage() -> None:
     reader = StreamReader("anthropic")
     start = {"input_tokens": 7, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 3, "output_tokens": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, Stopped, Threshold, Usage
 from bursar.cli import main
+from bursar.cli.options import PAGE, show
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +46,30 @@ def test_status_shows_the_published_budgets(store: str) -> None:
     assert "daily agent==planner" in shown
 
 
+def test_the_end_of_a_window_is_told_in_utc_with_its_year(tmp_path: Path) -> None:
+    """A window of Kolkata ends in the evening before, of UTC; a year's ends in another year."""
+    url = f"sqlite:///{tmp_path / 'books.db'}?durability=process"
+    with Bursar(url, [Budget("yearly", "5 USD", window="year", tz="Asia/Kolkata")]) as books:
+        books.charge("1 USD")
+        (one,) = books.status()
+    assert one.window[1] is not None
+    shown = bursar("status", "--store", url).output
+    assert "until (UTC)" in shown
+    assert f"{one.window[1].year}-12-31 18:30" in shown
+
+
+@pytest.mark.parametrize("width", ["40", "80", "100", "200"])
+def test_a_number_is_shown_whole_however_narrow_the_terminal_is(tmp_path: Path, width: str) -> None:
+    """A limit of 123456789 tokens that goes on in the next line reads as one of 12345678."""
+    url = f"sqlite:///{tmp_path / 'books.db'}?durability=process"
+    budgets = [Budget("all", "123_456_789 tokens", window="year"), Budget("each", "12345.678901234 USD", per="agent")]
+    with Bursar(url, budgets) as books, books.scope(agent="a-planner-of-many-words", run="r-17"):
+        books.charge("1234.567890123 USD")
+    for command, numbers in (("status", ["123456789 tokens", "11111.111011111"]), ("records", ["1234.567890123"])):
+        shown = CliRunner(env={"COLUMNS": width}).invoke(main, [command, "--store", url], prog_name="bursar").output
+        assert [number for number in numbers if number not in shown] == []
+
+
 def test_records_are_shown_by_tag(store: str) -> None:
     done = bursar("records", "run=r-17", "--store", store, "--format", "json")
     records = [json.loads(line) for line in done.output.splitlines()]
@@ -54,6 +80,22 @@ def test_records_are_shown_by_tag(store: str) -> None:
     assert records[1]["reason"] == "the budget 'cap' had $0.0025 available, the call needed $0.0075"
     assert bursar("records", "run=other", "--store", store, "--format", "json").output == ""
     assert "blocked" in bursar("records", "--store", store).output
+
+
+def test_a_table_is_printed_before_all_of_its_rows_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """A year of records, as a table that is made of all of them, fits into no memory."""
+    printed = []
+
+    def rows() -> Iterator[dict[str, int]]:
+        for number in range(2 * PAGE + 1):
+            yield {"number": number}
+            printed.append(capsys.readouterr().out)
+
+    show(rows(), ["number"], "table", "Numbers")
+    first, second = (text for text in printed if text)
+    assert f"{PAGE - 1}" in first
+    assert f"{2 * PAGE - 1}" in second
+    assert f"{2 * PAGE}" in capsys.readouterr().out
 
 
 def test_no_cell_of_a_csv_is_a_formula(store: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, Operator, OperatorRequired, Usage
+from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, InvalidInput, Operator, OperatorRequired, Usage
 from bursar.audit import audit
 from bursar.cli import main
 from bursar.commands import Ended, Granted
@@ -116,6 +116,50 @@ def test_i4_nobody_is_named_any_more_and_no_amount_is_another(url: Books, alice:
         assert audit(store) == []
 
 
+@pytest.mark.parametrize("alice", [*ALICE, "Alice Smith"])
+def test_i4_what_a_threshold_asks_names_nobody_either(url: Books, alice: str) -> None:
+    """The question says in words whose budget it is; that of somebody whose name begins alike stays as it is."""
+    store = open_store(url)
+    asking = Budget("day", "10 USD", per=("user", "desk"), thresholds=[{"at": "1%", "action": "ask"}])
+    with Bursar(store, [asking]) as bursar:
+        for user in (alice, f"{alice} Jr"):
+            with bursar.scope(user=user, desk="7"):
+                bursar.charge("0.20 USD")
+                with pytest.raises(ApprovalRequired):
+                    bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=5)
+        Operator(store).erase("user", alice, marker=MARKER)
+        asked = {one.tags["user"]: one.why for one in Operator(store).questions()}
+        assert f"(user={MARKER}, desk=7)" in asked[MARKER]
+        assert f"(user={alice} Jr, desk=7)" in asked[f"{alice} Jr"]
+        rows = [row for rows in url.rows().values() for row in rows]
+        for one in spellings(f"{alice} Jr"):
+            rows = [row.replace(one, "") for row in rows]
+        assert [row for row in rows if any(one in row for one in spellings(alice))] == []
+
+
+@pytest.mark.parametrize("alice", [*ALICE, "x" * 90 + " alice"])
+def test_i4_the_budget_that_a_scope_was_opened_with_names_nobody_either(url: Books, alice: str) -> None:
+    """Its name is made of the scope's tags, and is cut: in keys and rows of accounts, in counts, and as why a call was refused."""
+    store = open_store(url)
+    with Bursar(store) as bursar:
+        with bursar.scope(user=alice, desk="7", budget="0.01 USD"):
+            bursar.charge("0.001 USD")
+            with pytest.raises(BudgetExceeded):
+                bursar.reserve("openai", "gpt-4o", input_tokens=1_000_000, max_output_tokens=50)
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=5, id="open")
+        before = amounts(store)
+        Operator(store).erase("user", alice, marker=MARKER)
+        named = [
+            row for rows in url.rows().values() for row in rows if any(one[:80] in row for one in spellings(alice))
+        ]
+        assert named == []
+        assert amounts(store) == before
+        assert type(store.execute(settle("open", 7))) is Ended
+        assert audit(store) == []
+        (account,) = store.accounts()
+        assert json.loads(account.rule.key)[0] == account.rule.budget == f"scope user={MARKER} desk=7"
+
+
 def bobs(url: Books) -> list[str]:
     return sorted(row for rows in url.rows().values() for row in rows if "bob" in row)
 
@@ -184,6 +228,8 @@ def test_the_command_names_the_marker(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/books.db"
     with Bursar(url, [Budget("day", "10 USD", per="user")]) as bursar, bursar.scope(user="alice"):
         bursar.charge("0.5 USD")
+    wrong = CliRunner().invoke(main, ["erase", "--store", url, "--user", "Alice"], prog_name="bursar")
+    assert (wrong.exit_code, "Nothing in the store names user=Alice" in wrong.output) == (1, True)
     done = CliRunner().invoke(main, ["erase", "--store", url, "--user", "alice"], prog_name="bursar")
     assert done.exit_code == 0, done.output
     assert done.output.startswith(

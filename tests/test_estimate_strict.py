@@ -298,6 +298,21 @@ def test_picture_sizes_are_read_from_the_header(raw: bytes, size: tuple[int, int
         ("openai", "gpt-4o", {"type": "image_url", "image_url": {"url": "data:image/png;base64,DATA"}}, 765, 1_445),
         ("openai", "gpt-4o", {"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}}, 85, 85),
         ("openai", "gpt-4o-mini", {"type": "input_image", "image_url": "https://x/y.png"}, 36_835, 48_169),
+        (
+            "openai",
+            "ft:gpt-4o-2024-08-06:o::x",
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,LONG"}},
+            765,
+            1_445,
+        ),
+        (
+            "openrouter",
+            "openai/gpt-4o",
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,LONG"}},
+            765,
+            1_445,
+        ),
+        ("azure", "ours", {"type": "image_url", "image_url": {"url": "data:image/png;base64,LONG"}}, 25_501, 48_169),
         ("google", "gemini-2.5-flash", {"inlineData": {"mimeType": "image/png", "data": "DATA"}}, 258, 9_288),
         ("google", "gemini-3-pro", {"fileData": {"mimeType": "image/png", "fileUri": "gs://x"}}, 1_120, 2_304),
         ("bedrock", "us.amazon.nova-pro-v1:0", {"image": {"format": "png", "source": {"bytes": png(9, 9)}}}, 1, 16_384),
@@ -307,7 +322,8 @@ def test_pictures_cost_their_published_maximum(
     provider: str, model: str, part: dict[str, Any], least: int, most: int
 ) -> None:
     data = base64.b64encode(png(1_024, 512)).decode()
-    filled = part if provider == "bedrock" else json.loads(json.dumps(part).replace("DATA", data))
+    long = base64.b64encode(png(1, 2_048)).decode()  # four tiles, and few patches
+    filled = part if provider == "bedrock" else json.loads(json.dumps(part).replace("DATA", data).replace("LONG", long))
     name = "contents" if provider == "google" else "messages"
     inner = "parts" if provider == "google" else "content"
     text = {"role": "user", inner: [{"text": "Look"}]}

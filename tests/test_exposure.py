@@ -359,7 +359,13 @@ def test_the_books_alone_are_enough_and_are_left_as_they_were(tmp_path: Path) ->
 
 def test_what_cannot_be_meant_is_refused(policy: str, tmp_path: Path) -> None:
     assert "no store" in bursar("exposure", "--store", f"sqlite:///{tmp_path / 'other.db'}").output
-    for wrong in (["--speed", "5 USD"], ["--speed", "8 slots"], ["--call", "gpt-4o"], ["--call", "openai/gpt-4o 1000"]):
+    for wrong in (
+        ["--speed", "5 USD"],
+        ["--speed", "8 slots"],
+        ["--speed", "2 JPY/minute"],
+        ["--call", "gpt-4o"],
+        ["--call", "openai/gpt-4o 1000"],
+    ):
         done = bursar("exposure", "--policy", policy, *wrong)
         assert done.exit_code != 0
         assert "Write it like" in done.output

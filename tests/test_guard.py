@@ -183,6 +183,25 @@ def test_tools_cost_their_price_or_what_is_told(bursar: Bursar) -> None:
     assert spent(bursar) == (Decimal("0.065"), 0)  # each left its block at its price
 
 
+def test_a_cut_stream_that_used_a_tool_without_a_known_fee_ends_at_its_worst_case(bursar: Bursar) -> None:
+    """I9: the tokens that it told cannot be priced with that tool; the call ends all the same, with no error of Bursar's."""
+    usage = {"input_tokens": 100, "output_tokens": 1, "server_tool_use": {"dream_requests": 1}}
+    begun = {"type": "message_start", "message": {"model": "claude-sonnet-4-5", "usage": usage}}
+    with bursar.call("anthropic", "claude-sonnet-4-5", input_tokens=1_000, max_output_tokens=500) as call:
+        record = call.settle([begun])
+    assert record is not None
+    assert (record.estimated, record.cost_nanos) == (True, 1_000 * 3_000 + 500 * 15_000)
+    assert bursar.store.open_reservations() == 0
+
+
+def test_the_tokens_of_an_answer_that_used_a_tool_without_a_known_fee_are_booked(bursar: Bursar) -> None:
+    """They are known, and may be many more than were reserved: what a tool finds is read by the model."""
+    with bursar.call("anthropic", "claude-sonnet-4-5", input_tokens=1_000, max_output_tokens=500) as call:
+        record = call.settle(Usage(input_tokens=90_000, output_tokens=200, server_tools={"dream": 3}))
+    assert record is not None
+    assert (record.estimated, record.cost_nanos) == (True, 90_000 * 3_000 + 500 * 15_000)
+
+
 # -- the same id, late ends ------------------------------------------------------------------------------------------
 
 
@@ -202,6 +221,31 @@ def test_i6_the_same_id_is_the_same_call(bursar: Bursar) -> None:
     with pytest.raises(IdempotencyConflict):
         bursar.charge("0.2 USD", id="charge-1")
     assert spent(bursar) == (Decimal("0.1035"), 0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"max_output_tokens": 16_000},
+        {"region": "eu"},
+        {"body": {"service_tier": "priority"}},
+        {"usage": Usage(input_tokens=30)},
+    ],
+)
+def test_i6_a_repeated_id_asks_for_no_more_than_before(bursar: Bursar, other: dict[str, Any]) -> None:
+    """What the first reservation does not cover would go out with it."""
+    said: dict[str, Any] = {"input_tokens": 10, "max_output_tokens": 10, "id": "mine"}
+    bursar.reserve("openai", "gpt-5.1", **said)
+    with pytest.raises(IdempotencyConflict):
+        bursar.reserve("openai", "gpt-5.1", **{**said, **other})
+
+
+def test_i6_a_repeated_id_gets_the_smaller_answer_that_was_granted() -> None:
+    with Bursar("memory:", [Budget("strict", "0.01 USD", estimate="strict")]) as bursar:
+        said: dict[str, Any] = {"messages": "hello", "id": "mine"}
+        first, again = (bursar.reserve("openai", "gpt-4o", **said) for _ in range(2))
+        assert first.max_output_tokens == again.max_output_tokens < 1_000
+        assert again.capped
 
 
 def test_i5_what_has_ended_in_another_way_says_how(bursar: Bursar) -> None:

@@ -19,7 +19,18 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bursar import Budget, Bursar, BursarError, InvalidInput, Operator, PriceBook, StoreError, Usage
+from bursar import (
+    ApprovalRequired,
+    Budget,
+    Bursar,
+    BursarError,
+    InvalidInput,
+    Operator,
+    PolicyError,
+    PriceBook,
+    StoreError,
+    Usage,
+)
 from bursar.alerts import Alert, Deliverer, Message
 from bursar.alerts.routes import Alerts
 from bursar.answers import StreamReader
@@ -32,6 +43,7 @@ from bursar.errors import UnreadableAnswer
 from bursar.money import nanos
 from bursar.prices import Override
 from bursar.scope import check_tags
+from bursar.stores import open_store
 
 HUGE = 10**5_000  # Python writes out no integer of so many digits
 ODD_NUMBERS = [HUGE, -HUGE, -1, 2**63, float("nan"), float("inf"), -0.5, True, "5", None]
@@ -284,6 +296,55 @@ def test_no_name_in_the_store_reaches_the_terminal_as_more_than_text(
     assert told.output
     signs = set(told.output) - {"\n"} - ({"\r"} if "csv" in command else set())
     assert all(sign.isprintable() for sign in signs), sorted(sign for sign in signs if not sign.isprintable())
+
+
+@pytest.mark.parametrize("facts", [{"at": "x", "limit": "y"}, {"at": 1, "limit": []}, {"at": 10**30, "limit": 1}])
+def test_an_alert_of_rubbish_hides_no_other_from_the_operator(tmp_path: Path, facts: dict[str, Any]) -> None:
+    url = f"sqlite:///{tmp_path / 'b.db'}"
+    with Bursar(url, [Budget("b", "1 USD", thresholds=[{"at": "50%", "action": "notify"}])]) as bursar:
+        bursar.store.execute(Tell("rubbish", "threshold", facts))
+        bursar.charge("0.60 USD")
+    told = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["alerts", "--store", url])
+    assert told.exit_code == 0, told.exception
+    assert "b notify at 50%" in told.output
+
+
+@pytest.mark.parametrize("more", [{}, {"limit": "5 USD", "of_a_newer_version": 1}])
+def test_a_budget_that_this_version_cannot_read_is_told_by_name(tmp_path: Path, more: dict[str, Any]) -> None:
+    url = f"sqlite:///{tmp_path / 'b.db'}"
+    with Bursar(url, [Budget("b", "1 USD")]) as bursar:
+        bursar.store.publish({"other": {"name": "other", **more}})
+        bursar.charge("0.10 USD")  # it has budgets of its own
+    with pytest.raises(PolicyError, match="'other' cannot be read"):
+        Bursar(url)
+    told = CliRunner().invoke(main, ["status", "--store", url])
+    assert (told.exit_code, "policy apply" in told.output) == (1, True)
+
+
+def test_i7_a_cost_is_booked_by_the_policy_of_before_where_the_new_one_cannot_be_read() -> None:
+    store = open_store("memory:")
+    with Bursar(store, [Budget("b", "1 USD")]) as bursar:
+        bursar.charge("0.10 USD")
+        with Bursar(store) as other:
+            store.publish({"other": {"name": "other", "limit": "5 USD", "of_a_newer_version": 1}})
+            other.charge("0.20 USD")
+            with pytest.raises(PolicyError, match="cannot be read"):
+                other.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        assert [str(one.spent) for one in bursar.status()] == ["0.30"]
+
+
+@pytest.mark.parametrize(("scope", "tags"), [(["x"], {}), ("x", {}), ({}, ["agent"]), ({}, "agent"), (None, {})])
+def test_a_question_of_rubbish_hides_no_other_from_the_operator(tmp_path: Path, scope: Any, tags: Any) -> None:
+    url = f"sqlite:///{tmp_path / 'b.db'}"
+    with Bursar(url, [Budget("b", "1 USD", thresholds=[{"at": "50%", "action": "ask"}])]) as bursar:
+        rubbish = {"state": "open", "account": json.dumps(["b", "USD", "w", scope, 0]), "tags": tags, "why": ""}
+        bursar.store.publish({"ask-rubbish": rubbish}, "approval")
+        bursar.charge("0.60 USD")
+        with pytest.raises(ApprovalRequired) as caught:
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+    told = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["approvals", "--store", url])
+    assert told.exit_code == 0, told.exception
+    assert caught.value.id in told.output
 
 
 def test_what_one_may_copy_into_a_shell_is_quoted(tmp_path: Path) -> None:

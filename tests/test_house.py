@@ -76,12 +76,12 @@ ARROWS: dict[str, set[str]] = {
     "audit": _BASE | _LAW | {"retention", "signing", "stores"},
     "seal": _BASE | _LAW | {"stores"},
     "trust": _BASE | _LAW | {"signing", "stores"},
-    "operator": _BASE | _LAW | {"budget", "records", "refusal", "retention", "scope", "signing", "stores"},
+    "operator": _BASE | _LAW | {"budget", "decisions", "records", "refusal", "retention", "scope", "signing", "stores"},
     "keeper": _BASE | _LAW | {"call", "guard", "stores"},
     "driver": _BASE | _LAW | {"call", "guard", "keeper", "stores", "waiting"},
     "reservation": _BASE | _LAW | {"call", "guard", "keeper", "driver", "ending", "outcome", "records"},
     "settings": _BASE | {"budget", "detect", "policy", "prices", "scope", "sentry", "alerts"},
-    "making": _BASE | _LAW | {"call", "estimate", "guard", "reservation", "scope", "stores"},
+    "making": _BASE | _LAW | {"answers", "call", "estimate", "guard", "reservation", "scope", "stores"},
     "policy_file": _BASE
     | _LAW
     | {"budget", "detect", "files", "policy", "prices", "settings", "alerts", "records", "signing", "stores"},

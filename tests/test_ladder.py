@@ -33,6 +33,7 @@ from bursar import (
 )
 from bursar.commands import Refused, Stepped
 from bursar.policy import Policy
+from bursar.stores import open_store
 from bursar.stores.memory import MemoryStore
 from bursar.testing import ManualClock
 
@@ -154,6 +155,21 @@ def test_a_charge_by_an_older_policy_tells_no_mark_twice(desk: Any) -> None:
     assert account.rule.limit == 5_000_000_000
 
 
+def test_another_currency_is_not_taken_for_dollars(desk: Any) -> None:
+    """An operator and a threshold know no rates: 100 JPY are not 100 USD."""
+    here = desk(Threshold("50%", "ask"))
+    here.spend(5)
+    with pytest.raises(InvalidInput, match="5 USD"):
+        here.operator.raise_limit("b", "100 JPY")
+    with pytest.raises(ApprovalRequired) as caught:
+        here.spend()
+    with pytest.raises(InvalidInput, match="5 USD"):
+        here.operator.approve(caught.value.id, raise_by="100 JPY")
+    with pytest.raises(PolicyError, match="USD"):
+        Threshold("50%", "throttle", rate="100 JPY/hour")
+    assert Threshold("50%", "throttle", rate="0.10 USD/hour").rate
+
+
 def test_a_raised_limit_arms_the_marks_that_lie_above_again(desk: Any) -> None:
     here = desk(Threshold("20%", "notify"), Threshold("80%", "notify"))
     here.spend(8)
@@ -200,7 +216,7 @@ def test_a_call_that_was_downgraded_may_be_repeated(desk: Any) -> None:
     first = here.bursar.reserve("openai", "gpt-4o", **said)
     assert (first.model, first.max_output_tokens, first.capped) == ("gpt-4-turbo", 4_096, True)
     again = here.bursar.reserve("openai", "gpt-4o", **said)
-    assert again.id == first.id
+    assert (again.id, again.model, again.max_output_tokens, again.capped) == (first.id, "gpt-4-turbo", 4_096, True)
     assert here.bursar.store.open_reservations() == 1
     with pytest.raises(IdempotencyConflict):
         here.bursar.reserve("openai", "gpt-4o-mini", **said)
@@ -281,6 +297,17 @@ def test_throttle_lets_calls_through_at_its_rate(desk: Any, clock: ManualClock) 
     assert clock.now_us() - began_us >= 30_000_000
 
 
+def test_the_stricter_of_two_throttles_holds(desk: Any) -> None:
+    """Of the same unit and period: the second mark's rate takes the place of the first one's, whose account it goes on with."""
+    slow, slower = (Threshold(at, "throttle", rate=f"{n} requests/minute") for at, n in (("20%", 6), ("50%", 2)))
+    here = desk(slow, slower)
+    for cents, limit in ((2, 6), (2, 2)):  # the call after these meets the next mark
+        here.spend(cents)
+        here.spend()
+        (throttle,) = (one for one in here.bursar.store.accounts() if "throttle" in one.rule.key)
+        assert throttle.rule.limit == limit
+
+
 def test_ask_stops_until_an_operator_approves(desk: Any) -> None:
     here = desk(Threshold("50%", "ask"), owner="ann@example.com")
     here.spend(5)
@@ -315,6 +342,36 @@ def test_an_approval_may_raise_the_limit_for_a_time(desk: Any, clock: ManualCloc
     with pytest.raises(BudgetExceeded) as over:
         here.spend()
     assert over.value.limit == Decimal("0.1")
+
+
+def test_a_question_whose_window_is_over_waits_for_no_answer(clock: ManualClock) -> None:
+    """To approve it would change nothing, and the operator would take it for done."""
+    store = open_store("memory:", clock)
+    operator = Operator(store, Operator(store).appoint())
+    daily = Budget("b", "1 USD", window="day", thresholds=[Threshold("50%", "ask")])
+    with Bursar(store, [daily], clock=clock) as bursar:
+        bursar.charge("0.60 USD")
+        with pytest.raises(ApprovalRequired) as caught:
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        assert [one.state for one in operator.questions()] == ["open"]
+        clock.advance(86_400)
+        assert [one.state for one in operator.questions()] == ["over"]
+        with pytest.raises(InvalidInput, match="is over"):
+            operator.approve(caught.value.id)
+
+
+def test_a_kill_of_a_window_that_is_long_over_is_not_listed(clock: ManualClock) -> None:
+    """Among those of every day before, nobody would find the one that stops calls now."""
+    operator = Operator(store := open_store("memory:", clock))
+    daily = Budget("b", "1 USD", window="day", thresholds=[Threshold("50%", "kill")])
+    with Bursar(store, [daily], clock=clock) as bursar:
+        bursar.charge("0.60 USD")
+        with pytest.raises(BudgetExceeded):
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        operator.freeze({"agent": "a"})
+        assert len(operator.frozen()) == 2
+        clock.advance(4 * 86_400)
+        assert list(operator.frozen()) == ["agent=a"]
 
 
 def test_a_denied_question_refuses(desk: Any) -> None:

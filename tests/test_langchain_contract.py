@@ -77,6 +77,15 @@ class TestLangChain(AdapterContract):
         agent = create_agent(self.chat(url), [StructuredTool.from_function(search)], name="planner")
         return agent.invoke({"messages": [("user", prompt)]}, config={"recursion_limit": 200})
 
+    def cached(self, url: str, prompt: str) -> Any:
+        from langchain_core.caches import InMemoryCache
+
+        model = self.chat(url, cache=InMemoryCache())
+        return [model.invoke(prompt) for _ in range(2)]
+
+    def fall_back(self, url: str, prompt: str) -> Any:
+        return self.chat(url).with_fallbacks([self.chat(url, temperature=0)]).invoke(prompt)
+
     def embed(self, url: str, texts: Sequence[str]) -> Any:
         from langchain_openai import OpenAIEmbeddings
 

@@ -17,9 +17,9 @@ import tiny_adapter
 
 
 class TestTiny(AdapterContract):
-    """A client without async calls, agents, embeddings or retries."""
+    """A client without async calls, agents, embeddings, retries, a cache or fallbacks."""
 
-    lacks = frozenset({"acall", "astream", "agent", "embed", "retries"})
+    lacks = frozenset({"acall", "astream", "agent", "embed", "retries", "cache", "fallback"})
 
     def install(self, bursar: Bursar) -> AbstractContextManager[Any]:
         return tiny_adapter.install(bursar)

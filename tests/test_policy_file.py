@@ -132,6 +132,23 @@ def test_every_place_of_a_toml_file_has_its_line() -> None:
     assert lines["many", 1, "inner", 0, "sub", "k"] == 24
 
 
+def test_off_and_no_are_words_in_yaml_too(tmp_path: Path) -> None:
+    """As in YAML 1.2, and as whoever writes `mode: off` means it; 1.1 takes them for true and false."""
+    text = "detectors: off\nbudget:\n  - {name: a, limit: 5 USD, mode: off, match: {country: [no, yes]}, owner: on}\n"
+    (tmp_path / "p.yaml").write_text(text)
+    policy = read_policy(tmp_path / "p.yaml")
+    (budget,) = policy.budget
+    assert (policy.detectors, budget.mode, budget.match, budget.owner) == (
+        "off",
+        "off",
+        {"country": ["no", "yes"]},
+        "on",
+    )
+    (tmp_path / "p.yaml").write_text("store: true\n")
+    with pytest.raises(PolicyError):
+        read_policy(tmp_path / "p.yaml")
+
+
 def test_toml_and_yaml_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BURSAR_STORE", raising=False)
     (tmp_path / "p.toml").write_text(

@@ -30,6 +30,7 @@ from bursar.stores.erasing import Erasure
 from bursar.stores.leases import recover
 from bursar.stores.leases.journal import Journal
 from bursar.stores.postgres import PostgresStore
+from bursar.stores.postgres import server as server_module
 from bursar.stores.postgres.server import _upgrade, split
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, charge, reserve, rule, settle
@@ -321,6 +322,20 @@ def test_a_sum_beyond_2_63_overflows_and_harms_no_other_command(store: PostgresS
     assert [type(answer) for answer in answers] == [StoreError, *[Granted] * 5]
 
 
+def test_whoever_stops_amid_a_prune_holds_the_records_for_a_while_only(
+    url: str, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between taking a month out and its commit: nobody could write a record meanwhile."""
+    monkeypatch.setattr(server_module, "STOPPED_S", 0.3)
+    stopped = server_module.connect(*split(url), timeout_s=0)
+    with contextlib.closing(stopped):
+        stopped.execute("BEGIN")
+        stopped.execute("LOCK TABLE records_timed IN ACCESS EXCLUSIVE MODE")
+        assert type(store.execute(charge(f"{store.now_us():014x}", (DOLLAR, 5)))) is Ended
+        with pytest.raises(psycopg.Error, match="idle-in-transaction"):
+            stopped.execute("COMMIT")
+
+
 def test_i2_rows_that_contradict_each_other_are_damage(store: PostgresStore) -> None:
     store.execute(reserve("a", (DOLLAR, 60)))
     with connect() as connection:
@@ -331,6 +346,18 @@ def test_i2_rows_that_contradict_each_other_are_damage(store: PostgresStore) -> 
         with fails("damaged", "is missing"):
             store.execute(settle("a", 25))
     assert store.open_reservations() == 1
+
+
+def test_i9_a_damaged_reservation_keeps_no_other_from_its_expiry(store: PostgresStore) -> None:
+    other = rule("other", 10**12)
+    for id, of in (("a", DOLLAR), ("b", other), ("c", other)):
+        store.execute(reserve(id, (of, 60), ttl_us=1))
+    with connect() as connection:
+        connection.execute("DELETE FROM accounts WHERE budget = 'b'")
+    with fails("damaged", "is missing"):
+        store.sweep()
+    assert [open.id for open in store.reservations()] == ["a"]
+    assert spent(store, other) == (120, 0)
 
 
 def test_a_schema_of_a_newer_bursar(url: str, store: PostgresStore) -> None:
@@ -425,6 +452,31 @@ def test_i1_stores_that_make_the_same_accounts_at_once_count_them_once(url: str,
     assert [type(answer) for answer in answers].count(Granted) == 20
     assert [answer for answer in answers if type(answer) is Rejected] == [Rejected("accounts", "b")] * 20
     assert len(list(store.accounts())) == 10
+    other.close()
+
+
+def test_i3_an_account_that_goes_while_batches_wait_for_it_is_made_once(url: str, store: PostgresStore) -> None:
+    """It is retired, or renamed, by a transaction for which both have waited: neither may write over what the other holds."""
+    store.execute(charge("first", (DOLLAR, 5)))
+    other, answers = PostgresStore(url), []
+
+    def work(of: PostgresStore, name: str) -> None:
+        answers.extend(of._apply([reserve(f"{name}{number}", (DOLLAR, 60)) for number in range(2)], True))
+
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with connect() as somebody:
+        with somebody.transaction():
+            somebody.execute("DELETE FROM accounts")
+            threads = [threading.Thread(target=work, args=each) for each in ((store, "a"), (other, "b"))]
+            for thread in threads:
+                thread.start()
+            with connect() as watch:
+                while watch.execute(waiting).fetchall() != [(2,)]:
+                    assert not answers
+        for thread in threads:
+            thread.join()
+    assert [type(answer) for answer in answers] == [Granted] * 4
+    assert spent(store) == (0, 240)
     other.close()
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bursar.errors import UnknownPrice
+from bursar.errors import InvalidInput, UnknownPrice
 from bursar.prices import ModelPrice, Override, PriceBook
 from bursar.prices.rates import Rates
 from bursar.usage import Usage
@@ -362,3 +363,9 @@ def test_a_usage_is_what_was_given_in_whatever_order_and_nothing_else() -> None:
         Usage(tokens_in=1)  # type: ignore[call-arg]
     with pytest.raises(AttributeError):
         usage.input_tokens = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("price", [0.002, None, "0.002 EUR", "-1 USD", "USD"])
+def test_a_price_of_a_tool_that_is_none_is_an_error_of_bursars(price: Any) -> None:
+    with pytest.raises(InvalidInput):
+        PriceBook.packaged().with_overrides(tools={"crawler": price})

@@ -8,6 +8,7 @@ import pytest
 
 from bursar.errors import InvalidInput, UnknownPrice
 from bursar.prices import Override, PriceBook, provider_of_url
+from bursar.prices.hosts import region_of_url
 from bursar.prices.names import provider_name
 from bursar.usage import Usage
 
@@ -293,3 +294,20 @@ def test_an_override_of_another_provider_does_not_hold() -> None:
 )
 def test_the_host_of_a_base_url_tells_who_bills(url: str, name: str | None) -> None:
     assert provider_of_url(url) == name
+
+
+@pytest.mark.parametrize(
+    ("url", "region"),
+    [
+        ("https://api.openai.com/v1", None),
+        ("https://eu.api.openai.com/v1/", "eu"),
+        ("https://eu.api.openai.com.example.org/v1/", None),
+        ("https://aiplatform.googleapis.com/v1", None),
+        ("https://us-east5-aiplatform.googleapis.com/v1", "us-east5"),
+        ("https://aiplatform.us.rep.googleapis.com/v1", "us"),
+        ("https://bedrock-runtime.us-west-2.amazonaws.com", None),
+        ("http://[broken", None),
+    ],
+)
+def test_the_host_of_a_base_url_tells_the_region_that_has_a_price(url: str, region: str | None) -> None:
+    assert region_of_url(url) == region

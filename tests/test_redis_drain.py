@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from click.testing import CliRunner
 from redis_server import fresh_cluster_url, fresh_url, server
 from test_redis_cluster import reserve as org_reserve
 
-from bursar import Budget, BudgetExceeded, Bursar, StoreError, Usage
+from bursar import Budget, BudgetExceeded, Bursar, Operator, StoreError, Usage
 from bursar.cli import main
-from bursar.commands import Draw, Ended, Entry, Granted, Release, Settle
+from bursar.commands import Draw, Ended, Entry, Granted, Release, Settle, Tell
 from bursar.stores import open_store
 from bursar.stores.base import Store
 from bursar.stores.memory import MemoryStore
@@ -25,6 +26,7 @@ from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import TTL_US, charge, reserve, rule, settle
 
 DOLLAR = rule("b", 10**12)
+DAY_US = 86_400_000_000
 
 
 @pytest.fixture
@@ -193,3 +195,119 @@ def test_the_command_and_the_reports_after_it(tmp_path: Path) -> None:
         assert status.spent == before[0].cost_usd or status.spent == before[1].cost_usd
     for words in (["--from", target, "--to", target], ["--from", source, "--to", source]):
         assert CliRunner().invoke(main, ["drain", *words]).exit_code == 2
+
+
+def test_accounts_at_rest_are_retired(store: RedisStore, clock: ManualClock, target: Store) -> None:
+    budgets = [
+        Budget("run", "1 USD", per="run"),
+        Budget("pace", "5 requests/minute", per="run"),
+        Budget("team", "90 USD", per="team"),
+        Budget("day", "9 USD", window="day", per="team"),
+    ]
+
+    def spend(run: str) -> None:
+        with bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=60_000, tags={"run": run}) as call:
+            call.settle(Usage(input_tokens=10, output_tokens=60_000))
+
+    def there(budget: str) -> list[str]:
+        return sorted(account.rule.scope for account in store.accounts() if account.rule.budget == budget)
+
+    def prune() -> int:
+        return Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)[0].accounts
+
+    with Bursar(store, budgets, clock=clock, max_accounts=2) as bursar, bursar.scope(team="red"):
+        spend("old")
+        clock.advance(us=200 * DAY_US)
+        assert prune() == 0  # nobody has drained: the records name them all
+        assert drain(store, target) == 1
+        spend("new")
+        with pytest.raises(StoreError, match="bursar prune"):
+            spend("next")
+        drain(store, target)
+        of_new = [account.rule for account in store.accounts() if "new" in account.rule.scope]
+        store.execute(reserve("open", *((one, 0) for one in of_new), ttl_us=400 * DAY_US, version=99))
+        assert prune() == 3
+        assert there("run") == there("pace") == ['{"run": "new"}']
+        assert len(there("team")) == len(there("day")) == 1
+        spend("old")  # which begins anew
+        drain(store, target)
+        clock.advance(us=200 * DAY_US)
+        assert prune() == 2 + 1
+        assert there("run") == there("pace") == ['{"run": "new"}']  # which the open reservation names
+        spend("next")
+        assert [account.spent for account in store.accounts() if account.rule.budget == "team"] == [
+            sum(entry.cost_nanos for entry in [*target.entries(), *store.entries()])
+        ]
+
+
+def test_what_an_operator_granted_a_run_is_not_granted_again(
+    store: RedisStore, clock: ManualClock, target: Store
+) -> None:
+    with Bursar(store, [Budget("run", "1 USD", per="run")], clock=clock) as bursar:
+        operator = Operator(store, Operator(store, by="ann").appoint(), by="ann")
+        for run in ("raised", "as it was"):
+            with bursar.scope(run=run):
+                bursar.charge("1 USD")
+        operator.raise_limit("run", "1 USD", {"run": "raised"})
+        drain(store, target)
+        clock.advance(us=200 * DAY_US)
+        assert operator.prune(clock.now_us() - 190 * DAY_US)[0].accounts == 1
+        assert [account.rule.scope for account in store.accounts()] == ['{"run": "raised"}']
+
+
+def test_what_has_expired_long_before_its_drain_may_be_corrected_after_it(
+    store: RedisStore, clock: ManualClock, target: Store
+) -> None:
+    of_day = {"start_us": clock.now_us(), "end_us": clock.now_us() + DAY_US}
+    lines = [(one, 10) for one in (rule("day", 10**9, **of_day), rule("run", 10**9, of="r"))]
+    for id in ("late", "unbilled"):
+        store.execute(reserve(id, *lines, ttl_us=1_000_000))
+    clock.advance(2)
+    assert store.sweep() == 2
+    clock.advance(us=200 * DAY_US)
+    assert drain(store, target) == 2
+    assert Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)[0].accounts == 0
+    clock.advance(us=90 * DAY_US)
+    for command in (settle("late", 6), Release("unbilled")):
+        assert type(store.execute(command)) is Ended
+    assert [account.spent for account in store.accounts()] == [6, 6]
+    drain(store, target)
+    clock.advance(us=200 * DAY_US)
+    assert Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)[0].accounts == 2
+
+
+def test_old_alerts_are_forgotten(store: RedisStore, clock: ManualClock) -> None:
+    for name, days in (("told", 0), ("untold", 200), ("new", 0)):
+        store.execute(Tell(name, "frozen", {}))
+        clock.advance(us=days * DAY_US)
+    store.delivered(["told"])
+    Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)
+    assert [alert.id for alert, _ in store.alerts()] == [alert.id for alert, _ in store.claim(9, DAY_US)] == ["new"]
+
+
+def test_an_account_that_moves_meanwhile_stays(store: RedisStore, clock: ManualClock, target: Store) -> None:
+    runs = [rule("run", 10**12, of=f"r{number}") for number in range(2_500)]
+    for number, one in enumerate(runs):
+        store.execute(charge(f"c{number}", (one, 5)))
+    drain(store, target)
+    clock.advance(us=200 * DAY_US)
+    stop = threading.Event()
+
+    def work() -> None:
+        for number, one in enumerate(runs[::2]):
+            for command in (reserve(f"m{number}", (one, 60), version=99), settle(f"m{number}", 25)):
+                assert type(store.execute(command)) in (Granted, Ended)
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    pruned, _ = Operator(store, by="ann").prune(clock.now_us() - 190 * DAY_US)
+    stop.set()
+    thread.join()
+    assert pruned.accounts >= len(runs) // 2
+    spent = {account.rule.key: account.spent for account in store.accounts()}
+    for entry in store.entries():
+        for key in entry.amounts:
+            assert spent.pop(key) in (25, 30)
+    assert not spent or set(spent.values()) == {5}

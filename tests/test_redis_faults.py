@@ -337,6 +337,18 @@ def test_i2_rows_that_contradict_each_other_are_damage(store: RedisStore) -> Non
     assert store.open_reservations() == 1
 
 
+def test_i9_a_damaged_reservation_keeps_no_other_from_its_expiry(store: RedisStore) -> None:
+    other = rule("other", 10**12)
+    for id, of in (("a", DOLLAR), ("b", other), ("c", other)):
+        store.execute(reserve(id, (of, 60), ttl_us=1))
+    with server().client() as client:
+        client.delete(f"bursar{{bursar}}:a:{DOLLAR.key}")
+    with fails("damaged", "is missing"):
+        store.sweep()
+    assert [open.id for open in store.reservations()] == ["a"]
+    assert [account.spent for account in store.accounts([other.key])] == [120]
+
+
 def test_keys_of_another_version(url: str, store: RedisStore) -> None:
     store.execute(reserve("a", (DOLLAR, 60)))
     with server().client() as client:

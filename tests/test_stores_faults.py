@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bursar import Budget, Bursar, StoreError, Usage
+from bursar import Budget, Bursar, StoreError, Usage, keeper
 from bursar.accounts import Rule
 from bursar.commands import Answer, Ended, Granted, Release, Reserve, Settle
 from bursar.stores import open_store
@@ -244,6 +244,31 @@ def test_i12_closed_by_default_and_open_where_every_budget_says_so(path: Path) -
         assert status.spent == sum(record.cost_usd for record in bursar.records())
 
 
+def test_costs_that_nothing_else_would_book_wait_beyond_other_ends(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keeper, "MAX_KEPT", 1)
+    monkeypatch.setattr(keeper, "MAX_UNGUARDED", 3)
+    store = SqliteStore(path, busy_timeout_s=0.05)
+    with Bursar(store, [Budget("all", "5 USD", on_unreachable="open")]) as bursar, bursar.scope(team="red"):
+        guarded = [bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100) for _ in range(2)]
+        with lock(path):
+            unguarded = [
+                bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100) for _ in range(3)
+            ]
+            for reservation in (*guarded, *unguarded):
+                with fails("locked", "Another process"):
+                    reservation.settle(Usage(input_tokens=1_000, output_tokens=50))
+        bursar.tend()
+        kinds = sorted(record.kind for record in bursar.records())
+        assert kinds == ["charge", "charge", "settlement"]
+        assert [open.id for open in store.reservations()] == [guarded[1].id]
+    left, lost = [record.getMessage() for record in caplog.records if "wait for the store" in record.getMessage()]
+    assert left.endswith(f"{guarded[1].id} is left to its expiry")
+    assert "book 0.003 USD of {" in lost
+    assert "'team': 'red'" in lost
+
+
 # -- full, read-only, missing ----------------------------------------------------------------------------------------
 
 
@@ -414,6 +439,18 @@ def test_rows_that_contradict_each_other_are_noticed(store: SqliteStore, path: P
     with fails("damaged", "restore the file from a backup"):
         store.execute(settle("a"))
     assert list(store.entries()) == []
+
+
+def test_i9_a_damaged_reservation_keeps_no_other_from_its_expiry(store: SqliteStore, path: Path) -> None:
+    for id in "abc":
+        store.execute(reserve(id)._replace(ttl_us=1))
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE reservations SET held = '[[\"x\",\"USD\",10]]' WHERE id = 'a'")
+        other.commit()
+    with fails("damaged", "x is missing"):
+        store.sweep()
+    assert [open.id for open in store.reservations()] == ["a"]
+    assert spent(store) == (20, 10)
 
 
 def test_a_store_of_a_newer_schema_is_left_alone(path: Path) -> None:

@@ -26,10 +26,11 @@ from bursar import (
 )
 from bursar.audit import audit
 from bursar.cli import main
-from bursar.commands import Settle
+from bursar.commands import Definition, Settle
+from bursar.decisions import Decisions
 from bursar.policy_file import PolicyWatch
 from bursar.seal import is_broken, seal
-from bursar.signing import PREFIX
+from bursar.signing import PREFIX, _signed
 from bursar.testing import ManualClock
 
 OWN, THIEF = (OperatorKey(PREFIX + base64.urlsafe_b64encode(bytes([seed] * 32)).decode()) for seed in (1, 2))
@@ -215,6 +216,24 @@ def test_a_change_that_the_operator_signed_is_taken_and_an_old_one_is_not_taken_
     with pytest.raises(BudgetExceeded):
         spend(bursar)
     assert {one.what for one in audit(bursar.store)} == {"signature"}
+
+
+def test_old_decisions_are_not_verified_with_every_change() -> None:
+    """There may be thousands, and each process takes every change: a signature is looked at when its account is asked for."""
+    key = OperatorKey.generate()
+    raises = {
+        f"raise {number}": Definition(
+            2 + number, key.sign("raise", f"raise {number}", {"account": f"a{number}", "raise_by": 5})
+        )
+        for number in range(9)
+    }
+    forged = Definition(99, {"account": "a1", "raise_by": 70, "signature": ""})
+    held = {"operator": {"operator": Definition(1, {"public": key.public})}, "raise": {**raises, "forged": forged}}
+    before = _signed.cache_info().misses
+    decisions = Decisions(held)
+    assert _signed.cache_info().misses == before
+    assert [decisions.granted(account, 0) for account in ("a0", "a1", "nobody")] == [(5, False), (5, False), (0, False)]
+    assert _signed.cache_info().misses == before + 3
 
 
 def test_without_an_operator_budgets_change_freely(open_books: Callable[..., Bursar]) -> None:

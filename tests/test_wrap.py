@@ -17,7 +17,7 @@ from bursar.wrap.construct import guard_new_clients
 class TestOpenAI(AdapterContract):
     """The client of OpenAI."""
 
-    lacks = frozenset({"agent"})
+    lacks = frozenset({"agent", "cache", "fallback"})
 
     @contextlib.contextmanager
     def install(self, bursar: Bursar) -> Iterator[None]:
@@ -84,7 +84,7 @@ class TestNewClients(TestOpenAI):
 class TestResponses(TestOpenAI):
     """The same through the responses API."""
 
-    lacks = frozenset({"agent", "n", "embed"})
+    lacks = TestOpenAI.lacks | {"n", "embed"}
 
     def asked(self, prompt: str, max_tokens: int, **more: Any) -> dict[str, Any]:
         more.pop("n", None)
@@ -112,7 +112,7 @@ class TestResponses(TestOpenAI):
 class TestAnthropic(TestOpenAI):
     """The client of Anthropic. The contract's model is gpt-4o: any provider may sell it in Anthropic's wire format."""
 
-    lacks = frozenset({"agent", "n", "embed"})
+    lacks = TestOpenAI.lacks | {"n", "embed"}
 
     def messages(self, url: str, timeout_s: float = 30, retries: int = 0) -> anthropic.Anthropic:
         plain = anthropic.Anthropic(base_url=url, api_key="any", timeout=timeout_s, max_retries=retries)
@@ -147,7 +147,7 @@ class TestAnthropic(TestOpenAI):
 class TestAnthropicHelper(TestAnthropic):
     """Anthropic's helper for streams, `messages.stream`."""
 
-    lacks = frozenset({"agent", "n", "embed", "call", "acall", "retries"})
+    lacks = TestAnthropic.lacks | {"call", "acall", "retries"}
 
     def stream(self, url: str, prompt: str, *, max_tokens: int = 500, timeout_s: float = 30) -> Iterator[Any]:
         with self.messages(url, timeout_s).messages.stream(**self.asked(prompt, max_tokens)) as stream:

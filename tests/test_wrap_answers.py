@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import copy
 import gc
 import gzip
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from bursar import Budget, Bursar, Override, PriceBook, UsageRecord
 from bursar.commands import Settle
-from bursar.testing.provider import Answer, Provider, Rates, recorded
+from bursar.testing.provider import Answer, Fault, Provider, Rates, recorded
 from bursar.wrap.answer import Answer as PassingAnswer
 from bursar.wrap.answer import answer_of
 from bursar.wrap.doors import visit
@@ -191,6 +192,49 @@ def test_retries_are_reserved_for(provider: Provider) -> None:
         assert held >= 4 * 100 * 10_000 / 10**9
         list(stream)
         assert bursar.status()[0].reserved == 0
+
+
+REFUSED, FAILED, BUSY = (Fault("refuse", status=status, retry_after_s=0.001) for status in (429, 500, 529))
+
+
+@pytest.mark.parametrize("estimate", ["strict", "learned"])
+@pytest.mark.parametrize(
+    ("faults", "estimated"),
+    [
+        ([Fault("hang")], True),
+        ([FAILED], True),
+        ([REFUSED], False),
+        ([BUSY], False),
+        ([Fault("hang"), REFUSED], True),
+        ([FAILED, FAILED], True),
+        ([REFUSED, REFUSED], False),
+    ],
+)
+def test_an_attempt_that_the_client_repeats_may_have_been_billed(
+    provider: Provider, faults: list[Fault], estimated: bool, estimate: str
+) -> None:
+    """It is booked at its worst case, whether the last attempt was answered or refused; an attempt that was refused is free."""
+    for style in ("sync", "async"):
+        provider.script(faults)
+        billed = provider.billed_nanos
+        with Bursar("memory:", [Budget("all", "100 USD", estimate=estimate)]) as bursar:
+            _ask(bursar, provider, style, timeout_s=0.2 if faults[0].kind == "hang" else 30)
+            record, billed = only(bursar), provider.billed_nanos - billed
+            assert record.estimated == estimated
+            assert record.cost_nanos >= billed if estimated else record.cost_nanos == billed
+            assert bursar.status()[0].overrun == 0 or estimate == "learned"
+
+
+def _ask(bursar: Bursar, provider: Provider, style: str, *, timeout_s: float) -> None:
+    """One call that is tried twice at most, and may fail all the same."""
+    messages = [{"role": "user", "content": "hello " * 1_000}]
+    asked: Any = {"model": "gpt-4o", "messages": messages, "max_tokens": 600}
+    options: Any = {"base_url": f"{provider.url}/v1", "api_key": "any", "timeout": timeout_s, "max_retries": 1}
+    with contextlib.suppress(openai.APIError):
+        if style == "sync":
+            bursar.wrap(openai.OpenAI(**options)).chat.completions.create(**asked)
+        else:
+            asyncio.run(bursar.wrap(openai.AsyncOpenAI(**options)).chat.completions.create(**asked))
 
 
 def test_an_early_close_is_booked_at_once(provider: Provider, bursar: Bursar) -> None:
@@ -404,3 +448,22 @@ def test_what_only_the_first_chunk_says_decides_the_price_too(told: tuple[str, .
         passing.end_now()
         booked = only(bursar).usage
     assert {name: booked.get(name) for name in facts} == (facts if told else dict.fromkeys(facts))
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_counts_of_every_chunk_are_the_bill_where_the_stream_says_that_it_is_done(bursar: Bursar, done: bool) -> None:
+    """Perplexity and vLLM tell them as they go on: a stream that is cut is booked at the most it may have."""
+    body = {"model": "gpt-4o", "messages": MESSAGES, "stream": True, "max_tokens": 600}
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    reservation = bursar.reserve("openai", "gpt-4o", body=body)
+    passing = answer_of(reservation, visit("chat/completions", "openai", body, None, 0), response)
+    for out in (1, 500):
+        usage = {"prompt_tokens": 1_000, "completion_tokens": out, "total_tokens": 1_000 + out}
+        choices = [{"index": 0, "delta": {"content": "x"}, "finish_reason": None}]
+        event = {"object": "chat.completion.chunk", "model": "gpt-4o", "choices": choices, "usage": usage}
+        passing.feed(f"data: {json.dumps(event)}\n\n".encode())
+    if done:
+        passing.feed(b"data: [DONE]\n\n")
+    passing.end_now()
+    record = only(bursar)
+    assert (record.estimated, record.cost_nanos) == ((False, COST_NANOS) if done else (True, COST_NANOS + 1_000_000))

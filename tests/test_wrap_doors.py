@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 from canned import Canned, CannedProvider
@@ -163,6 +164,18 @@ FREE: dict[str, Callable[[openai.OpenAI], Any]] = {
 }
 
 
+def test_retrieving_a_background_response_again_costs_nothing(bursar: Bursar) -> None:
+    failed = Canned({"error": {"message": "busy"}}, status=500, headers={"retry-after-ms": "1"})
+    answers = [failed, Canned(response("completed", USED))]
+    routes = {"POST /v1/responses": Canned(response("queued")), "GET /v1/responses/resp_1": lambda body: answers.pop(0)}
+    with CannedProvider(routes) as provider:
+        client = bursar.wrap(plain(provider)).with_options(max_retries=1)
+        client.responses.create(model="gpt-4o", input="hello", background=True)
+        client.responses.retrieve("resp_1")
+    assert not answers
+    assert (only(bursar).cost_nanos, only(bursar).estimated) == (7_500_000, False)
+
+
 @pytest.mark.parametrize("what", FREE)
 def test_what_is_free_passes(what: str, provider: CannedProvider) -> None:
     with Bursar("memory:", [Budget("none", "0.000000001 USD")]) as bursar:
@@ -290,6 +303,22 @@ def test_the_provider_is_told_by_class_and_host(kind: type, url: str, name: str)
 )
 def test_a_path_is_known_in_every_spelling(url: str) -> None:
     assert path_of(url, "https://api.example.com/base/") == "chat/completions"
+
+
+def test_openais_data_residency_costs_what_it_adds(bursar: Bursar) -> None:
+    """A tenth more from gpt-5.4 on, by OpenAI's price page. The answer does not say it: the client's base URL does."""
+    answer = {
+        "id": "c", "object": "chat.completion", "created": 1, "model": "gpt-5.4", "choices": [],
+        "usage": {"prompt_tokens": 100_000, "completion_tokens": 0, "total_tokens": 100_000},
+    }  # fmt: skip
+    hosts = ("api.openai.com", "eu.api.openai.com")
+    with CannedProvider({f"POST http://{host}/v1/chat/completions": Canned(answer) for host in hosts}) as provider:
+        for host in hosts:
+            with httpx.Client(proxy=provider.url) as http:
+                plain = openai.OpenAI(base_url=f"http://{host}/v1", api_key="any", max_retries=0, http_client=http)
+                bursar.wrap(plain).chat.completions.create(model="gpt-5.4", messages=MESSAGES)
+    usual, regional = (record.cost_nanos for record in bursar.records())
+    assert regional * 10 == usual * 11
 
 
 def test_what_was_sent_is_what_was_measured(provider: CannedProvider, bursar: Bursar) -> None:

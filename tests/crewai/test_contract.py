@@ -35,6 +35,8 @@ def crew(llm: Any, prompt: str, *tools: Any, **options: Any) -> Any:
 class TestCrewAI(AdapterContract):
     """Calls and tasks by the LLM object, streams and agents by crews."""
 
+    lacks = frozenset({"cache", "fallback"})
+
     @contextmanager
     def install(self, bursar: Bursar) -> Iterator[None]:
         uninstall = install(bursar)

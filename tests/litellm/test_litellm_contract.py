@@ -15,7 +15,7 @@ from bursar_litellm import BursarLogger, install
 
 
 def options(
-    url: str, prompt: str, *, max_tokens: int = 500, timeout_s: float = 30, n: int = 1, retries: int = 0
+    url: str, prompt: str, *, max_tokens: int = 500, timeout_s: float = 30, n: int = 1, retries: int = 0, **more: Any
 ) -> dict[str, Any]:
     return {
         "model": "openai/gpt-4o",
@@ -26,6 +26,7 @@ def options(
         "max_retries": retries,
         "timeout": timeout_s,
         **({"n": n} if n > 1 else {}),
+        **more,
     }
 
 
@@ -54,6 +55,17 @@ class TestFunctions(AdapterContract):
         async for chunk in await litellm.acompletion(**options(url, prompt, **more), stream=True):
             yield chunk
 
+    def cached(self, url: str, prompt: str) -> Any:
+        litellm.cache = litellm.Cache()
+        try:
+            return [self.call(url, prompt, caching=True) for _ in range(2)]
+        finally:
+            litellm.cache = None
+
+    def fall_back(self, url: str, prompt: str) -> Any:
+        second = {"model": "openai/gpt-4o", "api_base": f"{url}/v1"}
+        return litellm.completion(**options(url, prompt), fallbacks=[second])
+
     def embed(self, url: str, texts: Sequence[str]) -> Any:
         return litellm.embedding(
             model="text-embedding-3-small", input=list(texts), api_base=f"{url}/v1", api_key="any", max_retries=0
@@ -65,7 +77,7 @@ class TestRouter(TestFunctions):
 
     def router(self, url: str, prompt: str, *, retries: int = 0, **more: Any) -> tuple[Any, dict[str, Any]]:
         deployment = {"model": "openai/gpt-4o", "api_base": f"{url}/v1", "api_key": "any"}
-        models = [{"model_name": "main", "litellm_params": deployment}]
+        models = [{"model_name": name, "litellm_params": deployment} for name in ("main", "second")]
         settings = {**options(url, prompt, **more), "model": "main"}
         for name in ("api_base", "api_key", "max_retries"):
             del settings[name]
@@ -78,6 +90,10 @@ class TestRouter(TestFunctions):
     def call(self, url: str, prompt: str, **more: Any) -> Any:
         router, settings = self.router(url, prompt, **more)
         return router.completion(**settings)
+
+    def fall_back(self, url: str, prompt: str) -> Any:
+        router, settings = self.router(url, prompt)
+        return router.completion(**settings, fallbacks=[{"main": ["second"]}])
 
     async def acall(self, url: str, prompt: str, **more: Any) -> Any:
         router, settings = self.router(url, prompt, **more)

@@ -14,7 +14,6 @@ import litellm
 import pytest
 
 from bursar import Budget, BudgetExceeded, Bursar
-from bursar.errors import UnboundedEstimate
 from bursar.testing.provider import Answer, Provider
 from bursar_litellm import LiteLLMBudgetExceeded
 
@@ -308,14 +307,3 @@ def test_moderation_is_free(media: ThreadingHTTPServer, broke: Guarded) -> None:
     with broke() as bursar:
         litellm.moderation(input="hello", model="omni-moderation-latest", api_base=url, api_key="any")
     assert not list(bursar.records())
-
-
-def test_what_is_billed_later_is_refused_with_a_reason(guarded: Guarded) -> None:
-    batch = {"completion_window": "24h", "endpoint": "/v1/chat/completions", "input_file_id": "f", "api_key": "any"}
-    with guarded():
-        with pytest.raises(UnboundedEstimate, match="a batch is billed when it has run"):
-            litellm.create_batch(**batch)
-        with pytest.raises(UnboundedEstimate, match="a batch is billed when it has run"):
-            run(litellm.acreate_batch(**batch))
-        with pytest.raises(UnboundedEstimate, match="live session"):
-            run(litellm._arealtime(model="openai/gpt-4o-realtime-preview", websocket=None, api_key="any"))

@@ -52,6 +52,10 @@ general_settings:
     - path: "/raw/chat/completions"
       target: "{url}/v1/chat/completions"
       headers: {{Authorization: "bearer any"}}
+    - path: "/any"
+      target: "{url}"
+      include_subpath: true
+      headers: {{Authorization: "bearer any"}}
 """
 # Virtual keys need a database; keys of the form `key.TEAM.USER` tell the same of who asks.
 KEYS = """
@@ -239,12 +243,15 @@ def test_anthropics_format_is_settled_by_its_own_counts(proxy: Proxy) -> None:
 
 def test_clients_may_add_tags_but_not_change_who_they_are(proxy: Proxy) -> None:
     path, body = CALLS["chat"]
-    said = {"bursar": {"agent": "planner", "team": "rich", "user": "eve"}, "tags": ["night"]}
+    claimed = {"team": "rich", "team_alias": "Rich", "key_alias": "boss", "user": "eve"}
+    claimed |= {"deployment": "free", "tag.night": "no"}
+    said = {"bursar": {"agent": "planner", **claimed}, "tags": ["night"]}
     with proxy.client("honest") as client:
         client.post(path, json={**body, "metadata": said, "user": "customer-7"})
     (record,) = proxy.settled("honest", 1)
     assert (record.tags["agent"], record.tags["tag.night"]) == ("planner", "yes")
     assert (record.tags["team"], record.tags["user"]) == ("honest", "ann")
+    assert record.tags.keys().isdisjoint({"team_alias", "key_alias"})
     assert record.tags["customer"] == "customer-7"
     assert record.tags["deployment"] == "main"
 
@@ -362,3 +369,59 @@ def test_what_has_no_price_before_it_ran_is_refused(proxy: Proxy) -> None:
         answer = client.post("/v1/batches", json=batch)
     assert answer.status_code >= 400
     assert proxy.provider.requests == sent
+
+
+LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "/anthropic/v1/messages/batches": ("create_batch", {"requests": []}),
+    "/any/v1/threads/t/runs": ("run_thread", {"assistant_id": "a"}),
+    "/any/v1/threads/runs": ("run_thread", {"assistant_id": "a"}),
+    "/any/v1/evals/e/runs": ("create_run", {"data_source": {}}),
+    "/any/v1/fine_tuning/jobs": ("create_fine_tuning_job", {"model": "gpt-4o", "training_file": "f"}),
+    "/any/v1/realtime/client_secrets": ("realtime_calls", {"session": {"model": "gpt-realtime"}}),
+    "/v1/realtime/client_secrets": (
+        "create_realtime_client_secret",
+        {"session": {"type": "realtime", "model": "main"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", list(LATER))
+def test_what_is_billed_later_is_not_passed_on(path: str, proxy: Proxy) -> None:
+    name, body = LATER[path]
+    sent = proxy.provider.requests
+    with proxy.client("later") as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert f"{name} cannot be held against a budget" in answer.text
+    assert proxy.provider.requests == sent
+
+
+def test_an_upload_that_nothing_is_shown_of_is_not_passed_on(proxy: Proxy) -> None:
+    sent = proxy.provider.requests
+    with proxy.client("uploads") as client:
+        sound = {"file": ("a.wav", b"RIFF0000WAVE", "audio/wav")}
+        answer = client.post("/any/v1/audio/transcriptions", data={"model": "whisper-1"}, files=sound)
+    assert answer.status_code == 400
+    assert "upload_passed_on cannot be held" in answer.text
+    assert proxy.provider.requests == sent
+
+
+def test_what_costs_nothing_is_passed_on(proxy: Proxy) -> None:
+    """A token count, whose end LiteLLM does not tell, and the look-up of a model."""
+    counted = {"model": "claude-sonnet-4-5", "messages": MESSAGES}
+    with proxy.client("broke") as client:
+        before = len(proxy.records("broke"))
+        answers = [
+            client.post("/anthropic/v1/messages/count_tokens", json=counted),
+            client.get("/any/v1/models/gpt-4o"),
+        ]
+    assert [answer.status_code for answer in answers] == [404, 404]  # the provider's own
+    assert len(proxy.records("broke")) == before
+
+
+def test_the_model_in_the_path_is_the_one_that_is_asked(proxy: Proxy) -> None:
+    """Whatever the request's body says."""
+    body = {"model": "gemini-2.5-flash-lite", "contents": [{"role": "user", "parts": [{"text": PROMPT}]}]}
+    with proxy.client("broke") as client:
+        assert client.post("/any/v1beta/models/gemini-2.5-pro:generateContent", json=body).status_code == 402
+    assert proxy.records("broke")[-1].tags["model"] == "gemini-2.5-pro"

@@ -25,6 +25,7 @@ from bursar_llamaindex import BursarCallbackHandler, guard_llm, guard_tool, inst
 class TestInstalled(AdapterContract):
     """With `install`: LLMs that know nothing of Bursar."""
 
+    lacks = frozenset({"cache", "fallback"})
     bursar: Bursar
 
     @contextmanager
@@ -102,7 +103,7 @@ class TestHandler(TestInstalled):
 class TestGuarded(TestInstalled):
     """With copies made by `guard_llm`; embeddings have no such copy."""
 
-    lacks = frozenset({"embed"})
+    lacks = TestInstalled.lacks | {"embed"}
 
     @contextmanager
     def install(self, bursar: Bursar) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 # An account is rebuilt at every step of the hot path: `tuple.__new__` takes half the time of a NamedTuple's own __new__.
@@ -68,6 +69,11 @@ class Account(NamedTuple):
     def available(self) -> int:
         """`limit - spent - reserved`; for a refill account its level."""
         return self.level if self.rule.kind == "refill" else self.rule.limit - self.spent - self.reserved
+
+
+def scope_budget(tags: Mapping[str, str]) -> str:
+    """The name of the budget that a scope with these tags was opened with."""
+    return ("scope " + " ".join(f"{tag}={value}" for tag, value in tags.items()))[:100]
 
 
 def reached(rule: Rule, amount: int) -> int:

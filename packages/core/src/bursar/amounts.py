@@ -57,7 +57,9 @@ class Amounts:
             context_window=call.price.context_window,
             max_output_tokens=call.price.max_output_tokens,
         )
-        cost_nanos = call.price.tokens_nanos(estimate.input_tokens, estimate.output_tokens, call.service_tier)
+        cost_nanos = call.price.tokens_nanos(
+            estimate.input_tokens, estimate.output_tokens, call.service_tier, call.region
+        )
         return amounts_of(estimate, cost_nanos, requests=1)
 
     def _bound(self, call: Call) -> dict[str, int]:
@@ -77,6 +79,7 @@ class Amounts:
             -(-estimate.output_tokens // rounds),
             media=bool(call.request.media),
             service_tier=call.service_tier,
+            region=call.region,
         )
         return amounts_of(estimate, cost_nanos + self._fees_bound(call), requests=call.attempts)
 
@@ -113,6 +116,8 @@ class Amounts:
             call.draft["model_asked"] = call.model_asked
         if call.actions:
             call.draft["actions"] = list(call.actions)
+        if call.given_id and call.capped and call.request is not None:
+            call.draft["max_output_tokens"] = call.request.max_output_tokens
 
     def fit(self, call: Call, refused: Refused) -> int | None:
         """The largest maximum output with which the call would fit on every account, or None when none does."""
@@ -127,8 +132,12 @@ class Amounts:
             if asked <= free or not account.rule.enforce:
                 continue
             if unit == "USD":
-                input_nanos = price.bound_nanos(estimate.input_tokens, 0, service_tier=call.service_tier)
-                fit = price.fit_output_tokens(free, input_nanos, input_tokens=estimate.input_tokens)
+                tokens, tier, region = estimate.input_tokens, call.service_tier, call.region
+                media = bool(request.media)
+                input_nanos = price.bound_nanos(tokens, 0, media=media, service_tier=tier, region=region)
+                if estimate.strict:
+                    input_nanos += self._fees_bound(call)
+                fit = price.fit_output_tokens(free, input_nanos, input_tokens=tokens, service_tier=tier, region=region)
             elif unit == "tokens":
                 fit = free - estimate.input_tokens
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from bursar.signing import changes, operator_of, prune_name, verifies
 from bursar.stores.base import Store
 
 MAX_LOOKS = 5
+SUMS = ("carried", "retired")  # the kinds of records that stand for pruned ones
 
 
 class Discrepancy(NamedTuple):
@@ -35,9 +36,9 @@ def audit(store: Store, *, operator: str | None = None) -> list[Discrepancy]:
     """Everything that does not add up (I2, I3, I4, I10), and what nobody was allowed to decide; empty where all is in order.
     Changes nothing.
 
-    Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. A level of a rate cannot be
-    rebuilt from records, so of rates only `reserved` is checked. `operator`: the public key that the store has to know.
-    Raises StoreError.
+    Accounts that calls are moving meanwhile are looked at again; what moves all the time is left out. What does not add up is
+    looked for again, since records may be pruned meanwhile. A level of a rate cannot be rebuilt from records, so of rates only
+    `reserved` is checked. `operator`: the public key that the store has to know. Raises StoreError.
     """
     return audited(store, operator=operator)[0]
 
@@ -47,13 +48,16 @@ def audited(store: Store, *, operator: str | None = None) -> tuple[list[Discrepa
     found: list[Discrepancy] = []
     pruned = Kept()
     for _ in range(MAX_LOOKS):
+        last = found
         before = {account.rule.key: account for account in store.accounts()}
         books = _Books(store)
         pruned = books.kept
         moved = {account.rule.key for account in store.accounts() if before.get(account.rule.key) != account}
-        found = [*books.check(before, moved), *_forged(store, books.reversals, books.carried, operator)]
-        if not moved:
+        found = [*books.check(before, moved), *_forged(store, books.reversals, books.sums, operator)]
+        if not moved and (not found or found == last):
             break
+    else:
+        found = [one for one in found if one in last]
     return found, pruned
 
 
@@ -67,23 +71,23 @@ class _Books:
         self.orphans: list[Entry] = []
         self.reversals: list[Entry] = []
         self.unlikely: list[Entry] = []
-        self.carried: list[Entry] = []
+        self.sums: list[Entry] = []
         expired: set[str] = set()
         corrections: list[Entry] = []
         for entry in store.entries():
             if entry.kind == "expiry":
                 expired.add(entry.id)
-            if entry.corrects is not None:
+            if entry.kind in SUMS:
+                self.sums.append(entry)
+            elif entry.corrects is not None:
                 corrections.append(entry)
-            elif entry.cost_nanos < 0 or any(amount < 0 for amount in entry.amounts.values()):
+            elif entry.cost_nanos < 0 or any(one < 0 for one in entry.amounts.values()):
                 self.unlikely.append(entry)  # only a correction takes anything back
             if entry.kind == "reversal":
                 self.reversals.append(entry)
-            if entry.kind == "carried":
-                self.carried.append(entry)
             for key, amount in entry.amounts.items():
                 self.spent[key].append((entry.reserved_us, amount))
-        self.kept = kept(self.carried)
+        self.kept = kept(self.sums)
         self.orphans = [  # what they correct may have been pruned before them
             one for one in corrections if one.corrects not in expired and one.reserved_us >= self.kept.before_us
         ]
@@ -104,12 +108,23 @@ class _Books:
             elif account.rule.kind == "rolling":
                 yield from self._rolling(account)
         for key in {*self.spent, *self.reserved} - set(accounts) - moved:
-            if any(amount for _, amount in self.spent[key]) or self.reserved[key]:
+            if sum(amount for _, amount in self.spent[key]) or self.reserved[key]:
                 yield Discrepancy("account", key, "nothing", "amounts on it")
+        yield from self._below_zero()
         for entry in self.unlikely:
             yield Discrepancy("record", entry.id, f"a {entry.kind} below 0", "nothing can cost less than nothing")
         for entry in self.orphans:
             yield Discrepancy("correction", entry.id, f"a correction of {entry.corrects}", "no such expiry")
+
+    def _below_zero(self) -> Iterator[Discrepancy]:
+        """Sums of what was pruned are judged together: a correction may have gone long after what it corrects, or an account."""
+        together: Counter[str] = Counter()
+        for entry in self.sums:
+            together.update(entry.amounts)
+            together["all costs"] += entry.cost_nanos
+        for what, amount in together.items():
+            if amount < 0:
+                yield Discrepancy("record", f"sums of {what}", amount, "nothing can cost less than nothing")
 
     def _rolling(self, account: Account) -> Iterator[Discrepancy]:
         """Bucket by bucket: what has left the window is in the records alone."""
@@ -129,7 +144,7 @@ class _Books:
             yield Discrepancy("spent", key, account.spent, total)
 
 
-def _forged(store: Store, reversals: list[Entry], carried: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
+def _forged(store: Store, reversals: list[Entry], sums: list[Entry], pin: str | None) -> Iterator[Discrepancy]:
     """What only an operator may decide, and none has signed: every decision anew, as the store had to take it at its time."""
     held: Definitions = {}
     operators: list[tuple[int, str]] = []  # since when, and the public key
@@ -151,7 +166,7 @@ def _forged(store: Store, reversals: list[Entry], carried: list[Entry], pin: str
             operators.append((at_us if isinstance(at_us, int) else 0, public))
     if pin is not None and operator_of(held) != pin:
         yield Discrepancy("operator", "operator", operator_of(held) or "nobody", pin)
-    for entry in carried:
+    for entry in sums:
         if prune_name(entry.settled_us + 1) not in held.get("prune", {}):
             yield Discrepancy("record", entry.id, "sums of what was pruned", "nobody decided to prune")
     for entry in reversals:

@@ -71,8 +71,11 @@ class Threshold:
             type(self.max_output_tokens) is not int or self.max_output_tokens < 1
         ):
             raise _wrong(self, "max_output_tokens", self.max_output_tokens, "Use a whole number from 1")
-        if self.rate is not None and not parse_limit(Budget("rate", self.rate)).period_us:
-            raise _wrong(self, "rate", self.rate, 'Write it like "6 requests/minute"')
+        if self.rate is None:
+            return
+        limit = parse_limit(Budget("rate", self.rate))
+        if not limit.period_us or limit.unit not in self.rate:
+            raise _wrong(self, "rate", self.rate, 'Write it like "6 requests/minute" or "1 USD/hour"')
 
     @property
     def share(self) -> Decimal:
@@ -156,8 +159,21 @@ class Budget:
         seconds = float(found[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0}[found[2]] if found[1] else MAX_WAIT_S
         return min(seconds, MAX_WAIT_S)
 
+    @classmethod
+    def of(cls, definition: Mapping[str, Any]) -> Budget:
+        """The budget that a store has as plain data. Raises PolicyError where this Bursar does not know all that it says."""
+        try:
+            return cls(**definition)
+        except TypeError as error:
+            name = definition.get("name")
+            raise PolicyError(
+                f"The store's budget {shown(name)} cannot be read: {error}. Upgrade Bursar where a newer one has written it, "
+                "else put it right with `bursar policy apply FILE`.",
+                budget=name,
+            ) from error
+
     def definition(self) -> dict[str, Any]:
-        """The budget as plain data; `Budget(**definition)` gives it back."""
+        """The budget as plain data; `Budget.of(definition)` gives it back."""
         plain = asdict(self)
         plain["per"] = list(self.per)
         if self.match is not None:

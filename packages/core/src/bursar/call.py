@@ -35,7 +35,8 @@ class CallOptions(TypedDict, total=False):
     for may be granted (default: only where none was set). `changeable`: what of the request the caller sends as granted, of
     "model" and "max_output_tokens" (default: both); a budget's thresholds may change these. `connection`: what the call
     goes through (default: the provider). `tags` win over the scope's, `default_tags` do not. `usage`: what it will be
-    billed where that is not tokens (images, seconds, characters); it is believed, as `input_tokens` are. `id` makes the
+    billed where that is not tokens (images, seconds, characters); it is believed, as `input_tokens` are. `region`: where it is
+    served, if that has a price of its own ("eu", "us-east5") and neither request nor answer says it. `id` makes the
     reservation repeatable; `ttl_s`: seconds until it expires (default 600).
     """
 
@@ -49,6 +50,7 @@ class CallOptions(TypedDict, total=False):
     usage: Usage | None
     resize: bool | None
     changeable: Collection[str]
+    region: str | None
     connection: str | None
     tags: Mapping[str, str] | None
     default_tags: Mapping[str, str] | None
@@ -95,15 +97,18 @@ class Call:
     `state`: new, open, settled, released, or unguarded (the store was away and the policy is "open"). `amounts` are those of a
     tool call; a model call's come from the `usage` that its maker gave, else from its `request`, `price` and estimate. `book`:
     the prices that it is reserved, settled and recorded by, though others may be in force meanwhile.
-    `complied`: by account key, up to which mark the call does what thresholds ask for; `actions` says what that was,
-    `model_asked` the model that another took the place of, `throttles` the accounts of rates. `stopped`: set while the call is
-    in flight, when a switch or a budget stops it. `content`: the request, or a tool's arguments, for the detectors alone.
+    `asked`: what its maker asked for, and thresholds or want of room may have changed since. `complied`: by account key, up to
+    which mark the call does what thresholds ask for; `actions` says what that was, `model_asked` the model that another took the
+    place of, `throttles` the accounts of rates. `stopped`: set while the call is in flight, when a switch or a budget stops it.
+    `content`: the request, or a tool's arguments, for the detectors alone. `lost`: attempts of the client's own, before its last
+    one, that may have been billed and were never answered.
     """
 
     __slots__ = (
         "_tags",
         "actions",
         "amounts",
+        "asked",
         "attempts",
         "book",
         "capped",
@@ -116,11 +121,13 @@ class Call:
         "given_id",
         "id",
         "looked",
+        "lost",
         "matched",
         "model",
         "model_asked",
         "price",
         "provider",
+        "region",
         "request",
         "reserved_us",
         "resize",
@@ -161,10 +168,12 @@ class Call:
         self.usage: Usage | None = None
         self.resize = False
         self.service_tier: str | None = None
+        self.region: str | None = None
         self.price: ModelPrice | None = None
         self.estimate: Estimate | None = None
         self.amounts: dict[str, int] = {}
-        self.attempts = 1
+        self.asked: tuple[object, ...] = ()
+        self.attempts, self.lost = 1, 0
         self.draft: dict[str, Any] = {}
         self.reserved_us = 0
         self.capped = False
@@ -204,7 +213,7 @@ class Call:
         facts: tuple[object, ...] = (tags, self.scope.runs, self.amounts, *more)
         if self.request is not None:
             request = self.request
-            facts += (request.size, request.input_tokens, request.n, request.retries)
+            facts += (request.size, request.input_tokens, request.n, request.retries, *self.asked)
         return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 

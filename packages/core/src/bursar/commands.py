@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     """One immutable fact, from which usage records are read. `amounts` by account key; a correction holds differences.
 
     `kind`: settlement, release, expiry, correction or reversal (of an expiry), charge, refusal; carried (the sums of entries that
-    were pruned).
+    were pruned), retired (what of these sums stood on accounts that went, with the sign turned).
     `outcome`: completed, failed, cancelled, blocked.
     """
 

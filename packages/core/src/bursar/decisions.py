@@ -57,36 +57,47 @@ class Decisions:
             values = self._by_tags.setdefault(tuple(tag for tag, _ in pairs), {})
             values[tuple(value for _, value in pairs)] = name
         self._approvals = dict(_plain(held.get("approval", {})))
-        granted = [*_plain(held.get("raise", {})), *self._approvals.items()]
-        kinds = ["raise"] * len(held.get("raise", {})) + ["approval"] * len(self._approvals)
-        self._granted: dict[str, list[dict[str, Any]]] = {}
-        for kind, (name, one) in zip(kinds, granted, strict=True):
-            if kind == "approval" and one.get("state") != "approved":
-                continue
-            if self._public is None or not verifies(self._public, kind, name, one):
-                log.error("the %s %r is not signed by this store's operator: it counts for nothing", kind, name)
-                if kind == "approval":
-                    del self._approvals[name]
-                continue
-            self._granted.setdefault(one["account"], []).append(one)
+        # Of thousands of old decisions a signature is looked at when somebody asks for its account, not with every change.
+        self._unchecked: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
+        for kind in ("raise", "approval"):
+            for name, one in _plain(held.get(kind, {})):
+                if kind == "raise" or one.get("state") == "approved":
+                    self._unchecked.setdefault(one["account"], []).append((kind, name, one))
+        self._checked: dict[str, list[dict[str, Any]]] = {}
+
+    def _granted(self, account: str) -> list[dict[str, Any]]:
+        """What an operator has granted to this account, over or not."""
+        found = self._checked.get(account)
+        if found is None:
+            found = [one for kind, name, one in self._unchecked.get(account, ()) if self._holds(kind, name, one)]
+            self._checked[account] = found
+        return found
+
+    def _holds(self, kind: str, name: str, one: Mapping[str, Any]) -> bool:
+        if self._public is not None and verifies(self._public, kind, name, one):
+            return True
+        log.error("the %s %r is not signed by this store's operator: it counts for nothing", kind, name)
+        return False
 
     def granted(self, account: str, now_us: int) -> tuple[int, bool]:
         """By how much this account's limit is raised now, and whether it need not ask."""
-        if account not in self._granted:  # as most are
+        if account not in self._unchecked:  # as most are
             return 0, False
-        found = [one for one in self._granted[account] if now_us < (one.get("until_us") or FOREVER_US)]
+        found = [one for one in self._granted(account) if now_us < (one.get("until_us") or FOREVER_US)]
         return sum(one.get("raise_by", 0) for one in found), any(not one.get("raise_by") for one in found)
 
     def ends_us(self, account: str, now_us: int) -> int:
         """When the next of what was granted to this account ends."""
-        if account not in self._granted:
+        if account not in self._unchecked:
             return FOREVER_US
-        ends = (one.get("until_us") or FOREVER_US for one in self._granted[account])
+        ends = (one.get("until_us") or FOREVER_US for one in self._granted(account))
         return min((end for end in ends if end > now_us), default=FOREVER_US)
 
     def approval(self, id: str, now_us: int) -> Approval:
         """How a question stands: open where nobody has answered it yet, or where the answer's time is over."""
         one = self._approvals.get(id, {})
+        if one.get("state") == "approved" and not self._holds("approval", id, one):
+            one = {}
         over = now_us >= (one.get("until_us") or FOREVER_US)
         return Approval("open" if over else one.get("state", "open"), one.get("why", ""), one.get("by", ""))
 
@@ -120,16 +131,17 @@ def renewed(held: Definitions, newer: Definitions, now_us: int) -> Definitions:
     """What is held, with what is newer in its place; without the switches that can stop nothing any more."""
     kinds = {kind: {**held.get(kind, {}), **newer.get(kind, {})} for kind in [*held, *newer]}
     if "freeze" in kinds:
-        kinds["freeze"] = {name: one for name, one in kinds["freeze"].items() if _may_stop(one.definition, now_us)}
+        kinds["freeze"] = {name: one for name, one in kinds["freeze"].items() if may_stop(one.definition, now_us)}
     return kinds
 
 
-def _may_stop(switch: Mapping[str, Any], now_us: int) -> bool:
+def may_stop(switch: Mapping[str, Any], now_us: int) -> bool:
+    """Whether a switch is thrown, and not on an account whose window is over for so long that no call of it is under way."""
     account = switch.get("account")
-    return bool(switch.get("frozen")) and (account is None or now_us < _end_us(account) + _LINGERING_US)
+    return bool(switch.get("frozen")) and (account is None or now_us < end_us(account) + _LINGERING_US)
 
 
-def _end_us(account: Any) -> int:
+def end_us(account: Any) -> int:
     """When the account's window ends. Its key says so, which is bound to the switch's name: nobody can have it end sooner."""
     try:
         _, _, name, _, start_us = json.loads(account)

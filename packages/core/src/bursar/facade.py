@@ -18,8 +18,8 @@ from bursar.commands import Alert, Definitions
 from bursar.decisions import Decisions, renewed
 from bursar.detect import Detectors
 from bursar.driver import Driver
-from bursar.errors import InvalidInput, StoreError, shown
-from bursar.guard import Guard
+from bursar.errors import InvalidInput, OperatorRequired, PolicyError, StoreError, shown
+from bursar.guard import Guard, log
 from bursar.making import CallMaker
 from bursar.notices import nobody
 from bursar.policy import Policy
@@ -230,7 +230,13 @@ class Bursar:
         call.units = CHARGE_UNITS
         try:
             if self.store.version() != self.guard.policy.version:  # no refusal tells who only charges of a newer policy
-                yield Reload()
+                try:
+                    yield Reload()
+                except (
+                    PolicyError,
+                    OperatorRequired,
+                ) as error:  # calls are refused then; this cost is there all the same
+                    log.error("%s What was incurred is booked by the policy of before.", error)
             entry = yield from self.guard.charge(call, {"USD": cost_nanos}, self.store.now_us())
         except StoreError:
             self._driver.keeper.start()
@@ -304,7 +310,7 @@ class Bursar:
             settings = self._settings
             version, held = self._newest_definitions()
             self._trust.check(held)
-            budgets = [Budget(**one) for one in self._trust.budgets(held, settings.names)]
+            budgets = [Budget.of(one) for one in self._trust.budgets(held, settings.names)]
             given = settings.policy
             self.guard.policy = Policy(
                 budgets, version=version, rates=given.rates, decisions=Decisions(held), default=given.default

@@ -23,7 +23,7 @@ from bursar.commands import (
     Settle,
     Stepped,
 )
-from bursar.errors import IdempotencyConflict, Stopped, StoreError
+from bursar.errors import IdempotencyConflict, Stopped, StoreError, UnknownPrice
 from bursar.estimate import Learner
 from bursar.ladder import comply
 from bursar.notices import Notices
@@ -41,6 +41,7 @@ MAX_RELOADS = 8
 MAX_LOOKS = 100_000
 MAX_STEPS = 20
 MAX_PAUSES = 100
+_LOST = "an attempt of the client's own was lost, and is booked at its worst case"
 
 log = logging.getLogger("bursar")
 
@@ -94,6 +95,8 @@ class Guard:
                     yield from self._refuse(call, answer, now_us)
                     continue
                 assert type(answer) is Granted
+                if call.given_id:
+                    _as_granted(call, answer.reservation.draft, now_us)
                 call.state, call.reserved_us = "open", answer.reservation.reserved_us
                 return call
             raise StoreError("No answer after very many looks. Reduce the contention on this budget.", fault="locked")
@@ -229,12 +232,15 @@ class Guard:
     ) -> Steps:
         """Book the real cost, at the prices of the reserve time. `answer`: for the detectors. Raises UnknownPrice."""
         at_us = call.reserved_us or now_us
+        usage = _served(call, usage)
         price = call.book.cost(call.provider, call.model, usage, at_us=at_us, tags=call.tags())
         tokens = usage.input_tokens + usage.output_tokens
-        actuals = {"USD": price.cost_nanos, "tokens": tokens, "requests": usage.requests}
         facts = facts_of(model_answered=usage.model, latency_us=now_us - at_us, headers=headers)
-        reason = printable(reason)
-        command = Settle(call.id, actuals, price.cost_nanos, usage.as_dict(), outcome, False, reason, facts)
+        lost_nanos, lost_tokens = self._lost(call, usage) if call.lost else (0, 0)
+        cost_nanos = price.cost_nanos + lost_nanos
+        actuals = {"USD": cost_nanos, "tokens": tokens + lost_tokens, "requests": usage.requests + call.lost}
+        reason = printable(reason or (_LOST if call.lost else ""))
+        command = Settle(call.id, actuals, cost_nanos, usage.as_dict(), outcome, call.lost > 0, reason, facts)
         entry = yield from self._end(call, command)
         if call.request is not None:
             self.learner.observe(call.request, usage, run=call.run)
@@ -252,12 +258,24 @@ class Guard:
     def settle_unknown(self, call: Call, reason: str, now_us: int, *, known: Usage | None = None) -> Steps:
         """Book the worst case, as estimated: what is `known` so far, else what was reserved, and the whole maximum output."""
         cost, usage, actuals = call.draft["cost_nanos"], call.draft["usage"], {"failures": 1}
-        worst = self._worst(call, known)
-        if worst is not None and call.price is not None:
-            least = call.price.cost_nanos(worst)
-            if known is not None or least > cost:
+        # Where a tool that was used has no known fee, its tokens still have a price; the call must end all the same.
+        for told in (known, known and known.replace(server_tools={}), None):
+            worst = self._worst(call, told)
+            if worst is None or call.price is None:
+                break
+            try:
+                least = call.price.cost_nanos(worst)
+            except UnknownPrice:
+                continue
+            if (told is not None and told is known) or least > cost:
                 cost, usage = least, worst.as_dict()
                 actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
+            break
+        if call.lost and call.estimate is not None and not call.estimate.strict:  # else it is for all attempts already
+            lost_nanos, lost_tokens = self._lost(call)
+            cost += lost_nanos
+            tokens = usage.get("input_tokens", 0) + usage.get("output_tokens", 0) + lost_tokens
+            actuals |= {"USD": cost, "tokens": tokens, "requests": 1 + call.lost}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, printable(reason), facts))
@@ -269,11 +287,32 @@ class Guard:
             return None
         output = max(estimate.output_tokens, (request.max_output_tokens or 0) * request.n)
         if known is None or not known.input_tokens:
-            return Usage(input_tokens=estimate.input_tokens, output_tokens=output, service_tier=call.service_tier)
-        return known.replace(output_tokens=max(output, known.output_tokens))
+            return Usage(
+                input_tokens=estimate.input_tokens,
+                output_tokens=output,
+                service_tier=call.service_tier,
+                region=call.region,
+            )
+        return _served(call, known).replace(output_tokens=max(output, known.output_tokens))
+
+    def _lost(self, call: Call, answered: Usage | None = None) -> tuple[int, int]:
+        """What the attempts that were lost have cost at most, in nano-dollars and in tokens; `answered`: what the last one used."""
+        estimate = call.estimate
+        if estimate is None or call.price is None:
+            return 0, 0
+        known = answered and answered.replace(server_tools={}, other_models=(), stated_cost_nanos=None)
+        worst = call.usage or self._worst(call, known)
+        assert worst is not None
+        nanos, tokens = call.price.cost_nanos(worst), worst.input_tokens + worst.output_tokens
+        if estimate.strict and call.usage is None:  # it is for all attempts
+            nanos, tokens = -(-call.draft["cost_nanos"] // call.attempts), -(-tokens // call.attempts)
+        return call.lost * nanos, call.lost * tokens
 
     def release(self, call: Call, reason: str, now_us: int, *, outcome: str = "cancelled") -> Steps:
-        """Give everything back: the call was surely not billed."""
+        """Give everything back: the call was surely not billed, unless an attempt before its last one was lost."""
+        if call.lost and outcome == "failed":
+            call.lost -= 1  # that one is the call's end, and not the one that was refused
+            return self.settle_unknown(call, f"{reason}; {_LOST}", now_us)
         if outcome == "failed":
             self.notices.sentry.failed(call, now_us)
         failures = {"failures": 1} if outcome == "failed" else {}
@@ -363,3 +402,24 @@ class Guard:
         """Whether every budget of this call says that calls go on while the store is out of reach (I12)."""
         matched = self.matched(call, now_us)
         return bool(matched) and all(one.budget.on_unreachable == "open" for one in matched)
+
+
+def _served(call: Call, usage: Usage) -> Usage:
+    """The usage with the region that the call asked for, where the answer names none."""
+    if call.region is None or usage.region is not None:
+        return usage
+    return usage.replace(region=call.region)
+
+
+def _as_granted(call: Call, granted: Mapping[str, Any], now_us: int) -> None:
+    """Make the call what it was when its reservation was granted: an id that comes again gets the same answer (I6)."""
+    request, model = call.request, granted["tags"].get("model", call.model)
+    if request is None:
+        return
+    if model != call.model:
+        call.model_asked = call.model_asked or call.model
+        call.request = request = request.for_model(model)
+        call.model, call.price = model, call.book.find(call.provider, model, now_us, {**call.tags(), "model": model})
+    most = granted.get("max_output_tokens")
+    if most is not None:
+        request.max_output_tokens, call.capped = most, True

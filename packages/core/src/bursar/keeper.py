@@ -12,12 +12,14 @@ from bursar.call import Call
 from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle, settling
 from bursar.errors import BursarError, StoreError
 from bursar.guard import log
+from bursar.money import dollar_text
 from bursar.stores.base import Store
 
 TEND_S = 5.0
 LOOK_S = 0.5  # how often calls in flight are looked at: a switch that is thrown stops them within a second
 MAX_LIVE_S = 6 * 3_600.0  # a block that lasts longer is no longer extended
-MAX_KEPT = 10_000
+MAX_KEPT = 10_000  # ends that wait for the store, 25 MB; beyond it their reservations expire, booked as estimated
+MAX_UNGUARDED = 100_000  # as many and more in all, where nothing else would book the cost
 ITS_OWN = ("overflow", "damaged")  # faults that one end may have, whatever becomes of others
 
 
@@ -91,10 +93,13 @@ class Keeper:
 
     def keep(self, command: object) -> None:
         """Try an end that the store could not take again, until it can."""
-        if isinstance(command, (Settle, Release, Charge)):
-            if len(self._kept) >= MAX_KEPT:
-                log.error("%d ends wait for the store already: %s is left to its expiry", MAX_KEPT, command.id)
-                return
+        waiting = len(self._kept)
+        if isinstance(command, (Settle, Release)) and waiting >= MAX_KEPT:
+            log.error("%d ends wait for the store already: %s is left to its expiry", waiting, command.id)
+        elif isinstance(command, Charge) and waiting >= MAX_UNGUARDED:
+            cost, tags = dollar_text(command.cost_nanos), command.draft["tags"]
+            log.error("%d ends wait for the store already: book %s USD of %s by hand", waiting, cost, tags)
+        elif isinstance(command, (Settle, Release, Charge)):
             self._kept[command.id] = command
 
     def look(self) -> None:

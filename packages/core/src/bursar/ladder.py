@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from bursar.accounts import ACTIONS, Rule
@@ -48,12 +49,21 @@ def _do(call: Call, rule: Rule, threshold: Threshold, now_us: int) -> bool:
     if threshold.action == "clamp":
         return _clamp(call, threshold)
     if threshold.action == "throttle" and threshold.rate is not None:
-        beside = throttle_rule(rule, threshold.rate)
-        if beside.unit in call.units and all(one.rule.key != beside.key for one in call.throttles):
-            waiting = Budget(rule.budget, threshold.rate, on_exceed=f"wait {THROTTLE_WAIT_S}s")
-            call.throttles = (*call.throttles, Matched(waiting, beside))
+        throttles = throttled(call.throttles, rule, threshold.rate, call.units)
+        if throttles != call.throttles:
+            call.throttles = throttles
             say(call, f"throttle {threshold.rate} at {threshold.at} of {rule.budget}")
     return True
+
+
+def throttled(throttles: tuple[Matched, ...], rule: Rule, rate: str, units: Sequence[str]) -> tuple[Matched, ...]:
+    """The throttles of a call with this one among them; of two on the same account the stricter one holds."""
+    beside = throttle_rule(rule, rate)
+    same = next((one for one in throttles if one.rule.key == beside.key), None)
+    if beside.unit not in units or (same is not None and same.rule.limit <= beside.limit):
+        return throttles
+    waiting = Budget(rule.budget, rate, on_exceed=f"wait {THROTTLE_WAIT_S}s")
+    return (*(one for one in throttles if one is not same), Matched(waiting, beside))
 
 
 def _downgrade(call: Call, threshold: Threshold, now_us: int) -> bool:

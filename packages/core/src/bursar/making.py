@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from bursar.answers.counts import word
 from bursar.call import CHANGEABLE, MODEL_UNITS, TOOL_UNITS, Call
 from bursar.errors import InvalidInput, shown
 from bursar.estimate import Request
@@ -34,6 +35,7 @@ class CallMaker:
         model: str,
         *,
         resize: bool | None = None,
+        region: str | None = None,
         connection: str | None = None,
         tags: Mapping[str, str] | None = None,
         default_tags: Mapping[str, str] | None = None,
@@ -58,8 +60,10 @@ class CallMaker:
         call.resize = call.request.max_output_tokens is None if resize is None else resize
         call.changeable = changeable
         call.content = body if messages is None else messages  # a body beside messages holds none
-        tier = body.get("service_tier") if isinstance(body, Mapping) else None
-        call.service_tier = tier if isinstance(tier, str) else None
+        asked = body if isinstance(body, Mapping) else {}
+        call.service_tier = _tier(asked)
+        call.region = word(asked.get("inference_geo")) if region is None else _texts(region=region)["region"]
+        call.asked = (call.request.max_output_tokens, call.service_tier, call.region, usage)
         return call
 
     def tool(
@@ -109,6 +113,20 @@ class CallMaker:
             check_tags(tags) if tags else {},
             {"run": process_run(), **self._tags, **(check_tags(defaults) if defaults else {})},
         )
+
+
+def _tier(body: Mapping[str, Any]) -> str | None:
+    """The service tier that a request asks for: OpenAI's and Google's word, Bedrock's object, Anthropic's speed."""
+    if _TIERS.isdisjoint(body):
+        return None
+    speed = word(body.get("speed"))
+    if speed and speed != "standard":
+        return speed
+    asked = body.get("service_tier") or body.get("serviceTier")
+    return word(asked.get("type") if isinstance(asked, Mapping) else asked)
+
+
+_TIERS = frozenset({"service_tier", "serviceTier", "speed"})
 
 
 def _texts(**given: object) -> dict[str, str]:

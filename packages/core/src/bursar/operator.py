@@ -13,6 +13,7 @@ from typing import Any
 from bursar.accounts import Account
 from bursar.budget import Budget, parse_limit
 from bursar.commands import Definition, Ended, Release, Tell
+from bursar.decisions import end_us, may_stop
 from bursar.errors import InvalidInput, OperatorRequired, shown
 from bursar.records import UsageRecord, amount
 from bursar.refusal import rejection
@@ -32,7 +33,10 @@ log = logging.getLogger("bursar")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a threshold asks, or was answered: `state` is open, approved or denied. Amounts are Decimal in the unit."""
+    """What a threshold asks, or was answered: `state` is open, approved or denied; over, where its window ended without an answer.
+
+    Amounts are Decimal in the unit.
+    """
 
     id: str
     state: str
@@ -55,7 +59,7 @@ class Operator:
     """
 
     def __init__(self, store: str | Store, key: OperatorKey | str | None = None, *, by: str | None = None) -> None:
-        self.store: Store = open_store(store) if isinstance(store, str) else store
+        self.store: Store = open_store(store, with_leases=False) if isinstance(store, str) else store
         self._key = OperatorKey(key) if isinstance(key, str) else key
         self._by = printable(by or getpass.getuser(), 200)
 
@@ -76,9 +80,12 @@ class Operator:
         return name
 
     def frozen(self) -> dict[str, dict[str, Any]]:
-        """The switches that are thrown, by name, with who threw them, why and when."""
+        """The switches that are thrown and may still stop anything, by name, with who threw them, why and when."""
         _, held = self.store.definitions()
-        return {name: one.definition for name, one in held.get("freeze", {}).items() if one.definition.get("frozen")}
+        now_us = self.store.now_us()
+        return {
+            name: one.definition for name, one in held.get("freeze", {}).items() if may_stop(one.definition, now_us)
+        }
 
     def resume(self, name: str, *, why: str = "") -> None:
         """Put a switch back, by its name. Needs the key."""
@@ -92,10 +99,10 @@ class Operator:
     def questions(self) -> list[Question]:
         """What thresholds have asked, and how it was answered. What somebody else put there is left out, and logged."""
         _, held = self.store.definitions()
-        found = []
+        found, now_us = [], self.store.now_us()
         for id, one in held.get("approval", {}).items():
             try:
-                found.append(_question(id, one.definition))
+                found.append(_question(id, one.definition, now_us))
             except (KeyError, ValueError, TypeError, AttributeError):  # raised, it would hide all others
                 log.warning("the question %r cannot be read: no threshold has put it", id)
         return found
@@ -103,6 +110,11 @@ class Operator:
     def approve(self, id: str, *, raise_by: str | None = None, for_s: float | None = None, why: str = "") -> None:
         """Let what asked go on: with its limit raised by an amount ("5 USD"), else up to the limit; for a time, else for good."""
         held = self._question(id)
+        if self.store.now_us() >= end_us(held.definition.get("account")):
+            raise InvalidInput(
+                f"The window that {id!r} asks about is over, and holds up nothing any more. `bursar approvals` lists what does.",
+                argument="id",
+            )
         answer = {
             **held.definition,
             "state": "approved",
@@ -168,8 +180,10 @@ class Operator:
         return UsageRecord.of(answer.entry)
 
     def prune(self, before_us: int, *, why: str = "") -> tuple[Pruned, Bound]:
-        """Put sums in the place of records settled before that time, as far as `bursar.retention` lets them go; what went, and
-        the bound. Needs the key once the store knows an operator. What was cut off is finished by doing it again.
+        """Put sums in the place of records settled before that time, as far as `bursar.retention` lets them go, and retire the
+        accounts of windows that ended and of runs that nothing was booked on since; what went, and the bound.
+
+        Needs the key once the store knows an operator. What was cut off is finished by doing it again.
         """
         store = prunable_store(self.store)
         until = bound(self.store, before_us)
@@ -278,11 +292,14 @@ class Operator:
         self.store.execute(Tell(f"{name} {self.store.now_us()}", kind, facts))
 
 
-def _question(id: str, one: Mapping[str, Any]) -> Question:
+def _question(id: str, one: Mapping[str, Any], now_us: int) -> Question:
     budget, unit, _, scope, _ = json.loads(one["account"])
+    if not isinstance(scope, dict) or not isinstance(one["tags"], dict):
+        raise TypeError("a scope and tags have names")
+    is_over = one["state"] == "open" and now_us >= end_us(one["account"])
     return Question(
         id,
-        one["state"],
+        "over" if is_over else one["state"],
         budget,
         scope,
         unit,
@@ -299,6 +316,6 @@ def _amount_in(account: str, text: str) -> int:
     """An amount such as "5 USD" in the account's own unit. Raises InvalidInput, PolicyError."""
     _, unit, _, _, _ = json.loads(account)
     limit = parse_limit(Budget("raise", text))
-    if limit.unit != unit or limit.period_us:
+    if limit.unit != unit or limit.period_us or unit not in text:  # another currency, whose rate nobody knows here
         raise InvalidInput(f'{text!r} cannot be added to {unit}. Write it like "5 {unit}".', argument="raise_by")
     return limit.amount

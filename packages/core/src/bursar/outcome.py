@@ -35,12 +35,17 @@ def surely_not_billed(error: BaseException) -> bool:
             return False
         status = status_of(seen)
         if status is not None:
-            return 400 <= status < 500 and status not in _MAYBE_SENT_STATUS
+            return refuses(status)
         if isinstance(seen, ConnectionRefusedError) or type(seen).__name__ in _NEVER_SENT:
             return True
         # Not its __context__: that may be an error which the caller was handling when the call began.
         seen = seen.__cause__
     return False
+
+
+def refuses(status: int) -> bool:
+    """Whether an answer of this HTTP status is a clear refusal before generation."""
+    return 400 <= status < 500 and status not in _MAYBE_SENT_STATUS
 
 
 def status_of(error: BaseException) -> int | None:

@@ -10,7 +10,7 @@ from json.encoder import encode_basestring as quoted  # what json.dumps makes of
 from math import ceil
 from typing import NamedTuple
 
-from bursar.accounts import Account, Mark, Rule
+from bursar.accounts import Account, Mark, Rule, scope_budget
 from bursar.budget import Budget, Limit, Threshold, parse_limit, usd_rate
 from bursar.decisions import NO_DECISIONS, Decisions, Freeze
 from bursar.errors import PolicyError
@@ -270,8 +270,7 @@ class Policy:
         """The budgets that scopes were opened with, innermost first; each holds for its own tags' values."""
         scoped = []
         for tags, limit in reversed(scope.limits):
-            name = "scope " + " ".join(f"{tag}={value}" for tag, value in tags.items())
             exact = {tag: re.sub(r"([*?[])", r"[\1]", value) for tag, value in tags.items()}  # values, not patterns
-            budget = Budget(name[:100], limit, match=exact, per=tuple(tags))
+            budget = Budget(scope_budget(tags), limit, match=exact, per=tuple(tags))
             scoped.append(_Compiled(budget, parse_limit(budget, self.rates), self.decisions))
         return scoped

@@ -75,7 +75,8 @@ class BudgetStatus:
 class UsageRecord:
     """One immutable fact of the books (DESIGN: usage record). Sums over all records are the truth: corrections hold differences.
 
-    `kind`: settlement, release, expiry, correction, reversal, charge, refusal, or carried: the sums of records that were pruned.
+    `kind`: settlement, release, expiry, correction, reversal, charge, refusal; carried: the sums of records that were pruned;
+    retired: what of these sums stood on accounts that went, with the sign turned.
     `outcome`: completed, failed, blocked, cancelled. `path`: the runs from the outermost to the one the call belongs to.
     `amounts`: one dict per account with `budget`, `scope`, `unit`, `window_start` and the integer `amount` (USD in nano-dollars).
     `estimated`: the real cost is not known, what was reserved stands for it. `attempts`: 1 plus the client's own retries that

@@ -231,8 +231,8 @@ def rejection(id: str, answer: Rejected) -> BursarError:
         )
     if answer.why == "accounts":
         return StoreError(
-            f"The budget {answer.detail!r} has as many accounts as it may. Raise max_accounts, or use a `per` with fewer "
-            "values.",
+            f"The budget {answer.detail!r} has as many accounts as it may. Retire old ones (bursar prune), raise max_accounts, or "
+            "use a `per` with fewer values.",
             fault="accounts",
             budget=answer.detail,
         )

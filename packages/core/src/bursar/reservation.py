@@ -120,6 +120,7 @@ class Reservation:
         if call.request is None:
             cost = tool_cost(answer)
             return (yield from self._ending(driver.guard.settle_tool(call, cost, outcome, driver.store.now_us())))
+        usage = None
         try:
             usage = answer if isinstance(answer, Usage) else Usage.from_response(call.provider, answer)
             steps = driver.guard.settle(
@@ -132,8 +133,8 @@ class Reservation:
             log.warning("%s It is booked at the reserved amount, as estimated.", error)
             return (yield from self._settle_unknown(str(error), known=error.fields.get("partial")))
         except UnknownPrice as error:
-            log.warning("%s It is booked at the reserved amount, as estimated.", error)
-            return (yield from self._settle_unknown(str(error)))
+            log.warning("%s It is booked at the reserved amount, or at what its tokens cost, as estimated.", error)
+            return (yield from self._settle_unknown(str(error), known=usage))
 
     def _release(self, reason: str = "", outcome: str = "cancelled") -> Ending:
         return (

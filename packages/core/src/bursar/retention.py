@@ -25,7 +25,7 @@ def prunable_store(store: Store) -> Prunable:
     if isinstance(store, Prunable):
         return store
     raise InvalidInput(
-        "Only records on SQLite and PostgreSQL are pruned. Drain those of Redis into such a store first (bursar drain).",
+        "Only stores on SQLite, PostgreSQL and Redis are pruned. Name the URL of one.",
         argument="store",
     )
 

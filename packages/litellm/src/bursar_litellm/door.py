@@ -14,22 +14,37 @@ if TYPE_CHECKING:
     from bursar_litellm.gate import Attempt
 
 
+_MOCKS = ("mock_response", "mock_tool_calls", "mock_timeout")
+# Which functions answer by a mock themselves, and which of them by a text alone; the others send what has one.
+_MOCKED = frozenset({"completion", "text_completion"})
+_MOCKED_BY_RESPONSE = frozenset({"embedding", "image_generation"})
+_MOCKED_BY_TEXT = frozenset({"responses", "anthropic_messages", "generate_content", "generate_content_stream"})
+
+
+def is_mocked(kind: str, asked: Mapping[str, Any]) -> bool:
+    """Whether LiteLLM answers this call of a function by a mock among its arguments, and sends nothing."""
+    mock = asked.get("mock_response")
+    if kind in _MOCKED:
+        return any(asked.get(name) for name in _MOCKS)
+    return bool(mock) and (kind in _MOCKED_BY_RESPONSE or (kind in _MOCKED_BY_TEXT and isinstance(mock, str)))
+
+
 class Door:
     """One call of a function of `litellm`, from outside or from within: what was reserved in it, and what was refused.
 
-    Entered around the call. `guards`: those there are, `asked`: the call's arguments. `held`: the guards for which a framework
-    around LiteLLM has reserved for this very call already.
+    Entered around the call. `guards`: those there are, `kind`: the function, `asked`: its arguments. `held`: the guards for
+    which a framework around LiteLLM has reserved for this very call already.
     """
 
-    __slots__ = ("_passing", "_token", "attempts", "held", "is_mock", "is_open", "outer", "refusal")
+    __slots__ = ("_passing", "_token", "attempts", "held", "is_mock", "is_open", "outer", "refusal", "root")
 
-    def __init__(self, guards: Sequence[Bursar], asked: Mapping[str, Any]) -> None:
+    def __init__(self, guards: Sequence[Bursar], kind: str, asked: Mapping[str, Any]) -> None:
         self.attempts: list[Attempt] = []
         self.refusal: BaseException | None = None
         outer: Door | None = open_door()
         self.outer = outer
-        is_mock = bool(asked.get("mock_response") or asked.get("mock_tool_calls") or asked.get("mock_timeout"))
-        self.is_mock: bool = is_mock or (outer is not None and outer.is_mock)
+        self.root: Door = self if outer is None else outer.root
+        self.is_mock = is_mocked(kind, asked)
         self.held: Sequence[Bursar] = ()
         self._passing = ExitStack() if is_sending() else None
         if self._passing is not None:

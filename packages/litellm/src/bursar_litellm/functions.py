@@ -17,6 +17,7 @@ from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.door import Door
 from bursar_litellm.errors import UNBOUNDED, BudgetStop, check_bounded, litellm_error
 from bursar_litellm.gate import Attempt
+from bursar_litellm.request import kind_of
 from bursar_litellm.streams import ABANDONED, guard_stream, is_stream
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 _NAMES = (
     *("completion", "text_completion", "embedding", "responses", "anthropic_messages", "image_generation"),
     *("image_edit", "image_variation", "transcription", "speech", "rerank", "ocr", "video_generation"),
+    *("generate_content", "generate_content_stream", "compact_responses", "llm_passthrough_route", *UNBOUNDED),
 )
+# The modules that LiteLLM's functions are looked up in, and which of these.
+_PLACES = ((litellm, _NAMES), (litellm.google_genai, _NAMES), (litellm.interactions, ("create",)))
 _lock = threading.Lock()
 _Later = list[Callable[[], Any]]
 
@@ -77,12 +81,13 @@ def wrap_functions() -> None:
     """Wrap them in the module `litellm`, once; its Router and its own functions look them up there at every call."""
     with _lock:
         _background.take_place()
-        for name in (*_NAMES, *(f"a{name}" for name in _NAMES), *UNBOUNDED):
-            function = getattr(litellm, name, None)
-            if callable(function) and not hasattr(function, "__bursar__"):
-                wrapped = _awaited(function) if inspect.iscoroutinefunction(function) else _plain(function)
-                wrapped.__bursar__ = True  # type: ignore[attr-defined]
-                setattr(litellm, name, wrapped)
+        for place, names in _PLACES:
+            for name in (*names, *(f"a{name}" for name in names)):
+                function = getattr(place, name, None)
+                if callable(function) and not hasattr(function, "__bursar__"):
+                    wrapped = _awaited(function) if inspect.iscoroutinefunction(function) else _plain(function)
+                    wrapped.__bursar__ = True  # type: ignore[attr-defined]
+                    setattr(place, name, wrapped)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +169,8 @@ def _announced(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _door(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Door:
     """The door of one call, to be entered around it."""
-    return Door(_arm(name), {**dict(zip(("model", "messages"), args, strict=False)), **kwargs} if args else kwargs)
+    asked = {**dict(zip(("model", "messages"), args, strict=False)), **kwargs} if args else kwargs
+    return Door(_arm(name), kind_of(name), asked)
 
 
 def _arm(name: str) -> Sequence[Bursar]:
@@ -174,18 +180,19 @@ def _arm(name: str) -> Sequence[Bursar]:
     """
     callbacks: list[Any] = litellm.callbacks
     for callback in callbacks:
-        if hasattr(callback, "gate"):
-            if callback not in litellm.input_callback:
-                litellm.input_callback.append(callback)
-            check_bounded(name)
+        if hasattr(callback, "gate") and callback not in litellm.input_callback:
+            litellm.input_callback.append(callback)
     announced: list[Any] = litellm.input_callback
-    return list(dict.fromkeys(callback.bursar for callback in announced if hasattr(callback, "gate")))
+    guards = list(dict.fromkeys(callback.bursar for callback in announced if hasattr(callback, "gate")))
+    if guards:
+        check_bounded(kind_of(name))
+    return guards
 
 
 def _answered(door: Door, answer: Any) -> list[tuple[Attempt, Ending]]:
     if isinstance(answer, CoroutineType):
         for attempt in door.own():
-            attempt.door = None  # LiteLLM's events will tell of it
+            attempt.gate.disown(attempt)
         return []
     own = door.own()
     newest = {one.gate: one for one in own}

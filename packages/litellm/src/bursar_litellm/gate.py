@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -12,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from bursar.ending import Ending, unknown
 from bursar.errors import BudgetExceeded
 from bursar.sending import Sending
+from bursar_litellm.answer import read_error
 from bursar_litellm.door import Door, open_door
 from bursar_litellm.errors import litellm_error
 
 if TYPE_CHECKING:
     from bursar import Bursar, Reservation
 
+# LiteLLM's id of a call, and of which call from outside: the Router asks several models at once under one id, and clients of
+# the proxy choose theirs. 0: it was made where no wrapper stands.
+_Key = tuple[str, int]
 MAX_OPEN = 100_000  # beyond it the oldest are left to their expiry
 
 
@@ -25,7 +30,8 @@ class Attempt:
     """One dispatch. `details` are LiteLLM's notes on it, `door` the call of a function of `litellm` that it happens in.
 
     `moment`: when LiteLLM says that it was sent; `characters`: of a text to be spoken, where they are what is billed;
-    `hides_usage`: the stream's usage was switched on here, and is kept from the user.
+    `hides_usage`: the stream's usage was switched on here, and is kept from the user; `handling`: the id of the error that
+    was being handled when it was sent.
     """
 
     __slots__ = (
@@ -33,6 +39,7 @@ class Attempt:
         "details",
         "door",
         "gate",
+        "handling",
         "hides_usage",
         "is_sent",
         "key",
@@ -42,7 +49,7 @@ class Attempt:
         "sending",
     )
 
-    def __init__(self, gate: Gate, key: str, door: Door | None) -> None:
+    def __init__(self, gate: Gate, key: _Key, door: Door | None) -> None:
         self.gate = gate
         self.key = key
         self.door = door
@@ -53,6 +60,7 @@ class Attempt:
         self.characters = 0
         self.hides_usage = False
         self.is_sent = False
+        self.handling = 0
         self.sending: Sending | None = None
 
     def reserve(self, request: dict[str, Any]) -> Reservation:
@@ -68,6 +76,15 @@ class Attempt:
             await bursar.areserve(**request) if self.door is None else await bursar.acall(**request).__aenter__()
         )
         return self.reservation
+
+    def left(self) -> Ending:
+        """How it ended when LiteLLM sends another one in the same call: by the error that it noted, or handles just then."""
+        error = (self.details or {}).get("exception")
+        if error is None and id(sys.exception()) != self.handling:
+            error = sys.exception()
+        if isinstance(error, Exception):
+            return read_error(self.provider, error, self.details)
+        return unknown("it was tried again, and its end not told")
 
     def sent(self) -> None:
         """LiteLLM's client has sent it: what is called from now on is another call."""
@@ -117,15 +134,15 @@ class Gate:
 
     # -- begin ---------------------------------------------------------------------------------------------------
 
-    def enter(self, key: str) -> Attempt | None:
-        """A new attempt of the call `key`; None while the last one has not been sent yet, which then belongs to this door.
+    def enter(self, call_id: str) -> Attempt | None:
+        """A new attempt of the call; None while the last one has not been sent yet, which then belongs to this door.
 
         LiteLLM serves many a call by another of its own functions (responses by a chat, messages by responses): both
         announce it, under one id.
         """
         door = open_door()
         with self._lock:
-            found = self._open.get(key)
+            key, found = _key(call_id, door), self.find(call_id)
             if found is None or found.is_sent:
                 attempt = self._open[key] = Attempt(self, key, door)
                 self._unended += 1
@@ -133,16 +150,32 @@ class Gate:
                     self._open.popitem(last=False)
                     self._unended -= 1
             else:
-                attempt, found.door = found, door
+                del self._open[found.key]
+                attempt = self._open[key] = found
+                found.key, found.door = key, door
         if door is not None:
             door.attempts.append(attempt)
         if found is not None and found.is_sent and found.reservation is not None:
-            self._finish(found, unknown("it was tried again, and its end not told"))
+            self._finish(found, found.left())
         return None if attempt is found else attempt
 
-    def find(self, key: str | None) -> Attempt | None:
-        """The open attempt of this call."""
-        return None if key is None else self._open.get(key)
+    def find(self, call_id: str | None) -> Attempt | None:
+        """The open attempt of this call, or the one that a function around it announced where no wrapper stands."""
+        if call_id is None:
+            return None
+        door = open_door()
+        found = self._open.get(_key(call_id, door))
+        if found is None and door is not None:
+            found = self._open.get((call_id, 0))
+            return None if found is None or found.is_sent else found
+        return found
+
+    def disown(self, attempt: Attempt) -> None:
+        """Its door is left before it has ended: LiteLLM's events will tell of that."""
+        with self._lock:
+            if self._open.pop(attempt.key, None) is not None:
+                attempt.key, attempt.door = (attempt.key[0], 0), None
+                self._open[attempt.key] = attempt
 
     def has(self, attempt: Attempt) -> bool:
         """Whether the attempt is still open."""
@@ -199,10 +232,14 @@ class Gate:
 
     def forget(self) -> None:
         """At the beginning; and in the child after a fork, for the open attempts are the parent's."""
-        self._open: OrderedDict[str, Attempt] = OrderedDict()
+        self._open: OrderedDict[_Key, Attempt] = OrderedDict()
         self._unended = self._drains = 0  # `_drains`: how many threads wait for the last to end
         self._lock = threading.RLock()
         self._ended = threading.Condition(self._lock)
+
+
+def _key(call_id: str, door: Door | None) -> _Key:
+    return call_id, 0 if door is None else id(door.root)  # an attempt keeps its door, so the id is not given anew
 
 
 # -- attempts whose end nobody reports ---------------------------------------------------------------------------

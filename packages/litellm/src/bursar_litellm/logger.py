@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from litellm.integrations.custom_logger import CustomLogger
 from bursar.ending import Ending, released, unknown
 from bursar.sending import Sending, passing
 from bursar_litellm.answer import read_answer, read_error
-from bursar_litellm.door import open_door
+from bursar_litellm.door import is_mocked, open_door
 from bursar_litellm.errors import BudgetStop, check_bounded
 from bursar_litellm.functions import wrap_functions
 from bursar_litellm.gate import Admission, Attempt, Gate
@@ -24,6 +25,7 @@ from bursar_litellm.request import (
     clean,
     is_async,
     kind_of,
+    kind_on_wire,
     limit_output,
     read_arguments,
     read_tags,
@@ -90,13 +92,13 @@ class BursarLogger(CustomLogger):
     def _read(self, kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """What to reserve for a call with these arguments; None where it is to be reserved for where it goes out, or never."""
         door = open_door()
-        if kwargs.get("mock_response") or (door is not None and door.is_free(self.bursar)):
+        if is_mocked(kind, kwargs) or (door is not None and door.is_free(self.bursar)):
             return None
-        if kwargs.get("fallbacks"):
+        if kwargs.get("fallbacks") or kwargs.get("model_list"):
             return None  # each of the models that are tried is announced by itself
         check_bounded(kind)
         model = kwargs.get("model")
-        if kind not in ENDPOINTS or not model or model in litellm.model_alias_map:
+        if kind not in ENDPOINTS or kind == "llm_passthrough_route" or not model or model in litellm.model_alias_map:
             return None  # without its name, as it came by position, or by another than LiteLLM will send
         try:
             return read_arguments(kind, kwargs)
@@ -119,8 +121,11 @@ class BursarLogger(CustomLogger):
             raise BudgetStop(error) from error
 
     def _dispatch(self, details: dict[str, Any]) -> None:
-        kind, door = kind_of(details.get("call_type")), open_door()
-        if kind not in ENDPOINTS or _NO_UPSTREAM in details or (door is not None and door.is_free(self.bursar)):
+        kind, door = kind_on_wire(details), open_door()
+        if _NO_UPSTREAM in details or (door is not None and door.is_free(self.bursar)):
+            return
+        check_bounded(kind)
+        if kind not in ENDPOINTS:
             return
         key = str(details.get("litellm_call_id"))
         attempt, moment = self.gate.find(key), details.get("api_call_start_time")
@@ -138,6 +143,8 @@ class BursarLogger(CustomLogger):
                 limit_output(kind, details, granted.max_output_tokens)
         if isinstance(details.get("original_response"), str):
             details["original_response"] = None  # an earlier attempt's
+        details.pop("exception", None)
+        attempt.handling = id(sys.exception())
         attempt.details, attempt.moment, attempt.is_sent = details, moment, True
         attempt.hides_usage = ask_for_usage(details)
         attempt.sending = Sending(self.bursar, str(details.get("model")), details).begin()

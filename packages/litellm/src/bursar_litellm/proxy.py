@@ -16,10 +16,17 @@ from bursar_litellm.answer import read_answer, read_error
 from bursar_litellm.errors import check_bounded
 from bursar_litellm.gate import Admission
 from bursar_litellm.logger import BursarLogger
-from bursar_litellm.request import LIMIT_NAMES, ask_for_usage_in, changeable, kind_of, read_tags, write
+from bursar_litellm.request import FREE, LIMIT_NAMES, PROMPTS, ask_for_usage_in, changeable, kind_of, read_tags, write
 
 _ROUTE_MODEL = re.compile(r"/models?/([^/:?]+)")  # Google's and AWS's paths name the model
-_PROMPTS = ("messages", "contents", "prompt", "input", "inputText", "system")
+_UPLOAD = re.compile(r"/(audio/(transcriptions|translations)|images/(edits|variations))$")
+_LATER = {  # by the path, and by the name that `check_bounded` has for it
+    re.compile(r"(/batches|/batchPredictionJobs|:batchGenerateContent)$"): "create_batch",
+    re.compile(r"/fine_tuning/jobs$"): "create_fine_tuning_job",
+    re.compile(r"/evals/[^/]+/runs$"): "create_run",
+    re.compile(r"/realtime/(client_secrets|sessions|transcription_sessions|calls)$"): "realtime_calls",
+    re.compile(r"/videos$"): "create_video",
+}
 _GATEWAY = "gateway"  # whoever sells the model: its price is looked for at the makers'
 
 
@@ -38,16 +45,19 @@ class ProxyLogger(BursarLogger):
         if str(getattr(call_type, "value", call_type)) != "pass_through_endpoint":
             return None
         route = str(getattr(user_api_key_dict, "request_route", None) or "")
+        body = {name: value for name, value in data.items() if not name.startswith("litellm_")}
+        _check_route(route, body)
         named = _ROUTE_MODEL.search(route)
-        model = data.get("model") or (named and named[1])
-        if not model and not any(name in data for name in _PROMPTS):
+        model = named[1] if named else data.get("model")
+        if not body or FREE.search(route) or not (model or any(name in body for name in PROMPTS)):
             return None  # a list, a file, a lookup: no model is asked
         attempt = self.gate.enter(_call_id(data))
         if attempt is None:
             return None
         with Admission(attempt):
             attempt.provider, model = _seller(route, str(model or ""))
-            body = {name: value for name, value in data.items() if not name.startswith("litellm_")}
+            if named:
+                body.pop("model", None)  # whatever it says there
             request = {
                 "provider": attempt.provider,
                 "model": model,
@@ -82,6 +92,17 @@ class ProxyLogger(BursarLogger):
         attempt = self.gate.find(_call_id(request_data))
         if attempt is not None and attempt.door is None:
             await self.gate.aend(attempt, read_error(attempt.provider, original_exception, None))
+
+
+def _check_route(route: str, body: Mapping[str, Any]) -> None:
+    """Raise UnboundedEstimate for a request whose cost does not come with its answer, or that the proxy does not show."""
+    if not body and _UPLOAD.search(route):
+        check_bounded("upload_passed_on")
+    if "assistant_id" in body:  # the proxy takes `runs` in the path for a thread's id
+        check_bounded("run_thread")
+    for path, kind in _LATER.items():
+        if body and path.search(route):
+            check_bounded(kind)
 
 
 def _changeable(provider: str, model: str, body: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import litellm
 from litellm.constants import openai_compatible_providers
 from litellm.types.utils import all_litellm_params
 
+from bursar.errors import InvalidInput
 from bursar_litellm.errors import UNBOUNDED
 from bursar_litellm.media import read_media
 
@@ -33,7 +34,13 @@ ENDPOINTS = {
     "speech": "audio/speech",
     "rerank": "rerank",
     "ocr": "ocr",
+    "compact_responses": "responses/compact",
+    "create_interaction": "interactions",
+    "llm_passthrough_route": "",
 }
+# What is passed on as it is: where it asks a model, and the paths of what costs nothing.
+PROMPTS = ("messages", "contents", "prompt", "input", "inputText", "system", "instances")
+FREE = re.compile(r"(/count_tokens|/count-tokens|:countTokens|/input_tokens|/tokenize|/moderations)$")
 # The most that an answer may have, by the name that LiteLLM's own arguments have for it.
 LIMITS = {
     "completion": "max_tokens",
@@ -54,7 +61,8 @@ _MAX_LENGTH = 512  # of a tag's value
 _NAME = re.compile(r"[^A-Za-z0-9_.:/-]")
 # What LiteLLM puts before a model's name to choose the format in which it is asked.
 _FORMATS = ("responses/", "converse/", "converse_like/", "invoke/", "o_series/", "gpt5_series/")
-_IDENTITY = frozenset({"org", "team", "user", "customer", "key"})
+# What the proxy tells of a call, and its clients do not.
+_IDENTITY = frozenset({"org", "team", "team_alias", "user", "customer", "key", "key_alias", "deployment"})
 
 
 def kind_of(call_type: Any) -> str:
@@ -66,6 +74,19 @@ def kind_of(call_type: Any) -> str:
         if plain in ENDPOINTS or plain in UNBOUNDED:
             return plain
     return name
+
+
+def kind_on_wire(details: Mapping[str, Any]) -> str:
+    """The same of a call that is about to go out; empty where no model is asked."""
+    kind = kind_of(details.get("call_type"))
+    url = str((details.get("additional_args") or {}).get("api_base"))
+    if kind in ("create", "acreate"):  # LiteLLM has several functions of that name
+        kind = "create_interaction" if url.endswith("/interactions") else ""
+    if kind == "create_interaction" and not details.get("model"):
+        return "agent_interaction"
+    if kind == "llm_passthrough_route" and (FREE.search(url) or wire_body(details).keys().isdisjoint(PROMPTS)):
+        return ""
+    return kind
 
 
 def is_async(call_type: Any) -> bool:
@@ -85,14 +106,15 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items()
         if value is not None and name not in _SETTINGS and not name.startswith(("litellm_", "_"))
     }
+    over = _lay_over(body, model)
     named = _plain(model)
     request = {
         "provider": provider,
         "model": _base_model(kwargs) or named,
-        "messages": kwargs.get("messages"),
+        "messages": over.get("messages") or kwargs.get("messages"),
         "body": body,
         "endpoint": ENDPOINTS[kind],
-        "retries": _retries(provider, kwargs),
+        "retries": _retries(kind, provider, kwargs),
         "changeable": (can_change := changeable(kind, provider, named, kwargs)),
         "resize": "max_output_tokens" in can_change and not any(kwargs.get(name) for name in LIMIT_NAMES),
     }
@@ -141,18 +163,35 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
             body["input"] = details.get("input")
     if kind == "speech":
         body["input"] = details.get("input")  # the text itself is left out of what LiteLLM notes
-    is_limited = _limit_name(kind, provider, body) is not None
+    over = _lay_over(body, model)
+    is_limited = _limit_name(kind, provider, body) is not None and over.keys().isdisjoint(LIMIT_NAMES)
     request = {
         "provider": provider,
         "model": _base_model({**optional, **settings}) or _plain(model),
         "messages": messages if isinstance(messages, (list, str)) else None,
         "body": body,
         "endpoint": ENDPOINTS[kind],
-        "retries": _retries(provider, {**optional, **settings}),
+        "retries": _retries(kind, provider, {**optional, **settings}),
         "resize": is_limited and not any(body.get(name) for name in LIMIT_NAMES),
         "changeable": ("max_output_tokens",) if is_limited else (),  # LiteLLM has written the body for this very model
     }
     return request | read_media(kind, request, sound)
+
+
+def _lay_over(body: dict[str, Any], model: str) -> Mapping[str, Any]:
+    """Take out the `extra_body`, which goes over what is sent, and lay it over this body: of two numbers the greater counts.
+
+    Raises InvalidInput where it names another model: some providers are sent that one, some are not.
+    """
+    over = _mapping(body.pop("extra_body", None))
+    if over.get("model", model) != model:
+        raise InvalidInput(
+            f"extra_body names another model than the call, {model!r}. Name it by `model` alone.", argument="extra_body"
+        )
+    for name, value in over.items():
+        both = (body.get(name), value)
+        body[name] = max(both) if all(type(one) is int for one in both) else value
+    return over
 
 
 def wire_body(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +266,9 @@ def _base_model(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _retries(provider: str, settings: Mapping[str, Any]) -> int:
+def _retries(kind: str, provider: str, settings: Mapping[str, Any]) -> int:
+    if kind == "embedding" and provider == "openai":
+        settings = {"max_retries": settings.get("max_retries") or None}  # LiteLLM takes 0 for "not said"
     for name in ("num_retries", "max_retries"):
         value = settings.get(name)
         if isinstance(value, int):
@@ -241,8 +282,8 @@ def _retries(provider: str, settings: Mapping[str, Any]) -> int:
 def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
     """The tags of a call. `settings`: LiteLLM's arguments; `own`: the logger's tags, clean.
 
-    `metadata={"bursar": {...}}` names tags freely; of a proxy's clients they are taken too, but never who they are: that
-    is what the proxy found out by their key.
+    `metadata={"bursar": {...}}` names tags freely; of a proxy's clients they are taken too, but never who they are, which
+    the proxy found out by their key, nor what it says of the call.
     """
     metadata: dict[str, Any] = {}
     for name in ("metadata", "litellm_metadata"):
@@ -258,7 +299,9 @@ def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, 
         found[f"tag.{label}"] = "yes"
     identity: dict[str, Any] = {}
     if "user_api_key_hash" in metadata or "user_api_key" in metadata:
-        free = {name: value for name, value in free.items() if name not in _IDENTITY}
+        free = {
+            name: value for name, value in clean(free).items() if name not in _IDENTITY and not name.startswith("tag.")
+        }
         identity = {
             "key": metadata.get("user_api_key_hash") or metadata.get("user_api_key"),
             "key_alias": metadata.get("user_api_key_alias"),

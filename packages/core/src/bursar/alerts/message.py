@@ -120,7 +120,7 @@ def _line(alert: Alert) -> str:
     facts = _closed(alert)
     said = []
     at, limit = facts.get("at"), facts.get("limit")
-    if _is_amount(at) and _is_amount(limit) and limit > 0:
+    if is_amount(at) and is_amount(limit) and limit > 0:
         said.append(f"{at * 100 // limit} %")
     if facts.get("enforce") is False:
         said.append("in shadow mode")
@@ -141,16 +141,16 @@ def _unit(facts: Mapping[str, Any]) -> str:
         return ""
 
 
-def _is_amount(value: Any) -> TypeGuard[int]:
+def is_amount(value: Any) -> TypeGuard[int]:
     """Whether it is an integer that an account can hold: whoever may write to the store puts what they like into an alert."""
     return isinstance(value, int) and abs(value) < 2**63
 
 
 def _shown(name: str, value: Any, unit: str) -> str:
-    if _is_amount(value) and name in _AMOUNTS:
+    if is_amount(value) and name in _AMOUNTS:
         return f"{dollar_text(value)} USD" if unit == "USD" else f"{value} {unit}".rstrip()
-    if _is_amount(value) and name.endswith("_us"):
-        return f"{instant(value):%Y-%m-%d %H:%M:%S}"
+    if is_amount(value) and name.endswith("_us"):
+        return f"{instant(value):%Y-%m-%d %H:%M:%S} UTC"
     if name == "scope" and isinstance(value, str):
         with suppress(ValueError, RecursionError):  # shown as it is
             value = json.loads(value)

@@ -78,7 +78,7 @@ class Anthropic(Tally):
                 self.used["code_execution"] += 1
         usage = part(message, "usage")
         if usage:
-            if "cache_creation_input_tokens" in usage and "cache_creation" not in usage:
+            if "cache_creation" not in usage and _shrinks(usage, self.usage):
                 self.usage.pop("cache_creation", None)  # the split of an earlier total would outlive it
             self.usage.update({name: value for name, value in usage.items() if value is not None})
             self.final = self.final or kind != "message_start"
@@ -139,6 +139,12 @@ def usual_message(answer: Any) -> Usage | None:
 
 
 _COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+
+
+def _shrinks(usage: Json, before: Json) -> bool:
+    """Whether it tells of fewer tokens written to the cache than before. `message_delta` repeats the total, not its split."""
+    told = usage.get("cache_creation_input_tokens")
+    return told is not None and count(told) < count(before.get("cache_creation_input_tokens"))
 
 
 def _message_counts(usage: Json) -> Keywords:

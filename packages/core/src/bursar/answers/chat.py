@@ -69,6 +69,7 @@ class Chat(Tally):
     def __init__(self) -> None:
         super().__init__()
         self.usage: Json | None = None
+        self.ended = False  # an answer has said why it ends
         self.breakdown: list[Json] = []
         self.plain: Keywords = {}  # what is billed without a usage object: images, seconds of audio
 
@@ -85,15 +86,20 @@ class Chat(Tally):
         self.note(model=word(data.get("model")))
         self.facts.update(tier(data.get("service_tier")))
         usage = _usage_of(data)
+        choices = items(data, "choices")
+        self.ended = self.ended or any(choice.get("finish_reason") for choice in choices)
         if usage is not None:
-            self.usage, self.final = usage, True
+            self.usage = usage
+            self.final = self.final or not any("delta" in choice for choice in choices)
+        # Perplexity and vLLM tell with every chunk what was billed up to there.
+        self.final = self.final or (self.ended and self.usage is not None)
         self.breakdown = items(part(data, "usage_breakdown"), "models") or self.breakdown
         images = images_made(data)
         if images:
             self.plain, self.final = {"images": images}, True
         elif _heard(data):
             self.plain, self.final = {"input_audio_ms": milliseconds(data["duration"])}, True
-        for choice in items(data, "choices"):
+        for choice in choices:
             for name in ("message", "delta"):
                 message = choice.get(name)
                 if isinstance(message, dict) and "executed_tools" in message:
@@ -140,7 +146,7 @@ def usual_usage(answer: Any) -> Usage | None:
         return None
     choices = data.get("choices")
     for choice in map(fields_of, choices) if isinstance(choices, (list, tuple)) else ():
-        if choice is None:
+        if choice is None or (choice.get("delta") is not None and not choice.get("finish_reason")):
             return None
         for told in (choice.get("message"), choice.get("delta")):
             if told is not None and ((fields := fields_of(told)) is None or "executed_tools" in fields):

@@ -51,9 +51,11 @@ class Google(Tally):
             if not items(answer, "candidates") and not data.get("promptFeedback"):
                 self.final = True  # embeddings, caches, Live turns and interactions come whole
         self.facts.update(_tier(usage) or tier(answer.get("serviceTier")) or tier(answer.get("service_tier")))
-        for candidate in items(answer, "candidates"):
-            self.final = self.final or bool(candidate.get("finishReason"))
-            self._tools(_camel(candidate))
+        candidates = [_camel(candidate) for candidate in items(answer, "candidates")]
+        if candidates:  # a round of the provider's own tools ends too, and others follow
+            self.final = any(candidate.get("finishReason") for candidate in candidates)
+        for candidate in candidates:
+            self._tools(candidate)
         self.final = self.final or bool(data.get("promptFeedback"))
 
     def counts(self) -> Keywords | None:

@@ -39,6 +39,7 @@ class Responses(Tally):
         super().__init__()
         self.turns: Keywords = {}
         self.bill: int | None = None
+        self.told: str | None = None  # the id of the last answer whose usage was told
 
     @staticmethod
     def claims(data: Json) -> bool:
@@ -63,7 +64,10 @@ class Responses(Tally):
         usage = part(answer, "usage") or part(data, "usage")  # xAI's voice puts it beside the response
         if not reported(usage):
             return
-        self.final = True
+        told = word(answer.get("id"))
+        if told is not None and told == self.told:
+            return  # a stream's last event, and its answer as a whole
+        self.told, self.final = told, True
         images = images_made(answer)
         for name, value in (response_counts(usage, images=images > 0) | {"images": images}).items():
             self.turns[name] = self.turns.get(name, 0) + value

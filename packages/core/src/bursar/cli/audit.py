@@ -30,7 +30,7 @@ def command(ctx: click.Context, store: str, form: str, seal: bool, against: str 
     Exits with 1 where something differs. Repairs nothing. With the environment's BURSAR_OPERATOR the operator has to be that one.
     """
     check_store(store)
-    opened = open_store(store)
+    opened = open_store(store, with_leases=False)
     try:
         found, kept = audited(opened, operator=os.environ.get("BURSAR_OPERATOR"))
         if against is not None and is_broken(opened, against):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +13,11 @@ from bursar.records import UsageRecord
 from bursar.texts import printable
 
 ROWS = 8
-NUMBERS = {"calls", "cost", "of it estimated", "billed calls", "billed", "ledger"}
+TEXT_WIDTH = 8  # of a column of text at least
+NUMBERS = frozenset(
+    {"calls", "cost", "of it estimated", "billed calls", "billed", "ledger", "in", "out"}
+    | {"limit", "spent", "reserved", "available", "refused", "overrun", "saved", "held", "recomputed"}
+)
 
 
 def money(nanos: int) -> str:
@@ -27,11 +31,25 @@ def plain(text: str | None) -> Text:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; columns of numbers stand to the right."""
+    """An empty table; columns of numbers stand to the right, and are not wrapped: half of a number is another."""
     made = Table(title=plain(title), title_justify="left", title_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
+        if column in NUMBERS:
+            made.add_column(column, justify="right", overflow="ellipsis", no_wrap=True)
+        else:
+            made.add_column(column, overflow="fold")
     return made
+
+
+def fits(columns: Sequence[str], cells: Iterable[Sequence[str]], width: int) -> bool:
+    """Whether such a table fits into a terminal with all of its numbers whole: half of a number is another one."""
+    needed = [len(column) if column in NUMBERS else TEXT_WIDTH for column in columns]
+    for row in cells:
+        needed = [
+            max(most, len(cell)) if column in NUMBERS else most
+            for most, cell, column in zip(needed, row, columns, strict=True)
+        ]
+    return sum(needed) + 3 * len(columns) + 1 <= width
 
 
 def spending(records: Iterable[UsageRecord], tag: str) -> Table:

@@ -31,9 +31,10 @@ def command(source: str, target: str) -> None:
     from bursar.stores.redis import RedisStore
     from bursar.stores.redis.drain import drain
 
-    opened = RedisStore(source)
+    opened = open_store(source, with_leases=False)
+    assert isinstance(opened, RedisStore)
     try:
-        into = open_store(target)
+        into = open_store(target, with_leases=False)
         try:
             moved = drain(opened, into)
         finally:

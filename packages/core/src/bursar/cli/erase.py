@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from bursar.cli.operate import deciding, opened_operator
-from bursar.cli.options import store_option, tag_options, tags_argument
+from bursar.cli.options import printable, store_option, tag_options, tags_argument
 
 
 @click.command()
@@ -28,6 +28,10 @@ def command(ctx: click.Context, tags: dict[str, str], store: str, key: Path | No
     marker = f"erased-{secrets.token_hex(4)}"
     with opened_operator(store, key, by) as operator:
         erased = operator.erase(tag, value, marker=marker, why=why)
+    if not any(erased):
+        raise click.ClickException(
+            printable(f"Nothing in the store names {tag}={value}. Write it as `bursar records` shows it.")
+        )
     click.echo(
         f"Erased in {erased.records} records, {erased.accounts} accounts, {erased.reservations} open reservations, "
         f"{erased.alerts} alerts and {erased.definitions} decisions: {tag} is {marker} there now."

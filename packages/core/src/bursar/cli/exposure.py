@@ -92,7 +92,15 @@ def _exists(url: str) -> bool:
 def _speed(text: str | None) -> Limit | None:
     from bursar.budget import Budget, parse_limit
 
-    return None if text is None else parse_limit(Budget("speed", text))
+    if text is None:
+        return None
+    limit = parse_limit(Budget("speed", text))
+    if limit.unit not in text:
+        raise click.BadParameter(
+            f'{text!r} is in a currency whose rate is not known here. Write it like "2 USD/minute".',
+            param_hint="--speed",
+        )
+    return limit
 
 
 def _call(text: str | None) -> Step | None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from bursar.alerts.message import is_amount
 from bursar.cli.options import check_store, echo, form_option, key_text, show, store_option, tag_options, tags_argument
 from bursar.operator import Operator, Question
 from bursar.records import instant
@@ -86,7 +87,7 @@ def resume(name: str | None, store: str, key: Path | None, by: str | None, why: 
 @click.command()
 @store_option
 @form_option
-@click.option("--all", "everything", is_flag=True, help="The answered ones too.")
+@click.option("--all", "everything", is_flag=True, help="Those too that are answered, or whose window is over.")
 def approvals(store: str, form: str, everything: bool) -> None:
     """Show what thresholds ask."""
     with opened_operator(store) as operator:
@@ -187,7 +188,8 @@ def _gist(facts: dict[str, Any]) -> dict[str, Any]:
         return {"what": "cannot be read: Bursar has not put it", "who": {}}
     tags = facts.get("tags") or {}
     action = facts.get("action") or facts.get("cause") or facts.get("why", "")
-    share = f" at {100 * facts['at'] / facts['limit']:.4g}%" if "at" in facts and facts.get("limit") else ""
+    at, limit = facts.get("at"), facts.get("limit")
+    share = f" at {100 * at / limit:.4g}%" if is_amount(at) and is_amount(limit) and limit > 0 else ""
     what = " ".join(str(one) for one in (facts.get("budget") or facts.get("name") or "", action) if one)
     return {"what": what + share, "who": {tag: tags[tag] for tag in ("agent", "run", "team") if tag in tags}}
 

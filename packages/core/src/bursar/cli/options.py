@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = "bursar.tags"  # where a command's context keeps the tags that came as options
 MAX_KEY_BYTES = 1_000
+PAGE = 1_000  # rows of one table, which is printed once all of them are there
 TAG_COLUMNS = ("agent", "run", "team", "user", "customer", "workflow", "project", "org", "tool", "connection", "model")
 # A spreadsheet takes a cell that starts with one of these for a formula, wide signs too; and where it is set to, a semicolon
 # or a tab begins another cell.
@@ -42,9 +44,10 @@ def store_option(function: F) -> F:
 def open_books(url: str) -> Bursar:
     """The Bursar of a store that exists already, with the budgets published there. Raises UsageError for one that does not."""
     from bursar.facade import Bursar
+    from bursar.stores import open_store
 
     check_store(url)
-    return Bursar(url)
+    return Bursar(open_store(url, with_leases=False))
 
 
 def check_store(url: str) -> None:
@@ -140,12 +143,25 @@ def _cell(value: Any) -> str:
 def _show_table(rows: Iterable[Mapping[str, Any]], columns: list[str], title: str) -> None:
     from rich.console import Console
 
-    from bursar.cli.books import plain, table
+    from bursar.cli.books import fits, plain, table
 
-    made = table(title, *columns)
-    for row in rows:
-        made.add_row(*(plain(_said(row.get(name))) for name in columns))
-    Console().print(made)
+    console, rest = Console(), iter(rows)
+    page = list(islice(rest, PAGE))
+    while True:
+        made, cells = table(title, *columns), [[_said(row.get(name)) for name in columns] for row in page]
+        if fits(columns, cells, console.width):
+            for row in cells:
+                made.add_row(*map(plain, row))
+            console.print(made)
+        else:  # where there is no room beside each other, one below the other
+            echo(title)
+            for row in cells:
+                echo("")
+                for name, cell in zip(columns, row, strict=True):
+                    echo(f"{name}: {cell}")
+        page = list(islice(rest, PAGE))
+        if not page:
+            return
 
 
 def _said(value: Any) -> str:

@@ -182,7 +182,7 @@ def _books(policy: PolicyFile, given: str | None) -> Iterator[Store | None]:
             raise
         yield None
         return
-    store = open_store(url)
+    store = open_store(url, with_leases=False)
     try:
         yield store
     finally:

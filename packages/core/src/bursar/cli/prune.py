@@ -25,7 +25,8 @@ def command(
 ) -> None:
     """Delete old usage records and keep their sums, so that `bursar audit` adds up. Needs the key of the operator, if there is one.
 
-    What belongs to a window that is open stays, and what was reserved, has expired, and may still be settled: for 93 days.
+    What belongs to a window that is open stays, and what was reserved, has expired, and may still be settled: for 93 days. Accounts
+    go with the last of their records: those of windows that ended, and of runs, which begin anew if they come back after that.
     """
     if (before is None) == (keep_s is None):
         raise click.UsageError("Say what to prune: --before 2026-01-01, or --keep 400d.")
@@ -41,3 +42,5 @@ def command(
         f"{pruned.records} records of before {instant(until.before_us):%Y-%m-%d %H:%M} UTC, {dollar_text(pruned.cost_nanos)} USD, "
         "were pruned; their sums are kept."
     )
+    if pruned.accounts:
+        click.echo(f"{pruned.accounts} accounts, on which nothing was booked since, were retired.")

@@ -22,7 +22,7 @@ def command(folder: Path, store: str, form: str) -> None:
     The next process with leases in that folder does the same by itself. What a process held when it died, and its journal
     cannot account for, stays booked as estimated.
     """
-    opened = open_store(store)
+    opened = open_store(store, with_leases=False)
     try:
         found = recover(opened, folder)
     finally:

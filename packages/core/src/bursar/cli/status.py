@@ -10,7 +10,7 @@ from bursar.cli.options import form_option, open_books, show, store_option, tags
 from bursar.records import BudgetStatus
 from bursar.stores import public_url
 
-SHORT = ["budget", "limit", "spent", "reserved", "available", "refused", "until"]
+SHORT = ["budget", "limit", "spent", "reserved", "available", "refused", "until (UTC)"]
 LONG = ["name", "scope", "unit", "limit", "spent", "reserved", "available", "overrun", "refused", "from", "until"]
 
 
@@ -38,7 +38,7 @@ def _short(status: BudgetStatus) -> dict[str, Any]:
         "reserved": status.reserved,
         "available": status.available,
         "refused": status.refused,
-        "until": "" if until is None else until.strftime("%m-%d %H:%M"),
+        "until (UTC)": "" if until is None else until.strftime("%Y-%m-%d %H:%M"),
     }
 
 

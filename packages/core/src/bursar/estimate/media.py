@@ -152,9 +152,13 @@ def _image_bound(item: Media, family: str, model: str) -> int:
     return 16_384  # Qwen-VL's maximum, the highest that an open model publishes
 
 
+_GPT_NAMES = ("gpt-", "chatgpt-", "o1", "o3", "o4", "codex", "computer-use")
+
+
 def _gpt_image_bound(item: Media, model: str) -> int:
-    if "gpt-4o-mini" in model:
-        base, tile = 2_833, 5_667
+    model = model.rsplit("/", 1)[-1].removeprefix("ft:")
+    if "gpt-4o-mini" in model or not model.startswith(_GPT_NAMES):
+        base, tile = 2_833, 5_667  # also of a deployment whose name does not say its model: the dearest of all
     elif "gpt-4.1-mini" in model or "gpt-4.1-nano" in model or "o4-mini" in model:
         return 3_840  # at most 1,536 patches, at most 2.46 tokens each
     elif model.startswith(("gpt-4", "chatgpt-4o", "o1", "o3")) or model in ("gpt-5", "gpt-5-chat-latest"):

@@ -120,7 +120,7 @@ class _Reckoning:
     def _lines(self, step: Step, taken: Taken) -> tuple[list[Line], int]:
         """What the call asks of its accounts and will spend from them, and what it may be billed."""
         call = self._call(step, taken)
-        call.throttles = tuple(taken.throttles)
+        call.throttles = taken.throttles
         matched = self.guard.matched(call, self.now_us)
         half_hour = self.now_us // _HALF_HOUR_US  # prices may change between two half hours
         key = id(step), taken.model, taken.output_tokens

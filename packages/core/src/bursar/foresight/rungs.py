@@ -9,8 +9,8 @@ from typing import NamedTuple
 from bursar.accounts import Rule
 from bursar.budget import Budget
 from bursar.foresight.balance import Balance
-from bursar.ladder import THROTTLE_WAIT_S
-from bursar.policy import Matched, throttle_rule
+from bursar.ladder import throttled
+from bursar.policy import Matched
 
 
 class Line(NamedTuple):
@@ -28,7 +28,7 @@ class Taken:
     def __init__(self, model: str, output_tokens: int) -> None:
         self.model = model
         self.output_tokens = output_tokens
-        self.throttles: list[Matched] = []
+        self.throttles: tuple[Matched, ...] = ()
         self.complied: dict[str, int] = {}
 
     def comply(self, lines: Sequence[Line], balances: Mapping[str, Balance], is_tool: bool) -> bool:
@@ -43,10 +43,7 @@ class Taken:
                 elif threshold.action == "clamp" and not is_tool:
                     self.output_tokens = min(self.output_tokens, threshold.max_output_tokens or self.output_tokens)
                 elif threshold.action == "throttle" and threshold.rate is not None:
-                    beside = throttle_rule(line.rule, threshold.rate)
-                    waiting = Budget(line.rule.budget, threshold.rate, on_exceed=f"wait {THROTTLE_WAIT_S}s")
                     units = ("USD", "calls") if is_tool else ("USD", "tokens", "requests")
-                    if beside.unit in units and all(one.rule.key != beside.key for one in self.throttles):
-                        self.throttles.append(Matched(waiting, beside))
+                    self.throttles = throttled(self.throttles, line.rule, threshold.rate, units)
             self.complied[line.rule.key] = count
         return bool(due)

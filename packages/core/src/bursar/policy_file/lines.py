@@ -132,8 +132,19 @@ class _TomlLines:
         self._at += 1
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """YAML of plain data, where no anchor can blow up a small file into a large one."""
+    """YAML of plain data, where no anchor can blow up a small file into a large one.
+
+    `off`, `on`, `yes` and `no` are words, as in YAML 1.2: `mode: off` means "off".
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - of the class, as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in found if tag != _BOOL or first in "tTfF"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -68,7 +68,10 @@ class PriceBook:
         """
         prices = {
             **self._tools,
-            **{name: nanos(text.removesuffix("USD").strip()) for name, text in (tools or {}).items()},
+            **{
+                name: nanos(text.removesuffix("USD").strip() if isinstance(text, str) else text)
+                for name, text in (tools or {}).items()
+            },
         }
         negative = [name for name, price in prices.items() if price < 0]
         if negative:

@@ -1,7 +1,8 @@
-"""Hosts: who bills the calls that go to a base URL."""
+"""Hosts: who bills the calls that go to a base URL, and the region that serves them."""
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -50,8 +51,24 @@ def provider_of_url(url: str) -> str | None:
         return None
     if host.startswith("bedrock") and ".amazonaws.com" in host:
         return "bedrock"
-    if host.endswith("-aiplatform.googleapis.com"):  # with the region before it
+    if host.endswith(("-aiplatform.googleapis.com", ".rep.googleapis.com")):  # with the region before it
         return "vertex"
     labels = host.split(".")
     ends = (".".join(labels[start:]) for start in range(len(labels)))
     return next((_HOSTS[end] for end in ends if end in _HOSTS), None)
+
+
+@lru_cache(maxsize=1_024)
+def region_of_url(url: str) -> str | None:
+    """The region that a base URL names, where its provider has prices by region: `eu.api.openai.com`, Vertex's endpoints."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:  # as above
+        return None
+    found = _REGIONAL.fullmatch(host)
+    return next((region for region in found.groups() if region), None) if found else None
+
+
+_REGIONAL = re.compile(
+    r"(.+)\.api\.openai\.com|(.+)-aiplatform\.googleapis\.com|aiplatform\.(.+)\.rep\.googleapis\.com"
+)

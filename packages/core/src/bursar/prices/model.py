@@ -76,13 +76,17 @@ class ModelPrice:
         total, scale = self.cost_fraction(usage)
         return (2 * total + scale) // (2 * scale)  # half up: the total is never negative
 
-    def tokens_nanos(self, input_tokens: int, output_tokens: int, service_tier: str | None = None) -> int:
+    def tokens_nanos(
+        self, input_tokens: int, output_tokens: int, service_tier: str | None = None, region: str | None = None
+    ) -> int:
         """`cost_nanos` of a usage that counts nothing but these, without making it."""
-        rates = self._tier(service_tier, None)
+        rates = self._tier(service_tier, region)
         level = rates.plain or rates.level(input_tokens)
         total = input_tokens * level.coefficients[0] + output_tokens * level.coefficients[1]
         if total <= 0 or level.beside or rates.gaps or input_tokens + output_tokens > MAX_COUNT:
-            usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, service_tier=service_tier)
+            usage = Usage(
+                input_tokens=input_tokens, output_tokens=output_tokens, service_tier=service_tier, region=region
+            )
             return self.cost_nanos(usage)
         return (2 * total + level.scale) // (2 * level.scale)
 

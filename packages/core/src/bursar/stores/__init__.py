@@ -10,8 +10,11 @@ from bursar.errors import InvalidInput, shown
 from bursar.stores.base import Store
 
 
-def open_store(url: str, clock: Clock | None = None) -> Store:
-    """The store behind a URL. Raises InvalidInput for a URL of no known form, StoreError when it cannot be opened."""
+def open_store(url: str, clock: Clock | None = None, *, with_leases: bool = True) -> Store:
+    """The store behind a URL. Raises InvalidInput for a URL of no known form, StoreError when it cannot be opened.
+
+    `with_leases`: False for who looks or decides and makes no calls: the shared store itself, where the URL asks for leases.
+    """
     try:
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query))
@@ -30,13 +33,13 @@ def open_store(url: str, clock: Clock | None = None) -> Store:
 
         url, folder, durability = _leases(url)
         store = PostgresStore(url, clock=clock)
-        return store if folder is None else _leased(store, folder, durability)
+        return _leased(store, folder, durability) if folder is not None and with_leases else store
     if parts.scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster"):
         from bursar.stores.redis import RedisStore
 
         url, folder, durability = _leases(url)
         shared = RedisStore(url, clock=clock)
-        return shared if folder is None else _leased(shared, folder, durability)
+        return _leased(shared, folder, durability) if folder is not None and with_leases else shared
     raise _names_none(url)
 
 

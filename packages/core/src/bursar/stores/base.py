@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from bursar.accounts import Account
-from bursar.commands import Alert, Answer, Command, Definitions, Entry, Reservation
+from bursar.commands import Alert, Answer, Command, Definitions, Ended, Entry, Expire, Reservation
+from bursar.errors import StoreError
 
 
 class Store(Protocol):
@@ -91,3 +92,18 @@ class Store(Protocol):
     def close(self) -> None:
         """Finish what was posted and free everything; further commands raise StoreError."""
         ...
+
+
+def expire_all(store: Store, ids: Iterable[str]) -> int:
+    """Expire these reservations; the number that ended. One whose rows are damaged keeps no other: its error comes at the end."""
+    ended, failure = 0, None
+    for id in ids:
+        try:
+            ended += type(store.execute(Expire(id))) is Ended
+        except StoreError as error:
+            if error.fault not in ("damaged", "overflow"):
+                raise
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return ended

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic_core import from_json
 
+from bursar.accounts import scope_budget
 from bursar.signing import switch_name, worded
 from bursar.stores import sqlite_rows as rows
 
@@ -44,14 +45,18 @@ class Erasure:
     """What is looked for, the value of a tag, and the marker that takes its place.
 
     It stands as a member of tags and scopes, within the keys of accounts, which are JSON texts, and as a run in the path of runs.
-    `keys`: of the accounts that are renamed; what names another one, which calls make meanwhile, goes on naming it.
+    `keys`: of the accounts that are renamed; what names another one, which calls make meanwhile, goes on naming it. `names`: of
+    the budgets that scopes were opened with, which are made of their tags, and those that take their place.
     """
 
     def __init__(self, tag: str, value: str, marker: str) -> None:
         self.tag, self.value, self.marker = tag, value, marker
         self.keys: set[str] = set()
+        self.names: dict[str, str] = {}
         plain = json.dumps(value, ensure_ascii=False)[1:-1]
-        self._switch = re.compile(rf"(?<!\S){re.escape(f'{tag}={worded(value)}')}(?!\S)")
+        switch, listed = re.escape(f"{tag}={worded(value)}"), re.escape(f"{tag}={value}")
+        # as the switch of it is named, and as an account is told in a sentence: "the budget 'day' (user=alice, desk=7) asks"
+        self._named = re.compile(rf"(?<!\S){switch}(?!\S)|(?<=[( ]){listed}(?=, |\))")
         self.needles = tuple(
             {plain, json.dumps(plain, ensure_ascii=False)[1:-1]}
         )  # as it stands in JSON, and in JSON in JSON
@@ -74,13 +79,15 @@ class Erasure:
         return self.of(item, depth + 1)
 
     def text(self, text: str, depth: int = 0) -> str:
-        """A text that is JSON, such as an account's key or a scope, or that names a switch, with the marker in it."""
-        if not any(needle in text for needle in self.needles):
+        """A text that is JSON, such as an account's key or a scope, or that names a switch or an account, with the marker in it."""
+        if text in self.names:
+            return self.names[text]
+        if self.value not in text and not any(needle in text for needle in self.needles):
             return text
         try:
             before = json.loads(text)
         except ValueError:
-            return self._switch.sub(f"{self.tag}={self.marker}", text)
+            return self._named.sub(f"{self.tag}={self.marker}", text)
         if (
             isinstance(before, list)
             and len(before) == KEY_PARTS
@@ -135,11 +142,20 @@ class _Rows:
     def accounts(self, lock: str) -> int:
         if lock:  # whoever ends a reservation locks that before its accounts
             self.naming("reservations", "id", ("held",), f" ORDER BY id{lock}")
-        found = self.naming("accounts", "key, scope", ("key",), f" ORDER BY key{lock}")
-        self.erasure.keys = {row[0] for row in found}
-        text = self.erasure.text
+        found = self.naming("accounts", "key, budget, scope", ("key",), f" ORDER BY key{lock}")
+        one, text = self.erasure, self.erasure.text
+        one.keys = {row[0] for row in found}
+        for _, name, scope in found:
+            tags = json.loads(scope)
+            if name == scope_budget(tags) and one.of(tags) != tags:
+                one.names[name] = scope_budget(one.of(tags))
+        for before, after in one.names.items():
+            self.put("account_counts", "budget", (before,), {"budget": after}, before)
         return sum(
-            self.put("accounts", "key", row, {"key": text(row[0]), "scope": text(row[1])}, row[0]) for row in found
+            self.put(
+                "accounts", "key", row, {"key": text(row[0]), "budget": text(row[1]), "scope": text(row[2])}, row[0]
+            )
+            for row in found
         )
 
     def reservations(self) -> int:
@@ -157,16 +173,17 @@ class _Rows:
         last, looked_at = "", ("amounts", "draft", "facts")
         while True:
             more = f" AND id > {self.mark} ORDER BY id LIMIT {PAGE}"
-            page = self.naming("records", "id, amounts, draft, facts", looked_at, more, last)
+            page = self.naming("records", "id, reason, amounts, draft, facts", looked_at, more, last)
             yield page
             if len(page) < PAGE:
                 return
             last = page[-1][0]
 
-    def _record(self, id: str, amounts: str, draft: str, facts: str) -> bool:
-        json = self.erasure.json
-        after: dict[str, Any] = {"amounts": json(amounts), "draft": json(draft), "facts": json(facts)}
-        before: tuple[Any, ...] = (amounts, draft, facts)
+    def _record(self, id: str, reason: str, amounts: str, draft: str, facts: str) -> bool:
+        json, names = self.erasure.json, self.erasure.names
+        after: dict[str, Any] = {"reason": names.get(reason, reason)}  # a refusal's is the budget's name
+        after |= {"amounts": json(amounts), "draft": json(draft), "facts": json(facts)}
+        before: tuple[Any, ...] = (reason, amounts, draft, facts)
         if self.erasure.tag in rows.TAGS and after["draft"] != draft:
             after[self.erasure.tag], before = from_json(after["draft"])["tags"].get(self.erasure.tag), (*before, None)
         return self.put("records", "id", before, after, id)

@@ -18,7 +18,6 @@ from bursar.commands import (
     Drawn,
     Ended,
     Entry,
-    Expire,
     Granted,
     Refused,
     Reservation,
@@ -29,6 +28,7 @@ from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, POLICY_KEY, decide
 from bursar.signing import changes, operator_of
 from bursar.stores import forks
+from bursar.stores.base import expire_all
 
 
 class MemoryStore:
@@ -93,7 +93,7 @@ class MemoryStore:
             due = [
                 id for id in self._open if type(row := self._rows.get(id)) is Reservation and row.expires_us <= now_us
             ]
-        return sum(type(self.execute(Expire(id))) is Ended for id in due)
+        return expire_all(self, due)
 
     def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
         with self._lock:

@@ -4,75 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from bursar.clock import Clock, StoreClock, SystemClock
 from bursar.commands import (
-    Alert,
     Answer,
     Command,
-    Ended,
-    Expire,
     Reserve,
     Row,
 )
-from bursar.errors import BursarError, InvalidInput, StoreError, shown
+from bursar.errors import BursarError, StoreError
 from bursar.files import open_to_all
 from bursar.law import decide
-from bursar.migrations import HEAD, REVISIONS
-from bursar.signing import changes
 from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
-from bursar.stores import sqlite_schema as schema
-from bursar.stores.erasing import Erased, Erasure, Sign, erase
+from bursar.stores.base import expire_all
 from bursar.stores.group_commit import GroupCommit
-from bursar.stores.pruning import Pruned, batch, prunable
-from bursar.stores.reading import TableReading, definitions_of
+from bursar.stores.sqlite_tables import SqliteTables
 
 log = logging.getLogger("bursar")
 
 SWEEP_BATCH = 500
 # The log is folded into the file, with three fsyncs, by whoever may wait, after so many transactions: it is 19 MiB then, for
-# each writes some 3 pages. SQLite's own 4 MiB take a fifth of a pair's time on a slow disk. Where they write more, whoever
-# commits has to do it at 24 MiB.
+# each writes some 3 pages. SQLite's own 4 MiB take a fifth of a pair's time on a slow disk.
 FOLD_COMMITS = 1_500
-CHECKPOINT_PAGES = 6_000
-OPENING = 4  # a store that many processes make at once is worth waiting for so many times as long as for a command
-_SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
-# sqlite's primary result code -> (our fault, what the user does next)
-_FAULTS = {
-    sqlite3.SQLITE_BUSY: (
-        "locked",
-        "Another process holds it for too long: end that process. "
-        "Dozens that share budgets are better served by PostgreSQL or Redis.",
-    ),
-    sqlite3.SQLITE_LOCKED: ("locked", "Another connection holds it: end it, then try again."),
-    sqlite3.SQLITE_FULL: ("full", "Free disk space, then try again; nothing was lost."),
-    sqlite3.SQLITE_READONLY: (
-        "readonly",
-        "Give this user write permission for the file and its folder, then try again.",
-    ),
-    sqlite3.SQLITE_CORRUPT: ("damaged", "Stop all writers, and restore the file from a backup."),
-    sqlite3.SQLITE_NOTADB: ("damaged", "The file is no Bursar database: name another, or restore it from a backup."),
-    sqlite3.SQLITE_CANTOPEN: ("unreachable", "Create the folder, or correct the path in the store's URL."),
-    sqlite3.SQLITE_IOERR: ("unreachable", "The disk failed: check it, then try again."),
-}
 
 
-class SqliteStore(TableReading):
+class SqliteStore(SqliteTables):
     """Budgets in one SQLite file, shared by the threads and processes of a host.
 
     `durability`: `full` (default) has an fsync per commit, shared by the callers that wait at the same time, so an
     acknowledged settlement survives a power cut; `process` has none, so it survives the end of every process
     (kill -9 included), but not of the machine. Raises StoreError (locked, full, readonly, damaged, newer, unreachable).
     """
-
-    _queries = rows
 
     def __init__(
         self,
@@ -82,15 +50,8 @@ class SqliteStore(TableReading):
         clock: Clock | None = None,
         busy_timeout_s: float = 15.0,
     ) -> None:
-        if durability not in _SYNCHRONOUS:
-            raise InvalidInput(f'{durability!r} is no durability. Use "full" or "process".', durability=durability)
-        self.path = Path(path)
-        if "\0" in str(path) or self.path.name in ("", ":memory:"):
-            raise InvalidInput(f"{shown(str(path))} names no file. Use the path of one, or memory:.", argument="store")
-        self.durability = durability
-        self._busy_timeout_s = busy_timeout_s
+        super().__init__(path, durability, busy_timeout_s)
         self._using = threading.RLock()  # held while the connection is in use
-        self._reading = threading.RLock()  # held while a report's connection is open
         self._connection: sqlite3.Connection | None = None
         self._rows: rows.Rows | None = None  # what the connection knows
         self._closed = False
@@ -118,68 +79,6 @@ class SqliteStore(TableReading):
 
     def _new_commits(self) -> GroupCommit:
         return GroupCommit(self._apply, self._apply_at_once if self.durability == "process" else None)
-
-    def _connect(self) -> sqlite3.Connection:
-        if not os.path.lexists(self.path) and self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK):
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                # budgets are nobody else's business; and what is there, a link too, is not made
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        elif self.path.is_symlink() and not self.path.exists():
-            raise StoreError(
-                f"The store {self.path} is a link to a file that does not exist. Create it, or remove the link.",
-                fault="unreachable",
-                path=str(self.path),
-            )
-        connection = sqlite3.connect(
-            self.path,
-            timeout=self._busy_timeout_s,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=256,
-        )
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute(f"PRAGMA synchronous={_SYNCHRONOUS[self.durability]}")
-            connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _migrate(self, connection: sqlite3.Connection) -> None:
-        revision = schema.revision(connection)
-        if revision is not None and revision not in REVISIONS:
-            raise StoreError(
-                f"{self.path} was written by a newer Bursar (schema {revision}). Upgrade Bursar to open it.",
-                fault="newer",
-                path=str(self.path),
-            )
-        if revision != HEAD:
-            schema.upgrade(self.path, OPENING * self._busy_timeout_s)
-
-    @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """What SQLite raises inside, as the StoreError that says what to do."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._fault(error) from error
-        except OSError as error:
-            raise StoreError(
-                f"The store {self.path} cannot be opened: {error.strerror}. Check its path.",
-                fault="unreachable",
-                path=str(self.path),
-            ) from error
-
-    def _fault(self, error: sqlite3.Error) -> StoreError:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_CANTOPEN and self.path.parent.is_dir() and not self._may_write():
-            code = sqlite3.SQLITE_READONLY
-        fault, remedy = _FAULTS.get(code, ("unreachable", "Check the file and its disk, then try again."))
-        return StoreError(f"The store {self.path} failed: {error}. {remedy}", fault=fault, path=str(self.path))
-
-    def _may_write(self) -> bool:
-        return os.access(self.path.parent, os.W_OK) and (not self.path.exists() or os.access(self.path, os.W_OK))
 
     def execute(self, command: Command) -> Answer:
         return self._commits.run(command)
@@ -282,71 +181,7 @@ class SqliteStore(TableReading):
 
     def sweep(self) -> int:
         due = self._query("SELECT id FROM reservations WHERE expires_us <= ? LIMIT ?", (self.now_us(), SWEEP_BATCH))
-        return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
-
-    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
-        """In one transaction; a definition that is the newest already is left alone."""
-        asked = (kind, rows.array(list(definitions)))
-        if not changes(kind, definitions, definitions_of(self._query(rows.STANDING_DEFINITIONS, asked))):
-            return self.version()
-        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            held = definitions_of(connection.execute(rows.STANDING_DEFINITIONS, asked).fetchall())
-            now_us = self.now_us()
-            new = [(kind, name, rows.dumps(one), now_us) for name, one in changes(kind, definitions, held).items()]
-            connection.executemany(rows.PUBLISH, new)
-            version = connection.execute(rows.VERSION).fetchone()[0] or 0
-            connection.execute("COMMIT")
-        return int(version)
-
-    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
-        now_us = self.now_us()
-        if not self._query(rows.DUE, (now_us,)):  # looking takes no lock
-            return []
-        found = self._write(rows.CLAIM, [(now_us + lease_us, now_us, limit)])
-        return sorted(((rows.alert(row), row[4]) for row in found), key=lambda one: (one[0].at_us, one[0].id))
-
-    def delivered(self, ids: Iterable[str]) -> None:
-        now_us = self.now_us()
-        self._write(rows.DELIVERED, [(now_us, id) for id in ids])
-
-    def retry(self, ids: Iterable[str], at_us: int) -> None:
-        self._write(rows.RETRY, [(at_us, id) for id in ids])
-
-    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
-        condition, total = prunable(before_us, self.now_us()), Pruned()
-        while True:
-            with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                pruned = batch(connection.cursor(), "?", "records", condition, before_us, facts)
-                connection.execute("COMMIT")
-            if pruned is None:
-                return total
-            total = total.plus(pruned)
-
-    def erase(self, erasure: Erasure, sign: Sign) -> Erased:
-        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-            connection.execute("PRAGMA secure_delete=ON")
-            connection.execute("BEGIN IMMEDIATE")
-            erased = erase(connection.cursor(), "?", "instr({}, ?) > 0", erasure, sign)
-            connection.execute("COMMIT")
-        return erased
-
-    def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> list[Any]:
-        """One transaction on a connection of its own; what the statement returns."""
-        with self._faults(), self._reading, contextlib.closing(self._connect()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            found = [row for each in values for row in connection.execute(sql, each).fetchall()]
-            connection.execute("COMMIT")
-        return found
-
-    def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Read on a connection of its own, so that reports never stand in the way of commands."""
-        with self._faults(), self._reading, contextlib.closing(self._reader()) as connection:
-            return connection.execute(query, values).fetchall()
-
-    def _reader(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=self._busy_timeout_s)
+        return expire_all(self, (id for (id,) in due))
 
     def close(self) -> None:
         self._commits.close()

@@ -21,9 +21,9 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'bursar.testing' has no attribute {name!r}")
-    if name == "StoreContract":
+    if home.endswith("_contract"):
         import pytest
 
-        pytest.register_assert_rewrite("bursar.testing.store_contract")  # so that a failing one shows its values
+        pytest.register_assert_rewrite(f"bursar.testing.{home}")  # so that a failing one shows its values
     value = globals()[name] = getattr(import_module(f"bursar.testing.{home}"), name)
     return value

@@ -57,7 +57,7 @@ class Answer:
         self._headers = response.headers
         self._visit = visit
         self._keep = keep
-        self._is_kept = self._is_read = self._is_lost = False
+        self._is_kept = self._is_read = self._is_lost = self._is_done = False
         self._reader = StreamReader(visit.provider)
         self._held = b""
 
@@ -90,7 +90,7 @@ class Answer:
             partial = self._reader.partial() if usage is None else None
         except UnreadableAnswer as error:
             return unknown(str(error))
-        usage = usage or self._visit.known
+        usage = usage or (partial if self._is_done else None) or self._visit.known
         if usage is not None:
             return settled(usage, headers=self._headers)
         if self._is_kept and not self.complete:
@@ -169,8 +169,8 @@ class _Events(Answer):
         elif self._reader.events and _PIECE.match(event) and _TOOL not in event:
             return True
         text = _data(event)
-        if text == "[DONE]":
-            self.complete = True
+        if text == "[DONE]":  # whatever was told last is the bill
+            self.complete = self._is_done = True
             return True
         if not text.startswith(("{", "[")):
             return True

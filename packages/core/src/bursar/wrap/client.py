@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bursar.answers.counts import OBJECT
 from bursar.ending import Ending, settled
 from bursar.errors import InvalidInput, UnboundedEstimate
+from bursar.outcome import refuses, surely_not_billed
+from bursar.prices.hosts import region_of_url
 from bursar.reservation import Block, Reservation
 from bursar.sending import is_sending, passing
 from bursar.wrap.answer import SILENT, answer_of
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_BACKGROUND = 10_000  # responses under way at the provider; what is beyond expires, and is booked as estimated
+_OVERLOADED = (503, 529)  # turned away before anything was generated; the client comes again, time after time
 _UNFINISHED = ("queued", "in_progress")
 
 
@@ -66,6 +70,10 @@ class Trip:
         self._visit = visit
         self.reservation = reservation
         self.met = False  # a response has been seen, which ends the reservation, or will
+
+    def lose(self) -> None:
+        """An attempt was never answered, and may have been billed, unless it only retrieved what was made before."""
+        self.reservation._call.lost += bool(self._visit.model)
 
     def meet(self, response: Any) -> Ending | None:
         """How a whole response ends the reservation; None where it is still to come: streamed, or made in the background."""
@@ -182,6 +190,7 @@ class _Twin:
             )
         retries = options.get_max_retries(client.max_retries)
         made = visit(path, self._bursar_provider(), _body(options), options.files, retries)
+        made.said["region"] = region_of_url(str(client.base_url))
         return made, self._bursar_gate.bursar.call(made.provider, made.model, **made.said)
 
 
@@ -197,8 +206,7 @@ class _SyncTwin(_Twin):
             with passing(self._bursar_gate.bursar, *_asked(options)) as is_held, _on(None):
                 if is_held:
                     return plain.request(cast_to, options, **rest)
-        prepare = getattr(self, "_copy_and_prepare", copy.copy)
-        options = prepare(options)
+        options = getattr(self, "_copy_and_prepare", copy.copy)(options)
         visit, block = self._bursar_block(options, path)
         trip = Trip(self._bursar_gate, visit, block.__enter__())
         token = _current.set(trip)
@@ -214,6 +222,11 @@ class _SyncTwin(_Twin):
         if not trip.met:  # an SDK that takes its responses elsewhere: what it returns is settled
             settled(answer).end(trip.reservation)
         return answer
+
+    def _sleep_for_retry(self, *, response: Any, **rest: Any) -> None:
+        _note_lost(response)
+        plain: Any = super()
+        plain._sleep_for_retry(response=response, **rest)
 
     def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
@@ -253,12 +266,29 @@ class _AsyncTwin(_Twin):
             await settled(answer).aend(trip.reservation)
         return answer
 
+    async def _sleep_for_retry(self, *, response: Any, **rest: Any) -> None:
+        _note_lost(response)
+        plain: Any = super()
+        await plain._sleep_for_retry(response=response, **rest)
+
     async def _process_response(self, *, response: Any, **rest: Any) -> Any:
         trip = _current.get()
         if trip is not None and (ending := trip.meet(response)) is not None:
             await ending.aend(trip.reservation)
         plain: Any = super()
         return await plain._process_response(response=response, **rest)
+
+
+def _note_lost(response: Any) -> None:
+    """The SDK tries again: whether the attempt before may have been billed, by its response or by the error that is handled."""
+    trip = _current.get()
+    if response is not None:
+        was_refused = refuses(response.status_code) or response.status_code in _OVERLOADED
+    else:
+        error = sys.exc_info()[1]
+        was_refused = error is not None and surely_not_billed(error)
+    if trip is not None and not was_refused:
+        trip.lose()
 
 
 @contextlib.contextmanager

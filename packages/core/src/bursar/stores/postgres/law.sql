@@ -93,26 +93,34 @@ END $$;
 CREATE FUNCTION bursar_lock(commands jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     ids text[] := ARRAY(SELECT c ->> 'id' FROM jsonb_array_elements(commands) AS c);
+    lines jsonb[] := ARRAY(
+        SELECT line FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line);
+    missing jsonb[];
     keys text[];
+    known accounts[];
 BEGIN
     PERFORM pg_advisory_xact_lock(lock)
     FROM (SELECT DISTINCT hashtextextended(id, 0) AS lock FROM unnest(ids) AS id ORDER BY 1) AS ordered;
+    -- not NOT EXISTS, which the server may answer by reading all accounts
+    missing := ARRAY(
+        SELECT line FROM unnest(lines) AS line WHERE (SELECT true FROM accounts WHERE key = line ->> 'key') IS NULL);
     PERFORM pg_advisory_xact_lock(lock)
-    FROM (
-        SELECT DISTINCT hashtextextended(line ->> 'budget', 1) AS lock
-        FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
-        -- not NOT EXISTS, which the server may answer by reading all accounts
-        WHERE (SELECT true FROM accounts WHERE key = line ->> 'key') IS NULL ORDER BY 1
-    ) AS ordered;
+    FROM (SELECT DISTINCT hashtextextended(line ->> 'budget', 1) AS lock FROM unnest(missing) AS line ORDER BY 1) AS ordered;
     SELECT array_agg(key) INTO keys FROM (
-        SELECT line ->> 'key' AS key FROM jsonb_array_elements(commands) AS c, jsonb_array_elements((c ->> 'lines')::jsonb) AS line
+        SELECT line ->> 'key' AS key FROM unnest(lines) AS line
         UNION SELECT one ->> 0 FROM unnest(ids) AS wanted(id),
             LATERAL (SELECT held FROM reservations WHERE id = wanted.id LIMIT 1) AS open, json_array_elements(held::json) AS one
         UNION SELECT named FROM unnest(ids) AS wanted(id),
             LATERAL (SELECT amounts FROM records WHERE id = wanted.id AND kind = 'expiry' LIMIT 1) AS expired,
             json_object_keys(amounts::json) AS named
     ) AS touched;
-    PERFORM bursar_locked(keys);
+    known := bursar_locked(keys);
+    IF EXISTS (
+        SELECT line ->> 'key' FROM unnest(lines) AS line EXCEPT SELECT line ->> 'key' FROM unnest(missing) AS line
+        EXCEPT SELECT key FROM unnest(known)
+    ) THEN  -- it went while this waited for it, and who makes it anew needs the lock of its budget: all of this once more
+        RAISE EXCEPTION 'an account has gone' USING ERRCODE = '40001';
+    END IF;
 END $$;
 
 -- Apply these commands one after another, all in the caller's transaction. `careful`: take every lock first, which more than one

@@ -8,14 +8,15 @@ takes every other id: those that callers gave, and whatever was there before the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
 
-from bursar.stores.pruning import Pruned, batch, carried, prunable, put
+from bursar.stores.pruning import Pruned, batch, carried, forget_alerts, prunable, put
+from bursar.stores.retiring import POSTGRES, idle, retire
 
 AHEAD = 2  # months that have their table before they begin
 MAKING = 0x62757273617271  # the advisory lock of whoever makes or drops one
@@ -141,8 +142,11 @@ def announce(connection: psycopg.Connection[Any], now_us: int) -> None:
         raise
 
 
-def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, facts: Mapping[str, Any]) -> Pruned:
-    """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches.
+def prune(
+    connection: psycopg.Connection[Any], granted: Container[str], before_us: int, now_us: int, facts: Mapping[str, Any]
+) -> Pruned:
+    """Put sums in the place of records settled before that time: months are dropped whole, all others go in batches; then retire
+    accounts, but those `granted`.
 
     A month in which anything has to stay is left as it is.
     """
@@ -160,6 +164,11 @@ def prune(connection: psycopg.Connection[Any], before_us: int, now_us: int, fact
             if pruned is None:
                 break
             total = total.plus(pruned)
+    while forget_alerts(connection.cursor(), before_us, now_us):
+        pass
+    for some in idle(connection.cursor(), POSTGRES, granted, before_us, now_us):
+        with connection.transaction(), connection.cursor() as cursor:
+            total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, some, before_us, facts)))
     return total
 
 
@@ -190,7 +199,8 @@ def _take_out(
     connection.execute("SET LOCAL lock_timeout = '300ms'")
     connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))  # what is summed up is what is taken out
     counted = sql.SQL(
-        "SELECT coalesce(sum(CASE WHEN kind = 'carried' THEN (facts::json ->> 'records')::bigint ELSE 1 END), 0)::bigint, "
+        "SELECT coalesce(sum(CASE WHEN kind IN ('carried', 'retired') THEN (facts::json ->> 'records')::bigint ELSE 1 END), 0)"
+        "::bigint, "
         "coalesce(sum(cost_nanos), 0)::bigint, count(*) FILTER (WHERE NOT ({condition})) FROM {table}"
     ).format(table=table, condition=sql.SQL(condition))
     ((records, cost_nanos, staying),) = connection.execute(counted).fetchall()
@@ -200,6 +210,6 @@ def _take_out(
     sums = dict(connection.execute(sql.SQL(summed).format(table)).fetchall())
     pruned = Pruned(records, cost_nanos)
     connection.execute(sql.SQL("ALTER TABLE records_timed DETACH PARTITION {}").format(table))
-    if records:
+    if records or sums:
         put(connection.cursor(), "%s", carried(month.table, before_us, sums, pruned, facts))
     return pruned

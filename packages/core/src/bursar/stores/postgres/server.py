@@ -18,6 +18,9 @@ from bursar.migrations import HEAD, REVISIONS
 from bursar.stores.postgres.partitions import announce, make_ahead
 
 T = TypeVar("T")
+STOPPED_S = (
+    60.0  # a transaction without a limit of its statements ends when its process has done nothing in it for so long
+)
 PATIENCE = 2.0  # how many times the server's limit of a statement its client waits
 MIGRATING = 0x627572736172  # "bursar": the advisory lock of whoever migrates or publishes
 NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
@@ -118,9 +121,9 @@ def connect(url: str, schema: str, *, timeout_s: float, lawful: bool = False) ->
             "SELECT set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
             "set_config('default_transaction_isolation', 'read committed', false), set_config('jit', 'off', false), "
             "set_config('client_encoding', 'UTF8', false), "
-            # a process that stops, or a host that is gone, between a draw and its commit keeps nobody from the accounts
+            # a process that stops, or a host that is gone, amid a draw, a prune or an erasure keeps nobody from the accounts
             "set_config('idle_in_transaction_session_timeout', %s, false)",
-            (schema, str(round(timeout_s * 1_000)), str(round(timeout_s * 1_000))),
+            (schema, str(round(timeout_s * 1_000)), str(round((timeout_s or STOPPED_S) * 1_000))),
         )
         connection.patience_s = PATIENCE * timeout_s
         if lawful:

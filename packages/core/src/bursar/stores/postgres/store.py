@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,58 +11,41 @@ import psycopg
 from pydantic_core import from_json
 
 from bursar.clock import Clock, StoreClock
-from bursar.commands import (
-    Alert,
-    Answer,
-    Command,
-    Draw,
-    Ended,
-    Entry,
-    Expire,
-    Rejected,
-    Release,
-    Settle,
-)
+from bursar.commands import Answer, Command, Draw, Entry, Rejected, Release, Settle
 from bursar.errors import StoreError
-from bursar.signing import changes
 from bursar.stores import forks
 from bursar.stores import sqlite_rows as rows
+from bursar.stores.base import expire_all
 from bursar.stores.entry_text import COLUMNS
-from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
 from bursar.stores.postgres.asking import Asking
 from bursar.stores.postgres.fast import STATEMENTS, Fast
-from bursar.stores.postgres.partitions import make_ahead, prune
+from bursar.stores.postgres.partitions import make_ahead
 from bursar.stores.postgres.server import (
     LAW,
-    MIGRATING,
     NOW,
     concerns_one,
-    connect,
     fault_of,
     is_lost,
     is_passing,
     prepare,
     server_time_us,
-    split,
 )
+from bursar.stores.postgres.tables import PostgresTables, faults, still_good
 from bursar.stores.postgres.wire import Wire, answer_of, copied, late
-from bursar.stores.pruning import Pruned
-from bursar.stores.reading import TableReading, definitions_of
 from bursar.stores.server_clock import ServerClock
 
 SWEEP_BATCH = 500
 MAX_STATEMENT = 64  # commands of one statement: each holds a lock of the server's table of locks
 MAX_DRAWS = 8
-MAX_ERASURES = 50
 DAY_US = 86_400_000_000
 _DRAW = f"SELECT {LAW}draw(%s::jsonb, %s::bigint, %s::bigint)"
 _COPY = f"COPY records({COLUMNS}) FROM STDIN"
 _APPLY = f"SELECT {LAW}apply($1::jsonb, $2::boolean, $3::bigint, $4::bigint)"
 
 
-class PostgresStore(TableReading):
+class PostgresStore(PostgresTables):
     """Budgets in a PostgreSQL database, in a schema of their own (`?schema=`, by default "bursar").
 
     The server's clock decides; with `clock` (for tests and simulations), that one. `durability` is what the server is set to:
@@ -71,19 +53,13 @@ class PostgresStore(TableReading):
     locked, full, readonly, damaged, newer, clock).
     """
 
-    _queries = queries
-
     def __init__(self, url: str, *, clock: Clock | None = None, timeout_s: float = 10.0) -> None:
-        self._url, self._schema = split(url)
-        self._timeout_s = timeout_s  # of a statement, its wait for locks included
+        super().__init__(url, timeout_s)
         self._using = threading.RLock()  # held while the connection for commands is in use
-        self._reading = threading.RLock()  # held while that for everything else is
         self._connection: psycopg.Connection[Any] | None = None
         self._asking: Asking  # over that connection
-        self._reader: psycopg.Connection[Any] | None = None
-        self._closed = False
         self._wire, self._fast = Wire(), Fast()
-        with _faults():
+        with faults():
             prepare(self._url, self._schema, timeout_s)
         try:
             (fsync, commit), last = self._query(queries.DURABILITY)[0], self._query(rows.LAST_TIME)[0][0] or 0
@@ -98,9 +74,6 @@ class PostgresStore(TableReading):
         self._months_due_us = 0  # when to see again whether those to come have their tables
         self._commits = GroupCommit(self._apply)
         forks.watch(self)
-
-    def _connect(self, *, lawful: bool = False) -> psycopg.Connection[Any]:
-        return connect(self._url, self._schema, timeout_s=self._timeout_s, lawful=lawful)
 
     def _ask_time(self) -> int:
         return int(self._query(NOW)[0][0])
@@ -250,96 +223,17 @@ class PostgresStore(TableReading):
 
     def _end_speech(self, error: BaseException) -> None:
         """A connection that was interrupted is not used again."""
-        if self._connection is not None and not _still_good(error):
+        if self._connection is not None and not still_good(error):
             self._connection.close()
             self._connection = None
 
     def sweep(self) -> int:
         if self.now_us() >= self._months_due_us:
             self._months_due_us = self.now_us() + DAY_US
-            with _faults(), self._read() as connection:
+            with faults(), self._read() as connection:
                 make_ahead(connection, server_time_us(connection))
         due = self._query(queries.DUE_RESERVATIONS, (self.now_us(), SWEEP_BATCH))
-        return sum(type(self.execute(Expire(id))) is Ended for (id,) in due)
-
-    # -- definitions
-
-    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
-        """In one transaction, by one process at a time; a definition that is the newest already is left alone."""
-        asked = (kind, list(definitions))
-        if not changes(kind, definitions, definitions_of(self._query(queries.STANDING_DEFINITIONS, asked))):
-            return self.version()
-        now_us = self.now_us()
-        with _faults(), self._read() as connection, connection.transaction():
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATING,))
-            held = definitions_of(connection.execute(queries.STANDING_DEFINITIONS, asked).fetchall())
-            ((newest,),) = connection.execute(rows.VERSION).fetchall()
-            version = newest or 0
-            for name, definition in changes(kind, definitions, held).items():
-                version += 1
-                connection.execute(queries.PUBLISH, (version, kind, name, rows.dumps(definition), now_us))
-        return version
-
-    # -- the outbox
-
-    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
-        now_us = self.now_us()
-        found = self._query(queries.CLAIM, (now_us + lease_us, now_us, limit))
-        return sorted(((rows.alert(row), row[4]) for row in found), key=lambda one: (one[0].at_us, one[0].id))
-
-    def delivered(self, ids: Iterable[str]) -> None:
-        self._query(queries.DELIVERED, (self.now_us(), list(ids)))
-
-    def retry(self, ids: Iterable[str], at_us: int) -> None:
-        self._query(queries.RETRY, (at_us, list(ids)))
-
-    def prune(self, before_us: int, facts: Mapping[str, Any]) -> Pruned:
-        with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:  # sums over a month take long
-            return prune(connection, before_us, self.now_us(), facts)
-
-    def erase(self, erasure: Erasure, sign: Sign) -> Erased:
-        with _faults(), connect(self._url, self._schema, timeout_s=0) as connection:
-            for last in (*[False] * MAX_ERASURES, True):
-                try:
-                    with connection.transaction(), connection.cursor() as cursor:
-                        # shorter than the time after which the server looks for deadlocks: calls never have to give way
-                        cursor.execute("SET LOCAL lock_timeout = '300ms'")
-                        return erase(cursor, "%s", "strpos({}, %s) > 0", erasure, sign, lock=" FOR UPDATE")
-                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-                    if last:
-                        raise
-        raise AssertionError("unreachable")
-
-    def _query(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        """One statement beside the commands; what it returns. Made again on a new connection where the old one was lost."""
-        with _faults():
-            try:
-                return self._query_once(query, values)
-            except psycopg.Error as error:
-                if not is_lost(error) and not is_passing(error):
-                    raise
-            return self._query_once(query, values)
-
-    def _query_once(self, query: str, values: Sequence[Any]) -> list[Any]:
-        with self._read() as connection:
-            cursor = connection.execute(query.encode(), values or None)
-            return cursor.fetchall() if cursor.description else []
-
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[psycopg.Connection[Any]]:
-        """The connection for everything but commands."""
-        with self._reading:
-            if self._closed:
-                raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
-            try:
-                if self._reader is None:
-                    self._reader = self._connect()
-                yield self._reader
-            except BaseException as error:
-                if self._reader is not None and not _still_good(error):
-                    self._reader.close()
-                    self._reader = None
-                raise
+        return expire_all(self, (id for (id,) in due))
 
     def close(self) -> None:
         self._commits.close()
@@ -368,26 +262,10 @@ class PostgresStore(TableReading):
         self._using.release()
 
 
-@contextlib.contextmanager
-def _faults() -> Iterator[None]:
-    """What the driver raises inside, as the StoreError that says what to do."""
-    try:
-        yield
-    except psycopg.Error as error:
-        raise fault_of(error) from error
-
-
 def _plain(entry: Entry) -> Entry:
     """The entry without what an erasure may have changed in it since it was written: its tags, and the names of accounts."""
     amounts = {str(number): amount for number, amount in enumerate(sorted(entry.amounts.values()))}
     return entry._replace(amounts=amounts, draft={}, facts={})
-
-
-def _still_good(error: BaseException) -> bool:
-    """Whether the connection is in a known state: the server has refused one statement, and goes on."""
-    if isinstance(error, psycopg.Error):
-        return not is_lost(error)
-    return isinstance(error, StoreError)
 
 
 _inherited: list[psycopg.Connection[Any]] = []  # a parent's, kept for ever: closing one here would end it there

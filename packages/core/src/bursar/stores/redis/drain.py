@@ -7,13 +7,17 @@ from collections.abc import Iterator, Sequence
 from bursar.commands import Draw, Drawn, Entry
 from bursar.errors import StoreError
 from bursar.stores.base import Store
+from bursar.stores.pruning import LATE_US
+from bursar.stores.redis.retiring import note
 from bursar.stores.redis.scripts import DRAINED
 from bursar.stores.redis.store import RedisStore
 from bursar.stores.redis.wire import fields_of, row_of
 
 BATCH = 500
 KEPT_S = 86_400  # so long a command that comes twice is known for it
-EXPIRY_KEPT_S = 93 * 86_400  # so long what has expired may be settled late, or released by an operator who has the bill
+EXPIRY_KEPT_S = (
+    LATE_US // 1_000_000
+)  # so long what has expired may be settled late, or released by an operator who has the bill
 _GROUP = "drain"
 
 
@@ -32,7 +36,8 @@ def _drain(source: RedisStore, target: Store, slot: str) -> int:
         ids = [id for _, id in page]
         rows = source.server.many(("HGETALL", f"{slot}i:{id}") for id in ids)
         found = [row_of(id, fields_of(row)) for id, row in zip(ids, rows, strict=True) if row]
-        answer = target.execute(Draw(_GROUP, (), tuple(row for row in found if type(row) is Entry)))
+        entries = tuple([row for row in found if type(row) is Entry])
+        answer = target.execute(Draw(_GROUP, (), entries))
         if type(answer) is not Drawn:
             raise StoreError(
                 f"The records cannot be drained: {answer}. The target holds another record of that id: name a target of its own "
@@ -40,6 +45,7 @@ def _drain(source: RedisStore, target: Store, slot: str) -> int:
                 fault="damaged",
             )
         moved += answer.new
+        note(source.server, slot, entries, source.now_us())
         source.server.run(DRAINED, slot, str(KEPT_S), str(EXPIRY_KEPT_S), *(text for one in page for text in one))
     return moved
 

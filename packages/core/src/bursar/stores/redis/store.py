@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic_core import from_json
 
-from bursar.accounts import Account
 from bursar.clock import Clock, StoreClock
 from bursar.commands import (
-    Alert,
     Answer,
     Command,
-    Definition,
-    Definitions,
     Draw,
     Ended,
-    Entry,
-    Expire,
     Rejected,
-    Reservation,
 )
 from bursar.errors import StoreError
 from bursar.law import OPERATOR_KEY, decide
-from bursar.signing import changes, operator_of
 from bursar.stores import forks
+from bursar.stores.base import expire_all
 from bursar.stores.group_commit import GroupCommit
 from bursar.stores.redis.faults import fault_of
-from bursar.stores.redis.scripts import CLAIM, LAW, PUBLISH
-from bursar.stores.redis.server import Server, durability_of
-from bursar.stores.redis.slots import Slots, check_budgets
-from bursar.stores.redis.wire import Wire, alert_of, fields_of, row_of
+from bursar.stores.redis.keys import MAX_TURNS, RedisKeys
+from bursar.stores.redis.scripts import LAW
+from bursar.stores.redis.server import durability_of
 from bursar.stores.server_clock import ServerClock
-from bursar.stores.sqlite_rows import PAGE, dumps
 
 SWEEP_BATCH = 500
 MAX_BATCH = 64  # commands of one call: nobody else is served while it runs
 LAYOUT = 2  # of keys and fields; main.lua writes it down
-MAX_TURNS = 100  # of somebody whom others are always ahead of
 
 
-_T = TypeVar("_T")
-
-
-class RedisStore:
+class RedisStore(RedisKeys):
     """Budgets on a Redis server or cluster, in keys that begin with `bursar{ORG}:` (`?org=`, by default "bursar").
 
     In a cluster without `?org=` each organisation has a slot of its own, and every budget has `org` among its `per`. The
@@ -55,9 +42,7 @@ class RedisStore:
     """
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
-        self._wire = Wire()
-        self.server = Server(url)
-        self.slots = Slots(self.server)
+        super().__init__(url)
         try:
             self.durability = durability_of(self.server.settings())
             layout = int(self.server.ask("HGET", f"{self.slots.policy}policy", "layout") or LAYOUT)
@@ -172,148 +157,13 @@ class RedisStore:
     def sweep(self) -> int:
         slots = self.slots.all()
         wanted = (f"ZRANGEBYSCORE {slot}due -inf {self.now_us()} LIMIT 0 {SWEEP_BATCH}".split() for slot in slots)
-        swept = 0
-        for slot, ids in zip(slots, self.server.many(wanted), strict=True):
-            for id in ids:
-                self.slots.remember(f"i:{id.decode()}", slot)
-                swept += type(self.execute(Expire(id.decode()))) is Ended
-        return swept
+        found = zip(slots, self.server.many(wanted), strict=True)
+        return expire_all(self, self._remembered((slot, id.decode()) for slot, ids in found for id in ids))
 
-    # -- definitions
-
-    def publish(self, definitions: Mapping[str, dict[str, Any]], kind: str = "budget") -> int:
-        """By one process at a time: who finds that another was faster looks again. What is the newest already is left alone."""
-        if kind == "budget" and self.slots.by_org:
-            check_budgets(definitions)
-        fields = [_field(kind, name) for name in definitions]
-        for _ in range(MAX_TURNS):
-            version = self.version()
-            held = self._held([*fields, _field("operator", "operator")])
-            found = changes(kind, definitions, held)
-            if not found:
-                return version
-            new = {name: Definition(version + 1 + number, one) for number, (name, one) in enumerate(found.items())}
-            last = version + len(new)
-            operator = operator_of({**held, kind: {**held.get(kind, {}), **new}}) or ""
-            texts = [text for name, one in new.items() for text in (_field(kind, name), dumps(one))]
-            arguments = (str(version), str(last), operator, *texts)
-            if self.server.run(PUBLISH, self.slots.policy, *arguments):
-                return self.version()
-        raise StoreError("Others publish all the time. Try again.", fault="locked")
-
-    def definitions(self, since: int = 0) -> tuple[int, Definitions]:
-        """The policy's version, and the newest definition of everything that was defined after version `since`."""
-        version = self.version()
-        newer = self.server.ask("ZRANGEBYSCORE", f"{self.slots.policy}versions", f"({since}", "+inf")
-        held = self._held([field.decode() for field in newer])
-        newest = max((one.version for named in held.values() for one in named.values()), default=0)
-        return max(version, newest), held
-
-    def _held(self, fields: Sequence[str]) -> Definitions:
-        held: Definitions = {}
-        told = self.server.ask("HMGET", f"{self.slots.policy}definitions", *fields) if fields else []
-        for field, text in zip(fields, told, strict=True):
-            if text is not None:
-                kind, name = from_json(field)
-                held.setdefault(kind, {})[name] = Definition(*from_json(text))
-        return held
-
-    def history(self) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
-        told = self.server.ask("LRANGE", f"{self.slots.policy}history", "0", "-1")
-        for field, text in zip(told[::2], told[1::2], strict=True):
-            (kind, name), (version, definition) = from_json(field), from_json(text)
-            yield version, kind, name, definition
-
-    def version(self) -> int:
-        return self.slots.version()
-
-    # -- the outbox
-
-    def claim(self, limit: int, lease_us: int) -> list[tuple[Alert, int]]:
-        now_us, slots = self.now_us(), self.slots.all()
-        due = self.server.many(f"ZRANGEBYSCORE {slot}outbox -inf {now_us} LIMIT 0 1".split() for slot in slots)
-        found: list[tuple[Alert, int]] = []
-        for slot in (slot for slot, ids in zip(slots, due, strict=True) if ids):
-            arguments = (str(now_us), str(now_us + lease_us), str(limit - len(found)))
-            for id, claims, flat in self.server.run(CLAIM, slot, *arguments):
-                self.slots.remember(f"t:{id.decode()}", slot)
-                found.append((alert_of(id.decode(), fields_of(dict(zip(flat[::2], flat[1::2], strict=True)))), claims))
-        return sorted(found, key=lambda one: (one[0].at_us, one[0].id))
-
-    def delivered(self, ids: Iterable[str]) -> None:
-        self._outbox(("ZREM", id) for id in ids)
-
-    def retry(self, ids: Iterable[str], at_us: int) -> None:
-        self._outbox(("ZADD", "XX", str(at_us), id) for id in ids)
-
-    def _outbox(self, commands: Iterable[Sequence[str]]) -> None:
-        for name, *arguments in commands:
-            slot = self.slots.home(f"t:{arguments[-1]}")
-            self.server.ask(name, f"{slot}outbox", *arguments)
-
-    def alerts(self) -> Iterator[tuple[Alert, bool]]:
-        found = []
-        for slot in self.slots.all():
-            waiting = {id.decode() for id in self.server.ask("ZRANGE", f"{slot}outbox", "0", "-1")}
-            for alert in self._rows(slot, "t:", self.server.ask("ZRANGE", f"{slot}alerts", "0", "-1"), alert_of):
-                found.append((alert, alert.id not in waiting))
-        return iter(sorted(found, key=lambda one: (one[0].at_us, one[0].id)))
-
-    # -- reading
-
-    def reservations(self) -> Iterator[Reservation]:
-        slots = self.slots.all()
-        found = [
-            row
-            for slot in slots
-            for row in self._rows(slot, "i:", self.server.ask("ZRANGE", f"{slot}due", "0", "-1"), row_of)
-        ]
-        return iter(sorted(row for row in found if type(row) is Reservation))
-
-    def open_reservations(self) -> int:
-        return sum(self.server.many(("ZCARD", f"{slot}due") for slot in self.slots.all()))
-
-    def accounts(self, keys: Iterable[str] | None = None) -> Iterator[Account]:
-        if keys is None:
-            wanted = [
-                (slot, key)
-                for slot in self.slots.all()
-                for key in sorted(key.decode() for key in self.server.ask("SMEMBERS", f"{slot}accounts"))
-            ]
-        else:
-            wanted = [(self.slots.of_account(key), key) for key in keys]
-        rows = self.server.many(("MGET", f"{slot}r:{key}", f"{slot}a:{key}") for slot, key in wanted)
-        return iter([self._wire.stored_account(*row) for row in rows if None not in row])
-
-    def entries(self, tags: Mapping[str, str] | None = None) -> Iterator[Entry]:
-        """Those that have not been drained. All ids are read first, since they come in the order of time."""
-        wanted = dict(tags or {}).items()
-        ids = sorted((id, slot) for slot in self.slots.all() for id in self._ended(slot))
-        for start in range(0, len(ids), PAGE):
-            page = ids[start : start + PAGE]
-            rows = self.server.many(("HGETALL", f"{slot}i:{id}") for id, slot in page)
-            for (id, _), row in zip(page, rows, strict=True):
-                entry = row_of(id, fields_of(row)) if row else None
-                if type(entry) is Entry and wanted <= entry.draft["tags"].items():
-                    yield entry
-
-    def _ended(self, slot: str) -> Iterator[str]:
-        """The ids in a slot's stream of records."""
-        after = "-"
-        while True:
-            page = self.server.ask("XRANGE", f"{slot}records", after, "+", "COUNT", str(PAGE))
-            for _, fields in page:
-                yield fields[b"id"].decode()
-            if len(page) < PAGE:
-                return
-            after = f"({page[-1][0].decode()}"
-
-    def _rows(
-        self, slot: str, kind: str, ids: Sequence[bytes], made: Callable[[str, Mapping[str, str]], _T]
-    ) -> list[_T]:
-        names = [id.decode() for id in ids]
-        rows = self.server.many(("HGETALL", f"{slot}{kind}{name}") for name in names)
-        return [made(name, fields_of(row)) for name, row in zip(names, rows, strict=True) if row]
+    def _remembered(self, found: Iterable[tuple[str, str]]) -> Iterator[str]:
+        for slot, id in found:
+            self.slots.remember(f"i:{id}", slot)
+            yield id
 
     def close(self) -> None:
         self._commits.close()
@@ -329,10 +179,6 @@ class RedisStore:
         if in_child:
             _inherited.append(self.server.leave())
             self._commits = GroupCommit(self._apply)  # the parent's callers and its worker do not exist here
-
-
-def _field(kind: str, name: str) -> str:
-    return dumps((kind, name))
 
 
 def _time(told: Sequence[Any]) -> int:
