@@ -21,7 +21,8 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
@@ -29,7 +30,7 @@ from pydantic import BaseModel
 from bursar import ApprovalRequired, Budget, BudgetExceeded, Bursar, InvalidInput, Stopped, UnknownPrice, Usage
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_langchain import BursarCallbackHandler, GuardedEmbeddings, LangChainBudgetExceeded, install
-from bursar_langchain.answer import read_end
+from bursar_langchain.answer import read_end, read_error
 from bursar_langchain.errors import langchain_error
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -559,3 +560,15 @@ def test_no_coroutine_of_the_handler_is_left_unawaited(provider: Provider, guard
         warnings.simplefilter("always")
         asyncio.run(chat(provider).ainvoke("hi", with_(BursarCallbackHandler(guard))))
     assert not [warning for warning in caught if issubclass(warning.category, RuntimeWarning)]
+
+
+def test_an_error_in_mid_stream_releases_nothing_whatever_its_code() -> None:
+    """As OpenRouter tells of its provider's, by a number: what had been generated is billed."""
+
+    class APIError(Exception):
+        code = 403
+
+    part = LLMResult(generations=[[ChatGeneration(message=AIMessage("hello"))]])
+    none = LLMResult(generations=[[ChatGeneration(message=AIMessage(""))]])
+    assert read_error("openrouter", APIError(), part).verb == "settle_unknown"
+    assert read_error("openrouter", APIError(), none).verb == "settle_error"

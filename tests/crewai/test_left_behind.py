@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,3 +220,16 @@ def test_a_call_that_is_collected_amid_a_transaction_of_the_same_thread_ends_aft
     assert [record.estimated for record in bursar.records()] == [True]
     assert bursar.store.open_reservations() == 0
     bursar.close()
+
+
+def test_a_stream_that_the_provider_ends_by_an_error_of_a_refusals_code_is_booked(bursar: Bursar, client: Make) -> None:
+    """As OpenRouter tells of its provider's: what had been generated is billed."""
+    part = {"index": 0, "delta": {"role": "assistant", "content": "hello "}, "finish_reason": None}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o", "choices": [part]}
+    events = [chunk, chunk, {**chunk, "error": {"code": 403, "message": "Flagged"}}]
+    told = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+    routes = {"POST /v1/chat/completions": Canned(told, "text/event-stream")}
+    with CannedProvider(routes) as provider, BursarCrew(bursar).scope(), pytest.raises(Exception, match="Flagged"):
+        client(provider.url, stream=True).call("hi")
+    (record,) = bursar.records()
+    assert (record.kind, record.estimated) == ("settlement", True)

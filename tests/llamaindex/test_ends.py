@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("llama_index.core")
 
+from canned import Canned, CannedProvider
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
@@ -534,3 +535,17 @@ def test_a_forked_child_is_guarded(provider: Provider, tmp_path: Path) -> None:
 
 async def _awaited(method: Any, *args: Any) -> Any:
     return await method(*args)
+
+
+def test_a_stream_that_the_provider_ends_by_an_error_of_a_refusals_code_is_booked(bursar: Bursar) -> None:
+    """As OpenRouter tells of its provider's: what had been generated is billed."""
+    part = {"index": 0, "delta": {"role": "assistant", "content": "hello "}, "finish_reason": None}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o", "choices": [part]}
+    events = [chunk, chunk, {**chunk, "error": {"code": 403, "message": "Flagged"}}]
+    told = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+    with CannedProvider({"POST /v1/chat/completions": Canned(told, "text/event-stream")}) as provider:
+        llm = OpenAI("gpt-4o", max_tokens=500, api_base=f"{provider.url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(Exception, match="Flagged"):
+            list(llm.stream_chat(HELLO))
+    (record,) = bursar.records()
+    assert (record.kind, record.estimated) == ("settlement", True)

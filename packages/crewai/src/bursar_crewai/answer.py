@@ -72,6 +72,8 @@ class Answers:
             return Ending("settle_unknown", ("the answer states no usage",), {"known": self.usage})
         if isinstance(error, (HookAborted, LLMCallBlockedError)) and not streamed:
             return Ending("release", (f"denied before it was sent: {type(error).__name__}",), {})
+        if streamed:  # a provider's error in mid-stream may have the code of a refusal
+            return Ending("settle_unknown", (type(error).__name__,), {})
         return Ending("settle_error", (error,), {})
 
 

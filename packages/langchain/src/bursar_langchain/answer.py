@@ -53,6 +53,8 @@ def read_error(provider: str, error: BaseException, result: Any) -> Ending:
             return settled(Usage.from_response(provider, facts["body"]), outcome="failed", reason=type(error).__name__)
         except UnreadableAnswer:
             return unknown(f"{type(error).__name__} after an answer", known)
+    if getattr(message, "content", None):  # a provider's error in mid-stream may have the code of a refusal
+        return unknown(type(error).__name__, known)
     return failed(error, known)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bursar.ending import Ending, amid_bursar, end_soon, expect_orphans, settled
+from bursar.ending import Ending, amid_bursar, end_soon, expect_orphans, failed, settled, unknown
 from bursar.sending import Sending
 from bursar_llamaindex.answer import read_answer
 from bursar_llamaindex.spans import noted
@@ -24,7 +24,8 @@ class Call:
     """
 
     __slots__ = (
-        "__weakref__", "_held", "_write", "bursar", "conversation", "event", "hides_usage", "request", "sending", "usage",
+        "__weakref__", "_held", "_write", "bursar", "conversation", "event", "hides_usage", "is_answering", "request", "sending",
+        "usage",
     )  # fmt: skip
 
     def __init__(
@@ -41,6 +42,7 @@ class Call:
         self.conversation = conversation
         self.usage: Usage | None = None
         self.hides_usage = False
+        self.is_answering = False
         self.sending: Sending | None = None
         self._write = write
         self._held: list[Reservation] = []
@@ -70,6 +72,7 @@ class Call:
 
     def check(self) -> None:
         """A part of its answer is there, so that what else is called is not its own. Raises what has stopped it."""
+        self.is_answering = True
         if self.sending is not None:
             self.sending.end()
             self.sending = None
@@ -100,6 +103,10 @@ class Call:
     def answered(self, response: Any) -> Ending:
         """Its end, once LlamaIndex has all of the answer."""
         return read_answer(self.provider, response) if self.usage is None else settled(self.usage)
+
+    def failed(self, error: BaseException) -> Ending:
+        """Its end, by the error that came out of it: in mid-stream that may have the code of a refusal."""
+        return unknown(type(error).__name__) if self.is_answering else failed(error)
 
     def _let_go(self) -> Reservation | None:
         try:

@@ -13,7 +13,7 @@ from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.llms.custom import CustomLLM
 from llama_index_instrumentation import root_dispatcher
 
-from bursar.ending import drain, failed, settled, unknown
+from bursar.ending import drain, settled, unknown
 from bursar.errors import InvalidInput
 from bursar_llamaindex.calls import Call
 from bursar_llamaindex.embedded import listen, sending
@@ -140,9 +140,9 @@ class BursarCallbackHandler(BaseCallbackHandler):
         if event_type is CBEventType.EMBEDDING and payload:
             sending.set(())
         if isinstance(error, GeneratorExit):
-            call.end_soon(failed(error))  # a stream that is dropped: this may be the garbage collector's doing
+            call.end_soon(call.failed(error))  # a stream that is dropped: this may be the garbage collector's doing
         elif error is not None:
-            call.drop(failed(error))
+            call.drop(call.failed(error))
         elif event_type is CBEventType.EMBEDDING:
             ending = (
                 unknown("LlamaIndex hands on no usage of embeddings") if call.usage is None else settled(call.usage)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llama_index.core.llms.llm import LLM
 from llama_index.core.utils import get_tokenizer
 
-from bursar.ending import failed, released
+from bursar.ending import released
 from bursar.errors import BudgetExceeded
 from bursar_llamaindex.calls import Call
 from bursar_llamaindex.gate import Gate
@@ -219,10 +219,10 @@ def _failing(call: Call) -> Iterator[None]:
     try:
         yield
     except GeneratorExit as error:  # the stream is dropped: this may be the garbage collector's doing
-        call.end_soon(failed(error))
+        call.end_soon(call.failed(error))
         raise
     except BaseException as error:
-        call.drop(failed(error))
+        call.drop(call.failed(error))
         raise
 
 
