@@ -13,7 +13,7 @@ from litellm import video_generation as early_video_generation  # before the gua
 
 from bursar import Budget, BudgetExceeded, Bursar
 from bursar.errors import InvalidInput, UnboundedEstimate
-from bursar.testing.provider import Provider
+from bursar.testing.provider import Fault, Provider
 from bursar_litellm import BudgetStop, LiteLLMBudgetExceeded
 
 PROMPT = "abc " * 1_000
@@ -196,3 +196,25 @@ def test_extra_body_names_no_other_model(provider: Provider, guarded: Guarded) -
             with pytest.raises(InvalidInput, match="Name it by `model` alone"):
                 run(litellm.acompletion(**openai(provider), messages=MESSAGES, extra_body={"model": model}))
     assert provider.requests == 0
+
+
+# -- answers that LiteLLM cannot read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["malformed", "no_usage"])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_answer_that_litellm_cannot_read_is_not_free(
+    kind: Any, is_async: bool, provider: Provider, guarded: Guarded
+) -> None:
+    """It makes a 422 of it, as if the provider had refused the request."""
+    call: dict[str, Any] = {"model": "gemini/gemini-2.5-flash", "api_base": provider.url, "api_key": "any"}
+    call |= {"messages": MESSAGES, "max_tokens": 500}
+    provider.script([Fault(kind), Fault("refuse", status=400)])
+    with guarded() as bursar:
+        for _ in range(2):
+            with pytest.raises(litellm.BadRequestError):
+                run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    unread, refused = bursar.records()
+    assert provider.billed_calls == 1
+    assert (unread.estimated, unread.cost_nanos > 0) == (True, True)
+    assert (refused.kind, refused.cost_nanos) == ("release", 0)

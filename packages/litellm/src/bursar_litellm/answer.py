@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ _NOTHING: Mapping[str, Any] = {}
 _NEVER_SENT = frozenset(
     ("ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError", "UnsupportedProtocol")
 )
+_UNREAD = (ValueError, LookupError, TypeError, AttributeError)
 
 
 def read_answer(provider: str, answer: Any, details: Mapping[str, Any] | None, characters: int) -> Ending:
@@ -45,6 +46,8 @@ def read_error(provider: str, error: BaseException, details: Mapping[str, Any] |
     usage = _raw_usage(provider, details)
     if usage is not None:
         return settled(usage, outcome="failed", reason=type(error).__name__)
+    if details is not None and _is_answer_unread(error):
+        return unknown(type(error).__name__)
     return failed(_cause(error))
 
 
@@ -111,14 +114,24 @@ def is_cached(answer: Any) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
+    return next((one for one in _chain(error) if type(one).__name__ in _NEVER_SENT), error)
+
+
+def _is_answer_unread(error: BaseException) -> bool:
+    """Whether LiteLLM made the status of it: of an answer that it could not read. A refused request has the client's error."""
+    for one in _chain(error):
+        if not type(one).__module__.startswith("litellm"):
+            return isinstance(one, _UNREAD)
+    return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     for _ in range(MAX_CHAIN):
         if seen is None:
-            break
-        if type(seen).__name__ in _NEVER_SENT:
-            return seen
+            return
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return error
 
 
 def _raw_usage(provider: str, details: Mapping[str, Any] | None) -> Usage | None:
