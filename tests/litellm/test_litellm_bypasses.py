@@ -218,3 +218,18 @@ def test_an_answer_that_litellm_cannot_read_is_not_free(
     assert provider.billed_calls == 1
     assert (unread.estimated, unread.cost_nanos > 0) == (True, True)
     assert (refused.kind, refused.cost_nanos) == ("release", 0)
+
+
+# -- retries -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_embeddings_are_tried_again_whatever_was_said(is_async: bool, provider: Provider, guarded: Guarded) -> None:
+    call = openai(provider) | {"model": "openai/text-embedding-3-small", "input": [PROMPT]}
+    provider.script([Fault("drop"), Fault("drop")])
+    with guarded():  # what LiteLLM does: no retry was wanted
+        run(litellm.aembedding(**call)) if is_async else litellm.embedding(**call)
+    assert provider.requests == 3
+    with guarded(Budget("one", "0.0001 USD", estimate="strict")), pytest.raises(BudgetExceeded):
+        run(litellm.aembedding(**call)) if is_async else litellm.embedding(**call)
+    assert provider.requests == 3

@@ -113,7 +113,7 @@ def read_arguments(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "messages": over.get("messages") or kwargs.get("messages"),
         "body": body,
         "endpoint": ENDPOINTS[kind],
-        "retries": _retries(provider, kwargs),
+        "retries": _retries(kind, provider, kwargs),
         "changeable": (can_change := changeable(kind, provider, named, kwargs)),
         "resize": "max_output_tokens" in can_change and not any(kwargs.get(name) for name in LIMIT_NAMES),
     }
@@ -170,7 +170,7 @@ def read_wire(kind: str, details: Mapping[str, Any]) -> dict[str, Any]:
         "messages": messages if isinstance(messages, (list, str)) else None,
         "body": body,
         "endpoint": ENDPOINTS[kind],
-        "retries": _retries(provider, {**optional, **settings}),
+        "retries": _retries(kind, provider, {**optional, **settings}),
         "resize": is_limited and not any(body.get(name) for name in LIMIT_NAMES),
         "changeable": ("max_output_tokens",) if is_limited else (),  # LiteLLM has written the body for this very model
     }
@@ -265,7 +265,9 @@ def _base_model(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _retries(provider: str, settings: Mapping[str, Any]) -> int:
+def _retries(kind: str, provider: str, settings: Mapping[str, Any]) -> int:
+    if kind == "embedding" and provider == "openai":
+        settings = {"max_retries": settings.get("max_retries") or None}  # LiteLLM takes 0 for "not said"
     for name in ("num_retries", "max_retries"):
         value = settings.get(name)
         if isinstance(value, int):
