@@ -243,12 +243,15 @@ def test_anthropics_format_is_settled_by_its_own_counts(proxy: Proxy) -> None:
 
 def test_clients_may_add_tags_but_not_change_who_they_are(proxy: Proxy) -> None:
     path, body = CALLS["chat"]
-    said = {"bursar": {"agent": "planner", "team": "rich", "user": "eve"}, "tags": ["night"]}
+    claimed = {"team": "rich", "team_alias": "Rich", "key_alias": "boss", "user": "eve"}
+    claimed |= {"deployment": "free", "tag.night": "no"}
+    said = {"bursar": {"agent": "planner", **claimed}, "tags": ["night"]}
     with proxy.client("honest") as client:
         client.post(path, json={**body, "metadata": said, "user": "customer-7"})
     (record,) = proxy.settled("honest", 1)
     assert (record.tags["agent"], record.tags["tag.night"]) == ("planner", "yes")
     assert (record.tags["team"], record.tags["user"]) == ("honest", "ann")
+    assert record.tags.keys().isdisjoint({"team_alias", "key_alias"})
     assert record.tags["customer"] == "customer-7"
     assert record.tags["deployment"] == "main"
 

@@ -61,7 +61,8 @@ _MAX_LENGTH = 512  # of a tag's value
 _NAME = re.compile(r"[^A-Za-z0-9_.:/-]")
 # What LiteLLM puts before a model's name to choose the format in which it is asked.
 _FORMATS = ("responses/", "converse/", "converse_like/", "invoke/", "o_series/", "gpt5_series/")
-_IDENTITY = frozenset({"org", "team", "user", "customer", "key"})
+# What the proxy tells of a call, and its clients do not.
+_IDENTITY = frozenset({"org", "team", "team_alias", "user", "customer", "key", "key_alias", "deployment"})
 
 
 def kind_of(call_type: Any) -> str:
@@ -281,8 +282,8 @@ def _retries(kind: str, provider: str, settings: Mapping[str, Any]) -> int:
 def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
     """The tags of a call. `settings`: LiteLLM's arguments; `own`: the logger's tags, clean.
 
-    `metadata={"bursar": {...}}` names tags freely; of a proxy's clients they are taken too, but never who they are: that
-    is what the proxy found out by their key.
+    `metadata={"bursar": {...}}` names tags freely; of a proxy's clients they are taken too, but never who they are, which
+    the proxy found out by their key, nor what it says of the call.
     """
     metadata: dict[str, Any] = {}
     for name in ("metadata", "litellm_metadata"):
@@ -298,7 +299,9 @@ def read_tags(settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, 
         found[f"tag.{label}"] = "yes"
     identity: dict[str, Any] = {}
     if "user_api_key_hash" in metadata or "user_api_key" in metadata:
-        free = {name: value for name, value in free.items() if name not in _IDENTITY}
+        free = {
+            name: value for name, value in clean(free).items() if name not in _IDENTITY and not name.startswith("tag.")
+        }
         identity = {
             "key": metadata.get("user_api_key_hash") or metadata.get("user_api_key"),
             "key_alias": metadata.get("user_api_key_alias"),
