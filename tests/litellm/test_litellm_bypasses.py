@@ -233,3 +233,18 @@ def test_embeddings_are_tried_again_whatever_was_said(is_async: bool, provider: 
     with guarded(Budget("one", "0.0001 USD", estimate="strict")), pytest.raises(BudgetExceeded):
         run(litellm.aembedding(**call)) if is_async else litellm.embedding(**call)
     assert provider.requests == 3
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_attempt_that_another_one_follows_ends_by_its_own_error(
+    is_async: bool, provider: Provider, guarded: Guarded
+) -> None:
+    """As where a question is too long for a model, and goes to another one in the same call."""
+    larger = {"openai/gpt-4o": "openai/gpt-4o-mini"}
+    call = openai(provider, messages=MESSAGES, max_tokens=500, context_window_fallback_dict=larger)
+    provider.script([Fault("refuse", status=400, message="This model's maximum context length is 10 tokens")])
+    with guarded() as bursar:
+        run(litellm.acompletion(**call)) if is_async else litellm.completion(**call)
+    refused, served = bursar.records()
+    assert (refused.kind, refused.cost_nanos) == ("release", 0)
+    assert (served.tags["model"], served.estimated) == ("gpt-4o-mini", False)

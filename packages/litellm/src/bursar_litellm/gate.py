@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bursar.ending import Ending, unknown
 from bursar.errors import BudgetExceeded
 from bursar.sending import Sending
+from bursar_litellm.answer import read_error
 from bursar_litellm.door import Door, open_door
 from bursar_litellm.errors import litellm_error
 
@@ -28,7 +30,8 @@ class Attempt:
     """One dispatch. `details` are LiteLLM's notes on it, `door` the call of a function of `litellm` that it happens in.
 
     `moment`: when LiteLLM says that it was sent; `characters`: of a text to be spoken, where they are what is billed;
-    `hides_usage`: the stream's usage was switched on here, and is kept from the user.
+    `hides_usage`: the stream's usage was switched on here, and is kept from the user; `handling`: the id of the error that
+    was being handled when it was sent.
     """
 
     __slots__ = (
@@ -36,6 +39,7 @@ class Attempt:
         "details",
         "door",
         "gate",
+        "handling",
         "hides_usage",
         "is_sent",
         "key",
@@ -56,6 +60,7 @@ class Attempt:
         self.characters = 0
         self.hides_usage = False
         self.is_sent = False
+        self.handling = 0
         self.sending: Sending | None = None
 
     def reserve(self, request: dict[str, Any]) -> Reservation:
@@ -71,6 +76,15 @@ class Attempt:
             await bursar.areserve(**request) if self.door is None else await bursar.acall(**request).__aenter__()
         )
         return self.reservation
+
+    def left(self) -> Ending:
+        """How it ended when LiteLLM sends another one in the same call: by the error that it noted, or handles just then."""
+        error = (self.details or {}).get("exception")
+        if error is None and id(sys.exception()) != self.handling:
+            error = sys.exception()
+        if isinstance(error, Exception):
+            return read_error(self.provider, error, self.details)
+        return unknown("it was tried again, and its end not told")
 
     def sent(self) -> None:
         """LiteLLM's client has sent it: what is called from now on is another call."""
@@ -142,7 +156,7 @@ class Gate:
         if door is not None:
             door.attempts.append(attempt)
         if found is not None and found.is_sent and found.reservation is not None:
-            self._finish(found, unknown("it was tried again, and its end not told"))
+            self._finish(found, found.left())
         return None if attempt is found else attempt
 
     def find(self, call_id: str | None) -> Attempt | None:

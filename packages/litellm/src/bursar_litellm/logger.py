@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,8 @@ class BursarLogger(CustomLogger):
                 limit_output(kind, details, granted.max_output_tokens)
         if isinstance(details.get("original_response"), str):
             details["original_response"] = None  # an earlier attempt's
+        details.pop("exception", None)
+        attempt.handling = id(sys.exception())
         attempt.details, attempt.moment, attempt.is_sent = details, moment, True
         attempt.hides_usage = ask_for_usage(details)
         attempt.sending = Sending(self.bursar, str(details.get("model")), details).begin()
