@@ -68,10 +68,11 @@ ARROWS: dict[str, set[str]] = {
     "ladder": _BASE | _LAW | {"budget", "call", "prices", "policy"},
     "queueing": _BASE | _LAW | {"call", "policy", "refusal", "waiting"},
     "notices": _BASE | _LAW | {"budget", "call", "policy", "refusal", "sentry", "signing", "waiting"},
-    "guard": _BASE
+    "booking": _BASE
     | _LAW
-    | {"call", "amounts", "ladder", "notices", "queueing", "refusal", "sentry"}
-    | {"estimate", "prices", "scope", "waiting", "records", "policy"},
+    | {"call", "amounts", "notices", "queueing", "refusal", "sentry"}
+    | {"estimate", "prices", "waiting", "records", "policy"},
+    "guard": _BASE | _LAW | {"booking", "call", "ladder", "prices", "queueing", "refusal", "policy", "waiting"},
     "retention": _BASE | _LAW | {"stores"},
     "audit": _BASE | _LAW | {"retention", "signing", "stores"},
     "seal": _BASE | _LAW | {"stores"},

@@ -268,7 +268,7 @@ def test_accounts_of_a_budget_are_bounded() -> None:
                 if number < 3:
                     bursar.charge("0.01 USD")
                     continue
-                with pytest.raises(StoreError, match="Raise max_accounts") as caught:
+                with pytest.raises(StoreError, match="raise max_accounts") as caught:
                     bursar.reserve("openai", "gpt-4o", input_tokens=1, max_output_tokens=1)
                 assert caught.value.fault == "accounts"
         assert len(bursar.status()) == 3

@@ -10,7 +10,6 @@ from typing import Any
 
 from bursar.ending import Ending, failed, released, settled, unknown
 from bursar.errors import BursarError
-from bursar.outcome import status_of
 from bursar.usage import Usage
 
 log = logging.getLogger("bursar.litellm")
@@ -122,7 +121,7 @@ def _is_answer_unread(error: BaseException) -> bool:
     """Whether LiteLLM made the status of it: of an answer that it could not read. A refused request has the client's error."""
     for one in _chain(error):
         if not type(one).__module__.startswith("litellm"):
-            return status_of(one) is None and isinstance(one, _UNREAD)
+            return isinstance(one, _UNREAD)
     return False
 
 
