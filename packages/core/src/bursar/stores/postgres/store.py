@@ -33,7 +33,7 @@ from bursar.stores.group_commit import GroupCommit
 from bursar.stores.postgres import queries
 from bursar.stores.postgres.asking import Asking
 from bursar.stores.postgres.fast import STATEMENTS, Fast
-from bursar.stores.postgres.partitions import make_ahead, prune
+from bursar.stores.postgres.partitions import PRUNING, make_ahead, prune
 from bursar.stores.postgres.server import (
     LAW,
     MIGRATING,
@@ -303,6 +303,8 @@ class PostgresStore(TableReading):
             for last in (*[False] * MAX_ERASURES, True):
                 try:
                     with connection.transaction(), connection.cursor() as cursor:
+                        # else sums that are being written would keep what is erased from the records behind them
+                        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (PRUNING,))
                         # shorter than the time after which the server looks for deadlocks: calls never have to give way
                         cursor.execute("SET LOCAL lock_timeout = '300ms'")
                         return erase(cursor, "%s", "strpos({}, %s) > 0", erasure, sign, lock=" FOR UPDATE")
