@@ -480,6 +480,39 @@ def test_i3_an_account_that_goes_while_batches_wait_for_it_is_made_once(url: str
     other.close()
 
 
+@pytest.mark.parametrize("expired", [False, True])
+def test_i3_an_end_that_waits_while_its_account_is_renamed_moves_no_other(
+    url: str, store: PostgresStore, *, expired: bool
+) -> None:
+    """An erasure gives the account another key, and somebody makes one anew that has the old key now."""
+    person, marker = rule("b", 10**12, of="r23"), rule("b", 10**12, of="erased")
+    store.execute(reserve("a", (person, 60), ttl_us=1))
+    store.execute(reserve("b", (person, 60)))
+    if expired:
+        assert store.sweep() == 1
+    other, answers = PostgresStore(url), []
+    thread = threading.Thread(target=lambda: answers.append(other.execute(settle("a", 25))))
+    with connect() as somebody:
+        with somebody.transaction():
+            for statement in (
+                "CREATE TEMP TABLE anew ON COMMIT DROP AS SELECT * FROM accounts",
+                f"UPDATE accounts SET key = '{marker.key}'",
+                "UPDATE reservations SET held = replace(held, 'r23', 'erased')",
+                "UPDATE records SET amounts = replace(amounts, 'r23', 'erased'), facts = replace(facts, 'r23', 'erased')",
+                "INSERT INTO accounts SELECT * FROM anew",
+            ):
+                somebody.execute(statement)
+            thread.start()
+            with connect() as watch:
+                while watch.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchall() == []:
+                    assert not answers
+        thread.join()
+    assert [type(answer) for answer in answers] == [Ended]
+    assert spent(store, marker) == (25, 60)
+    assert spent(store, person) == ((60, 60) if expired else (0, 120))
+    other.close()
+
+
 def test_an_alert_is_given_to_one_only(url: str, store: PostgresStore) -> None:
     other = PostgresStore(url)
     for number in range(40):

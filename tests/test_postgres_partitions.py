@@ -12,14 +12,17 @@ from typing import Any
 import psycopg
 import pytest
 from postgres_server import SCHEMA, connect, fresh_url, server
+from psycopg import sql
 
+from bursar import Operator
 from bursar.audit import audit
 from bursar.commands import Ended, Granted, Rejected
 from bursar.migrations import upgrade
 from bursar.schema import RecordRow
-from bursar.stores.postgres import PostgresStore
+from bursar.stores.postgres import PostgresStore, partitions
 from bursar.stores.postgres.partitions import MAX_MOVED, Month, announce, existing, make_ahead
 from bursar.stores.postgres.server import is_passing
+from bursar.stores.pruning import batch
 from bursar.testing.store_contract.made import charge, reserve, rule, settle
 
 DOLLAR = rule("b", 10**12)
@@ -173,6 +176,61 @@ def test_a_month_with_many_records_gets_no_table_late(store: PostgresStore) -> N
             for month in (later.later(1), later.later(2)):
                 connection.execute(f"DROP TABLE {month.table}")
             connection.execute("DELETE FROM records_ahead")
+
+
+def test_two_may_prune_at_once(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a month that one has taken out the other, who had seen it before, says nothing."""
+    old, day_us = Month.of(store.now_us()).later(-20), 86_400_000_000
+    with connect() as connection:
+        names = {
+            "table": sql.Identifier(old.table),
+            "low": sql.Literal(old.first_id),
+            "high": sql.Literal(old.later(1).first_id),
+        }
+        text = "CREATE TABLE {table} PARTITION OF records_timed FOR VALUES FROM ({low}) TO ({high})"
+        connection.execute(sql.SQL(text).format(**names))
+    for number in range(3):
+        store.execute(charge(f"{old.first_id}-{number}", (DOLLAR, 5)))
+    with connect() as connection:
+        connection.execute("UPDATE records SET reserved_us = %s, settled_us = %s", (old.start_us, old.start_us))
+    found, others = partitions.existing, []
+
+    def meanwhile(connection: psycopg.Connection[Any]) -> list[Month]:
+        seen = found(connection)
+        if not others:
+            others.append(None)
+            others.append(Operator(store, by="bob").prune(store.now_us() - 200 * day_us)[0].records)
+        return seen
+
+    monkeypatch.setattr(partitions, "existing", meanwhile)
+    assert Operator(store, by="ann").prune(store.now_us() - 200 * day_us)[0].records == 0
+    assert others == [None, 3]
+    assert audit(store) == []
+
+
+def test_an_erasure_waits_for_sums_that_are_being_written(store: PostgresStore) -> None:
+    """Else they would keep the name, and their account has another."""
+    person = rule("b", 10**12, of="alice")
+    store.execute(charge("a", (person, 5)))
+    erased: list[object] = []
+    thread = threading.Thread(
+        target=lambda: erased.append(Operator(store, by="bob").erase("run", "alice", marker="erased-1"))
+    )
+    before_us = store.now_us()
+    Operator(store, by="ann").prune(before_us - 1)  # which is a decision to do so
+    with connect() as connection:
+        with connection.transaction(), connection.cursor() as cursor:
+            assert partitions._is_alone(connection, "records_other")
+            assert batch(cursor, "%s", "records_other", "true", before_us, {}) == (1, 5, 0)
+            thread.start()
+            with connect() as watch:
+                while watch.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchall() == []:
+                    assert not erased
+        thread.join()
+    assert {key for entry in store.entries() for key in entry.amounts} == {
+        account.rule.key for account in store.accounts()
+    }
+    assert '"alice"' not in "".join(account.rule.key for account in store.accounts())
 
 
 def test_who_reads_all_the_time_holds_up_no_settlement(store: PostgresStore) -> None:

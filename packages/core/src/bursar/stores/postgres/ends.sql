@@ -1,16 +1,5 @@
 -- How reservations end: bursar.law's `settle`, `release`, `extend` and `expire`.
 
--- Why an account is missing that a reservation or a record names: its key may have been changed while this waited for it.
-CREATE FUNCTION bursar_missing(id_ text, key_ text) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    IF EXISTS (SELECT FROM reservations, json_array_elements(held::json) AS one WHERE id = id_ AND one ->> 0 = key_)
-        OR EXISTS (SELECT FROM records, json_object_keys(amounts::json) AS one WHERE id = id_ AND one = key_)
-    THEN
-        RAISE EXCEPTION 'I2 broken: % is missing', key_ USING ERRCODE = 'BU002';
-    END IF;
-    RAISE EXCEPTION 'the accounts of % were renamed', id_ USING ERRCODE = '40001';
-END $$;
-
 -- Replace an open reservation by its record, and move every account of it. `entry` tells what the command says.
 CREATE FUNCTION bursar_end(reservation reservations, entry records, actuals bigint[], given_us bigint, seen_us bigint)
 RETURNS text LANGUAGE plpgsql AS $$
@@ -24,11 +13,17 @@ BEGIN
     SELECT coalesce(array_agg(one ->> 0), '{}'), coalesce(array_agg((one ->> 2)::bigint), '{}') INTO keys, held
     FROM json_array_elements(reservation.held::json) AS one;
     PERFORM bursar_locked(keys);
+    -- it is read before them, and an erasure may have renamed them since: another account may have that key now
+    DELETE FROM reservations AS one WHERE one.id = reservation.id AND one.held = reservation.held
+    RETURNING one.* INTO reservation;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'a reservation was changed' USING ERRCODE = '40001';
+    END IF;
     known := bursar_accounts(keys);
     now_us := bursar_now(given_us, seen_us);
     FOR number IN 1 .. cardinality(keys) LOOP
         IF known[number].key IS DISTINCT FROM keys[number] THEN
-            PERFORM bursar_missing(reservation.id, keys[number]);
+            RAISE EXCEPTION 'I2 broken: % is missing', keys[number] USING ERRCODE = 'BU002';
         ELSIF known[number].reserved < held[number] THEN
             RAISE EXCEPTION 'I2 broken: % holds less than its reservations', keys[number] USING ERRCODE = 'BU002';
         END IF;
@@ -44,7 +39,6 @@ BEGIN
     entry.settled_us := now_us;
     entry.digest := reservation.digest;
     entry.draft := reservation.draft;
-    DELETE FROM reservations WHERE id = reservation.id;
     PERFORM bursar_record(entry);
     RETURN bursar_ended(entry, moved, false);
 END $$;
@@ -107,10 +101,12 @@ BEGIN
             (expired.facts::json -> 'held' ->> key)::bigint) - value::bigint END), '{}')
     INTO keys, amounts FROM json_each_text(expired.amounts::json);
     PERFORM bursar_locked(keys);
+    IF NOT EXISTS (SELECT FROM records AS one WHERE one.id = expired.id AND one.amounts = expired.amounts) THEN
+        RAISE EXCEPTION 'an expiry was changed' USING ERRCODE = '40001';
+    END IF;
     known := bursar_accounts(keys);
     IF coalesce(cardinality(known), 0) < cardinality(keys) THEN
-        PERFORM bursar_missing(expired.id, key) FROM unnest(keys) AS key
-        WHERE key <> ALL (SELECT one.key FROM unnest(known) AS one);
+        RAISE EXCEPTION 'I2 broken: an account of % is missing', expired.id USING ERRCODE = 'BU002';
     END IF;
     now_us := bursar_now(given_us, seen_us);
     moved := bursar_move(entry.id, expired.draft, known, array_fill(0::bigint, ARRAY[cardinality(keys)]), amounts,

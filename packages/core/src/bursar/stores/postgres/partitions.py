@@ -20,6 +20,7 @@ from bursar.stores.retiring import POSTGRES, idle, retire
 
 AHEAD = 2  # months that have their table before they begin
 MAKING = 0x62757273617271  # the advisory lock of whoever makes or drops one
+PRUNING = 0x62757273617272  # that of whoever puts sums in the place of records, or changes what records name
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EXISTING = (
     "SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid "
@@ -31,6 +32,7 @@ _FLOOR = (  # months before that lie in `records_other`
     "WHERE oid = to_regclass('records_timed')"
 )
 _THERE = "SELECT count(*) FROM (SELECT FROM records_ahead WHERE id >= %s AND id < %s LIMIT %s) AS there"
+_TAKES_PART = "SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass(%s) AND (relispartition OR relkind = 'p'))"
 _LEFT = (  # tables of months that were taken out, by somebody who was cut off before they were dropped
     "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r' "
     "AND relname ~ '^records_[0-9]{4}_[0-9]{2}$' AND NOT relispartition"
@@ -161,7 +163,7 @@ def prune(
         if month.later(1).start_us <= before_us:
             total = total.plus(_drop(connection, month, condition, before_us, facts))
     for (name,) in connection.execute(_LEFT).fetchall():
-        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(name)))
+        connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
     settled_us = min(before_us, now_us - 2 * LATE_US)  # then nothing that a month holds back is of its own time
     held_up = [month.table for month in existing(connection) if month.later(1).start_us <= settled_us]
     for table in ("records_other", "records_ahead", *held_up):
@@ -188,8 +190,16 @@ def _batch(
     ids: Sequence[str] = (),
 ) -> Pruned | None:
     with connection.transaction(), connection.cursor() as cursor:
-        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
+        if not _is_alone(connection, table):
+            return None
         return batch(cursor, "%s", table, condition, before_us, facts, ids)
+
+
+def _is_alone(connection: psycopg.Connection[Any], table: str) -> bool:
+    """Whether the table still takes part in the records, when nobody else prunes or erases any more until the transaction ends."""
+    connection.execute("SELECT pg_advisory_xact_lock(%s), pg_advisory_xact_lock(%s)", (PRUNING, MAKING))
+    ((there,),) = connection.execute(_TAKES_PART, (table,)).fetchall()
+    return bool(there)
 
 
 def _drop(
@@ -199,6 +209,8 @@ def _drop(
     for last in (*[False] * (MAX_TRIES - 1), True):
         try:
             with connection.transaction():
+                if not _is_alone(connection, month.table):
+                    return Pruned()
                 pruned = _take_out(connection, sql.Identifier(month.table), month, condition, before_us, facts)
             return pruned
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
@@ -215,7 +227,6 @@ def _take_out(
     before_us: int,
     facts: Mapping[str, Any],
 ) -> Pruned:
-    connection.execute("SELECT pg_advisory_xact_lock(%s)", (MAKING,))
     connection.execute("SET LOCAL lock_timeout = '300ms'")
     connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))  # what is summed up is what is taken out
     counted = sql.SQL(

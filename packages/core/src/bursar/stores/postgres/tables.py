@@ -15,7 +15,7 @@ from bursar.signing import changes
 from bursar.stores import sqlite_rows as rows
 from bursar.stores.erasing import Erased, Erasure, Sign, erase
 from bursar.stores.postgres import queries
-from bursar.stores.postgres.partitions import prune
+from bursar.stores.postgres.partitions import PRUNING, prune
 from bursar.stores.postgres.server import MIGRATING, connect, fault_of, is_lost, is_passing, split
 from bursar.stores.pruning import Pruned
 from bursar.stores.reading import TableReading, definitions_of
@@ -81,6 +81,8 @@ class PostgresTables(TableReading):
             for last in (*[False] * MAX_ERASURES, True):
                 try:
                     with connection.transaction(), connection.cursor() as cursor:
+                        # else sums that are being written would keep what is erased from the records behind them
+                        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (PRUNING,))
                         # shorter than the time after which the server looks for deadlocks: calls never have to give way
                         cursor.execute("SET LOCAL lock_timeout = '300ms'")
                         return erase(cursor, "%s", "strpos({}, %s) > 0", erasure, sign, lock=" FOR UPDATE")
