@@ -179,12 +179,13 @@ def test_several_handlers_of_one_guard_reserve_once(provider: Provider, guard: B
 def test_calls_that_are_given_the_same_run_id_at_once_are_all_booked(
     is_async: bool, provider: Provider, guard: Bursar
 ) -> None:
-    """One is entered already while the others are; each handler of a call still knows it for the same."""
+    """Each handler of a call knows its begin and its end for the same; none takes another one's end for its own."""
+    provider.script(Answer(input_tokens=100 + number, output_tokens=20) for number in range(8))
     config: RunnableConfig = {
         "callbacks": [BursarCallbackHandler(guard), BursarCallbackHandler(guard)],
         "run_id": uuid4(),
     }
-    asked = ["one", "two", "three", "four"]
+    asked = [f"question {number}" for number in range(8)]
     if is_async:
 
         async def ask() -> None:
@@ -192,9 +193,11 @@ def test_calls_that_are_given_the_same_run_id_at_once_are_all_booked(
 
         asyncio.run(ask())
     else:
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda text: chat(provider).invoke(text, config), asked))
-    assert len(list(guard.records())) == provider.requests == 4
+    assert provider.requests == 8
+    assert sorted(record.usage["input_tokens"] for record in guard.records()) == list(range(100, 108))
+    assert not any(record.estimated for record in guard.records())
     assert sum(record.cost_nanos for record in guard.records()) == provider.billed_nanos
     assert reserved(guard) == 0
 

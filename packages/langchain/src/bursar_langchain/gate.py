@@ -32,8 +32,8 @@ class Open:
     """
 
     __slots__ = (
-        "cleanup", "earlier", "in_batch", "is_chat", "order", "parent", "provider", "reservation", "said", "sending", "tools",
-        "watch",
+        "cleanup", "earlier", "in_batch", "is_chat", "order", "parent", "provider", "reservation", "said", "sending",
+        "tools", "watch",
     )  # fmt: skip
 
     def __init__(self, order: int, parent: int | None, said: object, in_batch: bool, is_chat: bool) -> None:
@@ -119,7 +119,13 @@ class Gate:
         self.bursar = bursar
         self.runs = Runs()
         self._open: dict[int, Open] = {}
+        self._told: dict[
+            int, list[object]
+        ] = {}  # the ends that were told of several calls with one run id, while one is open
         self._order = itertools.count()
+        self._began: ContextVar[int | None] = ContextVar(
+            "bursar_langchain_began", default=None
+        )  # the order of the last call
         self._unended = 0
         self._ended = threading.Condition()
 
@@ -148,11 +154,12 @@ class Gate:
                 earlier = earlier.earlier
             self._open[key] = opened
             self._unended += 1
+        self._began.set(opened.order)
         expect_orphans()
         # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
         # cancelled, abandoned or refused by a later handler, so its death ends the call (only queued here: a finaliser
         # may run anywhere, under any lock).
-        opened.watch = weakref.ref(run_id, partial(_forsaken, self, key))
+        opened.watch = weakref.ref(run_id, partial(_forsaken, self, key, opened.order))
         return opened
 
     def admission(self, run_id: UUID, opened: Open) -> Admission:
@@ -189,16 +196,17 @@ class Gate:
 
     # -- end -----------------------------------------------------------------------------------------------------
 
-    def take(self, key: int) -> Open | None:
+    def take(self, key: int, event: object = None, *, order: int | None = None) -> Open | None:
         """The call, out of the list: whoever gets it ends it. None when it has ended, or was never reserved here.
 
-        Of several with one run id it is the last: those before it may have been abandoned.
+        `event`: what every handler is shown of this end. Of several with one run id it is that of this `order`; or the one that
+        began in this context; or the last, for those before it may have been abandoned.
         """
         with self._ended:
             opened = self._open.get(key)
-            while opened is not None and opened.reservation is None:
-                opened = opened.earlier
-            if opened is None:
+            if opened is not None and (opened.earlier is not None or key in self._told or order is not None):
+                opened = self._one_of(key, event, order)
+            if opened is None or opened.reservation is None:
                 return None
             self._take_out(key, opened)
         if opened.sending is not None:
@@ -206,6 +214,23 @@ class Gate:
         if opened.cleanup is not None:
             opened.cleanup()
         return opened
+
+    def _one_of(self, key: int, event: object, order: int | None) -> Open | None:
+        """Which of the open calls with one run id this end is of; None where another handler has told of it already."""
+        told = self._told.setdefault(key, [])
+        if event is not None and any(event is one for one in told):
+            return None
+        there: list[Open] = []
+        opened = self._open.get(key)
+        while opened is not None:
+            if opened.reservation is not None:
+                there.append(opened)
+            opened = opened.earlier
+        if order is not None:
+            return next((one for one in there if one.order == order), None)
+        told += [] if event is None else [event]
+        began = self._began.get()
+        return next((one for one in there if one.order == began), there[0] if there else None)
 
     def _take_out(self, key: int, opened: Open) -> None:
         with self._ended:
@@ -217,6 +242,8 @@ class Gate:
                 later.earlier = opened.earlier
             elif last is not None and last.earlier is not None:
                 self._open[key] = last.earlier
+            else:
+                self._told.pop(key, None)
 
     def answering(self, key: int) -> None:
         """A part of its answer is there: the user's code comes between the parts, and what it calls is its own.
@@ -259,16 +286,16 @@ class Gate:
         with self._ended:
             return self._ended.wait_for(lambda: not self._unended, timeout_s)
 
-    def end_now(self, key: int, ending: Ending) -> None:
+    def end_now(self, key: int, ending: Ending, order: int | None = None) -> None:
         """End a call from outside of its own events, if it is still open."""
-        opened = self.take(key)
+        opened = self.take(key, order=order)
         if opened is not None:
             self.finish(opened, ending)
 
-    def end_soon(self, key: int) -> None:
+    def end_soon(self, key: int, order: int | None = None) -> None:
         """End a call of which no event will come, in the background: for finalisers, done callbacks and the like."""
         if key in self._open:
-            end_soon(partial(self.end_now, key, unknown(ABANDONED)))
+            end_soon(partial(self.end_now, key, unknown(ABANDONED), order))
 
     def siblings(self, opened: Open) -> list[tuple[int, bool]]:
         """The open calls of the same `generate`, and whether they came before this one."""
@@ -289,6 +316,7 @@ class Gate:
     def forget(self) -> None:
         """After a fork, in the child: the open calls are the parent's."""
         self._open.clear()
+        self._told.clear()
         self._unended, self._ended = 0, threading.Condition()
 
 
@@ -299,8 +327,8 @@ _lock = threading.Lock()
 ABANDONED = "abandoned: cancelled, or its stream was dropped, before an end was told"
 
 
-def _forsaken(gate: Gate, key: int, _: weakref.ref[UUID]) -> None:
-    gate.end_soon(key)
+def _forsaken(gate: Gate, key: int, order: int, _: weakref.ref[UUID]) -> None:
+    gate.end_soon(key, order)
 
 
 def _forked() -> None:

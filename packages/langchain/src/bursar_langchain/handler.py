@@ -144,17 +144,17 @@ class BursarCallbackHandler(BaseCallbackHandler):
         return {**found, **self.tags, **(clean(own) if isinstance(own, Mapping) else {})}
 
     def _llm_end(self, response: Any, *, run_id: UUID, **more: Any) -> None:
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, response)
         if opened is not None:
             self._gate.finish(opened, _read(read_end, opened, response))
 
     async def _allm_end(self, response: Any, *, run_id: UUID, **more: Any) -> None:
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, response)
         if opened is not None:
             await self._gate.afinish(opened, _read(read_end, opened, response))
 
     def _llm_error(self, error: BaseException, *, run_id: UUID, response: Any = None, **more: Any) -> None:
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, error)
         if opened is None:
             return
         ending = _read(read_error, opened, error, response)
@@ -169,7 +169,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
                 self._gate.end_now(key, unknown(reason) if is_earlier else released("not sent: one before it failed"))
 
     async def _allm_error(self, error: BaseException, *, run_id: UUID, response: Any = None, **more: Any) -> None:
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, error)
         if opened is not None:
             await self._gate.afinish(opened, _read(read_error, opened, error, response))
 
@@ -219,25 +219,25 @@ class BursarCallbackHandler(BaseCallbackHandler):
 
     def _tool_end(self, output: Any, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, output)
         if opened is not None:
             self._gate.finish(opened, settled(None))
 
     async def _atool_end(self, output: Any, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, output)
         if opened is not None:
             await self._gate.afinish(opened, settled(None))
 
     def _tool_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, error)
         if opened is not None:
             self._gate.finish(opened, _failed_tool(error))
 
     async def _atool_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
         self._gate.runs.end(run_id)
-        opened = self._gate.take(run_id.int)
+        opened = self._gate.take(run_id.int, error)
         if opened is not None:
             await self._gate.afinish(opened, _failed_tool(error))
 
@@ -317,7 +317,7 @@ def _end_with_task(gate: Gate, key: int, opened: Open) -> None:
 
     def done(task: asyncio.Task[Any]) -> None:
         if task.cancelled() or opened.sending is not None:
-            gate.end_soon(key)
+            gate.end_soon(key, opened.order)
 
     def undo() -> None:
         if (still := held()) is not None:
