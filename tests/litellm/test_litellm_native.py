@@ -142,3 +142,24 @@ def test_what_asks_no_model_is_passed_on(serving: CannedProvider, broke: Guarded
         litellm.llm_passthrough_route(**call)
     assert len(serving.requests) == 1
     assert not list(bursar.records())
+
+
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o", "service_tier": "priority"}
+PIECES: list[dict[str, Any]] = [
+    CHUNK | {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "x"}, "finish_reason": None}]},
+    CHUNK | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    CHUNK | {"choices": [], "usage": {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}},
+]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_is_booked_at_the_rates_of_its_tier(is_async: bool, guarded: Guarded) -> None:
+    stream = b"".join(b"data: %s\n\n" % json.dumps(piece).encode() for piece in PIECES) + b"data: [DONE]\n\n"
+    call: dict[str, Any] = {"model": "openai/gpt-4o", "api_key": "any", "max_tokens": 500, "stream": True}
+    call["messages"] = [{"role": "user", "content": "hi"}]
+    with CannedProvider({"POST /v1/chat/completions": Canned(stream, "text/event-stream")}) as provider:
+        call["api_base"] = f"{provider.url}/v1"
+        with guarded() as bursar:
+            run(litellm.acompletion(**call)) if is_async else list(litellm.completion(**call))
+    (record,) = bursar.records()
+    assert (record.usage["service_tier"], record.cost_nanos) == ("priority", 12_750_000)  # $4.25 and $17 per million

@@ -86,23 +86,27 @@ def tells_last(stream: Any) -> bool:
 
 def chat_events(stream: Any) -> list[dict[str, Any]]:
     """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
-    events = []
+    events, tier = [], None
     for chunk in kept(stream) or ():
-        usage = getattr(chunk, "__dict__", _NOTHING).get("usage")
-        if usage is None:
-            usage = (getattr(chunk, "__pydantic_extra__", None) or _NOTHING).get("usage")
+        usage = _field(chunk, "usage")
+        tier = _field(chunk, "service_tier") or tier  # LiteLLM leaves it out of the piece that has the usage
         if usage is not None:
             events.append(
                 {
                     "object": "chat.completion.chunk",
                     "model": getattr(chunk, "model", None),
-                    "service_tier": getattr(chunk, "service_tier", None),
+                    "service_tier": tier,
                     "choices": [],
                     # LiteLLM's own class has names that no provider tells, and these are None.
                     "usage": usage.model_dump(exclude_none=True) if hasattr(usage, "model_dump") else usage,
                 }
             )
     return events
+
+
+def _field(chunk: Any, name: str) -> Any:
+    value = getattr(chunk, "__dict__", _NOTHING).get(name)
+    return (getattr(chunk, "__pydantic_extra__", None) or _NOTHING).get(name) if value is None else value
 
 
 def is_cached(answer: Any) -> bool:
