@@ -142,3 +142,46 @@ def test_what_asks_no_model_is_passed_on(serving: CannedProvider, broke: Guarded
         litellm.llm_passthrough_route(**call)
     assert len(serving.requests) == 1
     assert not list(bursar.records())
+
+
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o", "service_tier": "priority"}
+PIECES: list[dict[str, Any]] = [
+    CHUNK | {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "x"}, "finish_reason": None}]},
+    CHUNK | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    CHUNK | {"choices": [], "usage": {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}},
+]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_is_booked_at_the_rates_of_its_tier(is_async: bool, guarded: Guarded) -> None:
+    stream = b"".join(b"data: %s\n\n" % json.dumps(piece).encode() for piece in PIECES) + b"data: [DONE]\n\n"
+    call: dict[str, Any] = {"model": "openai/gpt-4o", "api_key": "any", "max_tokens": 500, "stream": True}
+    call["messages"] = [{"role": "user", "content": "hi"}]
+    with CannedProvider({"POST /v1/chat/completions": Canned(stream, "text/event-stream")}) as provider:
+        call["api_base"] = f"{provider.url}/v1"
+        with guarded() as bursar:
+            run(litellm.acompletion(**call)) if is_async else list(litellm.completion(**call))
+    (record,) = bursar.records()
+    assert (record.usage["service_tier"], record.cost_nanos) == ("priority", 12_750_000)  # $4.25 and $17 per million
+
+
+COUNTED = {"input_tokens": 1_000, "output_tokens": 500}
+BEGUN = {"id": "m", "type": "message", "role": "assistant", "model": "claude-opus-4-6", "content": []}
+
+
+@pytest.mark.parametrize(("told", "cost_nanos"), [({}, 17_500_000), ({"inference_geo": "us"}, 19_250_000)])
+def test_a_stream_is_booked_at_the_rates_of_its_region(told: dict[str, str], cost_nanos: int, guarded: Guarded) -> None:
+    """1,000 x $5 + 500 x $25 per million; a tenth more in one region."""
+    events = (
+        {"type": "message_start", "message": BEGUN | {"usage": {"input_tokens": 1_000, "output_tokens": 1, **told}}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "x"}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": COUNTED | told},
+        {"type": "message_stop"},
+    )
+    stream = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events)
+    call: dict[str, Any] = {"model": "anthropic/claude-opus-4-6", "api_key": "any", "max_tokens": 500, "stream": True}
+    call["messages"] = [{"role": "user", "content": "hi"}]
+    with CannedProvider({"POST /v1/messages": Canned(stream, "text/event-stream")}) as provider, guarded() as bursar:
+        list(litellm.completion(**call, api_base=provider.url))
+    (record,) = bursar.records()
+    assert (record.estimated, record.cost_nanos) == (False, cost_nanos)

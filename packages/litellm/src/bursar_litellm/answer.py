@@ -58,7 +58,8 @@ def read_usage(provider: str, answer: Any, *, final: bool = False) -> Usage | No
     Never raises: that would cost the user the answer, and leave the reservation open.
     """
     try:
-        return Usage.from_response(provider, answer)
+        usage, region = Usage.from_response(provider, answer), _chat_region(answer)
+        return usage if region is None else usage.replace(region=region)
     except BursarError as error:
         partial = None if final else error.fields.get("partial")
         return partial if isinstance(partial, Usage) else None
@@ -86,23 +87,36 @@ def tells_last(stream: Any) -> bool:
 
 def chat_events(stream: Any) -> list[dict[str, Any]]:
     """The usage in the pieces of a chat that LiteLLM keeps, those that it does not show included."""
-    events = []
+    events, tier = [], None
     for chunk in kept(stream) or ():
-        usage = getattr(chunk, "__dict__", _NOTHING).get("usage")
-        if usage is None:
-            usage = (getattr(chunk, "__pydantic_extra__", None) or _NOTHING).get("usage")
+        usage = _field(chunk, "usage")
+        tier = _field(chunk, "service_tier") or tier  # LiteLLM leaves it out of the piece that has the usage
         if usage is not None:
+            # LiteLLM's own class has names that no provider tells, and these are None.
+            usage = usage.model_dump(exclude_none=True) if hasattr(usage, "model_dump") else usage
             events.append(
                 {
                     "object": "chat.completion.chunk",
                     "model": getattr(chunk, "model", None),
-                    "service_tier": getattr(chunk, "service_tier", None),
+                    "service_tier": tier,
                     "choices": [],
-                    # LiteLLM's own class has names that no provider tells, and these are None.
-                    "usage": usage.model_dump(exclude_none=True) if hasattr(usage, "model_dump") else usage,
+                    "usage": usage,
                 }
             )
     return events
+
+
+def _chat_region(answer: Any) -> str | None:
+    """Where Anthropic says that a chat was made, which LiteLLM keeps in the usage of a stream's pieces."""
+    piece = answer[-1] if isinstance(answer, list) and answer else answer
+    usage = piece.get("usage") if isinstance(piece, dict) and piece.get("object") == "chat.completion.chunk" else None
+    geo = usage.get("inference_geo") if isinstance(usage, dict) else None
+    return None if geo in ("", "not_available") else geo
+
+
+def _field(chunk: Any, name: str) -> Any:
+    value = getattr(chunk, "__dict__", _NOTHING).get(name)
+    return (getattr(chunk, "__pydantic_extra__", None) or _NOTHING).get(name) if value is None else value
 
 
 def is_cached(answer: Any) -> bool:
