@@ -16,7 +16,7 @@ from psycopg import sql
 
 from bursar import Operator
 from bursar.audit import audit
-from bursar.commands import Ended, Granted, Rejected
+from bursar.commands import Ended, Granted, Rejected, Release
 from bursar.migrations import upgrade
 from bursar.schema import RecordRow
 from bursar.stores.postgres import PostgresStore, partitions
@@ -206,6 +206,28 @@ def test_two_may_prune_at_once(store: PostgresStore, monkeypatch: pytest.MonkeyP
     assert Operator(store, by="ann").prune(store.now_us() - 200 * day_us)[0].records == 0
     assert others == [None, 3]
     assert audit(store) == []
+
+
+def test_a_prune_gives_way_to_calls_that_count_accounts_in_another_order(store: PostgresStore) -> None:
+    pruned: list[int] = []
+    ones = [rule(name, 10**12, of="r") for name in ("a", "z")]
+    for one in ones:
+        assert type(store.execute(reserve(one.budget, (one, 0)))) is Granted
+        assert type(store.execute(Release(one.budget))) is Ended
+    with connect() as somebody:
+        somebody.execute("DELETE FROM records")
+        count = "UPDATE account_counts SET accounts = accounts + 0 WHERE budget = %s"
+        prune = Operator(store, by="ann").prune
+        thread = threading.Thread(target=lambda: pruned.append(prune(store.now_us())[0].accounts))
+        with somebody.transaction():
+            somebody.execute(count, ("z",))
+            thread.start()
+            with connect() as watch:
+                while watch.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchall() == []:
+                    assert not pruned
+            somebody.execute(count, ("a",))
+        thread.join()
+    assert pruned == [2]
 
 
 def test_an_erasure_waits_for_sums_that_are_being_written(store: PostgresStore) -> None:

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from bursar.stores.pruning import BATCH, LATE_US, Pruned, batch, carried, forget_alerts, prunable, put, strays
-from bursar.stores.retiring import POSTGRES, idle, retire
+from bursar.stores.retiring import POSTGRES, Idle, idle, retire
 
 AHEAD = 2  # months that have their table before they begin
 MAKING = 0x62757273617271  # the advisory lock of whoever makes or drops one
@@ -176,9 +176,21 @@ def prune(
     while forget_alerts(connection.cursor(), before_us, now_us):
         pass
     for idle_ones in idle(connection.cursor(), POSTGRES, granted, before_us, now_us):
-        with connection.transaction(), connection.cursor() as cursor:
-            total = total.plus(Pruned(accounts=retire(cursor, POSTGRES, idle_ones, before_us, facts)))
+        total = total.plus(Pruned(accounts=_retire(connection, idle_ones, before_us, facts)))
     return total
+
+
+def _retire(
+    connection: psycopg.Connection[Any], idle_ones: Sequence[Idle], before_us: int, facts: Mapping[str, Any]
+) -> int:
+    for last in (*[False] * (MAX_TRIES - 1), True):
+        try:
+            with connection.transaction(), connection.cursor() as cursor:
+                return retire(cursor, POSTGRES, idle_ones, before_us, facts)
+        except psycopg.errors.DeadlockDetected:  # calls that make accounts of several budgets count them in any order
+            if last:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _batch(
