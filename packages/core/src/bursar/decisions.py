@@ -61,8 +61,9 @@ class Decisions:
         self._unchecked: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
         for kind in ("raise", "approval"):
             for name, one in _plain(held.get(kind, {})):
-                if kind == "raise" or one.get("state") == "approved":
-                    self._unchecked.setdefault(one["account"], []).append((kind, name, one))
+                account = one.get("account")  # anything, where somebody wrote it past Bursar
+                if isinstance(account, str) and (kind == "raise" or one.get("state") == "approved"):
+                    self._unchecked.setdefault(account, []).append((kind, name, one))
         self._checked: dict[str, list[dict[str, Any]]] = {}
 
     def _granted(self, account: str) -> list[dict[str, Any]]:
