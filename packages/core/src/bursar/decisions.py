@@ -148,7 +148,7 @@ def end_us(account: Any) -> int:
         _, _, name, _, start_us = json.loads(account)
         kind, _, zone = name.rpartition(" ")
         return (window(kind, zone).bounds(start_us)[1] if start_us else None) or FOREVER_US
-    except (InvalidInput, ValueError, TypeError, AttributeError, OverflowError):
+    except (InvalidInput, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return FOREVER_US  # a rate has no window; and whatever else it is, the switch stays
 
 
