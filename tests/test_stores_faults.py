@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -249,6 +250,7 @@ def test_costs_that_nothing_else_would_book_wait_beyond_other_ends(
 ) -> None:
     monkeypatch.setattr(keeper, "MAX_KEPT", 1)
     monkeypatch.setattr(keeper, "MAX_UNGUARDED", 3)
+    caplog.set_level(logging.ERROR, "bursar")
     store = SqliteStore(path, busy_timeout_s=0.05)
     with Bursar(store, [Budget("all", "5 USD", on_unreachable="open")]) as bursar, bursar.scope(team="red"):
         guarded = [bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100) for _ in range(2)]
