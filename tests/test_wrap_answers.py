@@ -247,8 +247,9 @@ def test_an_attempt_that_was_lost_counts_in_every_unit(
         assert record.cost_nanos == int(money.spent * 10**9) >= billed > 0
         if REFUSED not in faults:
             assert requests.spent == asked
-        once = record.usage["input_tokens"]
-        assert tokens.spent >= once + (faults == [LOST]) * once
+        assert tokens.spent >= 1_000 * (1 if REFUSED in faults else 2)  # words of the request
+        if faults == [LOST]:
+            assert tokens.spent >= 2 * 1_000 + 600 + record.usage["output_tokens"]
         assert not any(one.overrun for one in (tokens, requests)) or estimates[1] == "learned"
 
 

@@ -37,12 +37,13 @@ class Amounts:
             amounts = bound if one.budget.estimate == "strict" else learned
             lines.append((one.rule, amounts[one.rule.unit]))
         assert call.estimate is not None
+        held = max([count for rule, count in lines if rule.unit == "USD"], default=learned["USD"])
         usage = {}
         if call.estimate.input_tokens:
             usage["input_tokens"] = call.estimate.input_tokens
         if call.estimate.output_tokens:
             usage["output_tokens"] = call.estimate.output_tokens
-        self.write_draft(call, (bound or learned)["USD"], usage)  # of what the estimate is for
+        self.write_draft(call, held, usage)
         return tuple(lines)
 
     def _learned(self, call: Call) -> dict[str, int]:

@@ -106,19 +106,17 @@ class Booking:
                 continue
             if (told is not None and told is known) or least > cost:
                 cost, usage = least, worst.as_dict()
+                actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
             break
-        if call.estimate is not None:
+        if call.lost and call.estimate is not None:
             tokens = usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
-            if call.lost:
-                lost_nanos, lost_tokens = _lost(call, known)
-                if call.estimate.strict:  # what was reserved is for all attempts
-                    lost_nanos = min(lost_nanos, max(0, call.draft["cost_nanos"] - cost))
-                    lost_tokens = min(
-                        lost_tokens, max(0, call.estimate.input_tokens + call.estimate.output_tokens - tokens)
-                    )
-                cost, tokens = cost + lost_nanos, tokens + lost_tokens
-                actuals["requests"] = 1 + call.lost
-            actuals |= {"USD": cost, "tokens": tokens}
+            lost_nanos, lost_tokens = _lost(call, known)
+            if call.estimate.strict:
+                most_nanos, most_tokens = _for_all_attempts(call)
+                lost_nanos = min(lost_nanos, max(0, most_nanos - cost))
+                lost_tokens = min(lost_tokens, max(0, most_tokens - tokens))
+            cost += lost_nanos
+            actuals |= {"USD": cost, "tokens": tokens + lost_tokens, "requests": 1 + call.lost}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, printable(reason), facts))
@@ -235,8 +233,8 @@ def _lost(call: Call, answered: Usage | None = None) -> tuple[int, int]:
     estimate = call.estimate
     if estimate is None or call.price is None:
         return 0, 0
-    if estimate.strict:  # it is for all attempts
-        nanos, tokens = call.draft["cost_nanos"], estimate.input_tokens + estimate.output_tokens
+    if estimate.strict:
+        nanos, tokens = _for_all_attempts(call)
         return call.lost * -(-nanos // call.attempts), call.lost * -(-tokens // call.attempts)
     known = answered and answered.replace(server_tools={}, other_models=(), stated_cost_nanos=None)
     worst = call.usage or _worst(call, known)
@@ -248,6 +246,17 @@ def _lost(call: Call, answered: Usage | None = None) -> tuple[int, int]:
         assert worst is not None
         nanos = call.price.cost_nanos(worst)
     return call.lost * nanos, call.lost * (worst.input_tokens + worst.output_tokens)
+
+
+def _for_all_attempts(call: Call) -> tuple[int, int]:
+    """What a strict estimate is for, in nano-dollars and in tokens. It may stand beside a learned one, by which money is held."""
+    estimate, price, worst = call.estimate, call.price, _worst(call, None)
+    assert estimate is not None
+    assert price is not None
+    nanos = price.cost_nanos(worst) if worst is not None else 0
+    if call.usage is not None:
+        nanos = price.cost_nanos(call.usage) * call.attempts
+    return max(nanos, call.draft["cost_nanos"]), estimate.input_tokens + estimate.output_tokens
 
 
 def _served(call: Call, usage: Usage) -> Usage:
