@@ -240,6 +240,19 @@ def test_i6_a_repeated_id_asks_for_no_more_than_before(bursar: Bursar, other: di
         bursar.reserve("openai", "gpt-5.1", **{**said, **other})
 
 
+def test_i6_an_id_that_comes_again_ends_unknown_at_what_was_granted_under_it() -> None:
+    """Whatever is estimated by then: the record says what the accounts do."""
+    with Bursar("memory:", [Budget("b", "100 USD")]) as bursar:
+        asked: Any = {"input_tokens": 1_000, "resize": False}
+        bursar.reserve("openai", "gpt-4o", id="x", **asked)
+        for _ in range(3):
+            bursar.reserve("openai", "gpt-4o", **asked).settle(Usage(input_tokens=1_000, output_tokens=10))
+        record = bursar.reserve("openai", "gpt-4o", id="x", **asked).settle_unknown("lost")
+        assert record is not None
+        assert [record.cost_nanos] == [one["amount"] for one in record.amounts]
+        assert record.usage["output_tokens"] > 10_000
+
+
 def test_i6_a_repeated_id_gets_the_smaller_answer_that_was_granted() -> None:
     with Bursar("memory:", [Budget("strict", "0.01 USD", estimate="strict")]) as bursar:
         said: dict[str, Any] = {"messages": "hello", "id": "mine"}
