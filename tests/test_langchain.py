@@ -9,9 +9,10 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,34 @@ def test_calls_that_are_given_the_same_run_id_at_once_are_all_booked(
     assert not any(record.estimated for record in guard.records())
     assert sum(record.cost_nanos for record in guard.records()) == provider.billed_nanos
     assert reserved(guard) == 0
+
+
+def test_a_call_that_begins_between_two_handlers_of_another_with_its_run_id_is_not_ended_by_that(
+    provider: Provider, guard: Bursar
+) -> None:
+    provider.script(Answer(input_tokens=100 + number, output_tokens=20) for number in range(2))
+    run, begun, goes_on = uuid4(), threading.Event(), threading.Event()
+
+    class Held(BaseCallbackHandler):
+        def on_chat_model_start(self, *given: Any, **more: Any) -> None:
+            begun.set()
+            goes_on.wait(20)
+
+    other: RunnableConfig = {"callbacks": [BursarCallbackHandler(guard), Held()], "run_id": run}
+
+    class Between(BaseCallbackHandler):
+        def on_llm_end(self, *given: Any, **more: Any) -> None:
+            later.append(pool.submit(chat(provider).invoke, "second", other))
+            begun.wait(20)
+
+    later: list[Future[Any]] = []
+    handlers = [BursarCallbackHandler(guard), Between(), BursarCallbackHandler(guard)]
+    with ThreadPoolExecutor(1) as pool:
+        chat(provider).invoke("first", {"callbacks": handlers, "run_id": run})
+        goes_on.set()
+        later[0].result(20)
+    assert [record.usage["input_tokens"] for record in guard.records()] == [100, 101]
+    assert not any(record.estimated for record in guard.records())
 
 
 def test_two_guards_each_reserve_once(provider: Provider, guard: Bursar) -> None:
