@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import BaseCallbackHandler, CallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
@@ -247,6 +247,18 @@ def test_a_refusal_by_the_second_guard_leaves_nothing_open_in_the_first(
     assert first.drain()
     assert (provider.requests, reserved(guard)) == (0, 0)
     assert [record.kind for record in guard.records()] == ["release"]
+
+
+def test_a_refusal_by_another_guard_gives_back_no_other_call(guard: Bursar) -> None:
+    """Tools that are announced by hand may say nothing of themselves."""
+    with Bursar("memory:", [Budget("one", "1 calls")]) as other:
+        one, two = BursarCallbackHandler(guard), BursarCallbackHandler(other)
+        CallbackManager([two]).on_tool_start(None, "a").on_tool_end("done")
+        begun = CallbackManager([one]).on_tool_start(None, "b")
+        with pytest.raises(LangChainBudgetExceeded):
+            CallbackManager([two]).on_tool_start(None, "c")
+    begun.on_tool_end("done")
+    assert [record.kind for record in guard.records()] == ["settlement"]
 
 
 def test_install_guards_every_thread_and_uninstall_ends_it(provider: Provider, broke: Bursar, guard: Bursar) -> None:

@@ -177,7 +177,7 @@ class Gate:
             self.end_now(other, released("refused with another prompt of its batch"))
         for gate in list(_gates.values()):
             if gate is not self:
-                for other in gate.shown(opened.said):
+                for other in gate.shown(key, opened):
                     gate.end_now(other, released("refused by another guard"))
 
     def admitted(self, run_id: UUID, opened: Open, reservation: Reservation, slot: Slot | None = None) -> None:
@@ -305,9 +305,10 @@ class Gate:
         everyone = list(self._open.items())
         return [(key, other.order < opened.order) for key, other in everyone if other.said is opened.said]
 
-    def shown(self, said: object) -> list[int]:
-        """The open calls of which handlers are shown this object."""
-        return [key for key, opened in list(self._open.items()) if opened.said is said]
+    def shown(self, key: int, refused: Open) -> list[int]:
+        """The open calls that are this one of another guard's gate, or of its batch: what is said may be no more than None."""
+        everyone = list(self._open.items())
+        return [one for one, other in everyone if other.said is refused.said and (one == key or other.in_batch)]
 
     def end_children(self, run_id: UUID) -> None:
         """A run was torn down by a cancellation: so are the calls that it made."""
