@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -107,3 +107,24 @@ def test_i9_the_call_of_a_task_that_nobody_goes_on_with_ends(in_loop: bool, tmp_
     assert bursar.store.open_reservations() == 0
     assert [record.cost_nanos for record in bursar.records()] == [100_000_000]
     bursar.close()
+
+
+def test_i9_what_ends_in_the_background_is_booked_before_the_store_closes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/b.db"
+
+    async def parts(bursar: Bursar) -> AsyncGenerator[None]:
+        async with bursar.atool("search", cost="0.10 USD"):
+            yield
+
+    async def work() -> None:
+        with Bursar(url, [Budget("b", "10 USD")]) as bursar:
+            streams = [parts(bursar) for _ in range(50)]
+            for stream in streams:
+                await anext(stream)
+            for stream in streams:
+                await stream.aclose()
+
+    asyncio.run(work())
+    with Bursar(url) as again:
+        assert again.store.open_reservations() == 0
+        assert len(list(again.records())) == 50
