@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from decimal import Decimal
@@ -175,3 +177,27 @@ def test_i9_the_end_of_a_call_whose_loop_is_gone_is_booked_later_whatever_error_
     with Bursar(url) as again:
         assert again.store.open_reservations() == 0
         assert [record.cost_nanos for record in again.records()] == [100_000_000]
+
+
+AT_EXIT = """
+from bursar import Budget, Bursar, facade
+
+facade._CLOSING_S = 3600.0
+
+class Holder:
+    bursar = Bursar("memory:", [Budget("b", "1 USD")])
+
+    def __del__(self):
+        self.bursar.close()
+        print("closed")
+
+holder = Holder()
+with holder.bursar.tool("search", cost="0.10 USD"):
+    pass
+"""
+
+
+def test_a_bursar_that_is_closed_when_the_interpreter_goes_waits_for_no_thread_of_it() -> None:
+    """They are stopped then."""
+    ran = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "closed\n"
