@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 
 from bursar import Budget, Bursar
 from bursar.commands import Tell
-from bursar.ending import drain
+from bursar.ending import drain, settled
 from bursar.testing import ManualClock
 from bursar.waiting import WaitingRoom
 
@@ -107,3 +110,94 @@ def test_i9_the_call_of_a_task_that_nobody_goes_on_with_ends(in_loop: bool, tmp_
     assert bursar.store.open_reservations() == 0
     assert [record.cost_nanos for record in bursar.records()] == [100_000_000]
     bursar.close()
+
+
+def test_i9_what_ends_in_the_background_is_booked_before_the_store_closes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/b.db"
+
+    async def parts(bursar: Bursar) -> AsyncGenerator[None]:
+        async with bursar.atool("search", cost="0.10 USD"):
+            yield
+
+    async def work() -> None:
+        with Bursar(url, [Budget("b", "10 USD")]) as bursar:
+            streams = [parts(bursar) for _ in range(50)]
+            for stream in streams:
+                await anext(stream)
+            for stream in streams:
+                await stream.aclose()
+
+    asyncio.run(work())
+    with Bursar(url) as again:
+        assert again.store.open_reservations() == 0
+        assert len(list(again.records())) == 50
+
+
+@pytest.mark.parametrize("way", ["block", "ending"])
+def test_i9_the_end_of_a_call_whose_loop_is_gone_is_booked_later_whatever_error_it_comes_as(
+    way: str, tmp_path: Path
+) -> None:
+    """Clients make errors of their own of what closes their coroutine, and clean up with errors after that."""
+    url = f"sqlite:///{tmp_path}/b.db"
+    bursar = Bursar(url, [Budget("b", "1 USD")])
+    loop, begun = asyncio.new_event_loop(), asyncio.Event()
+
+    async def send() -> None:
+        begun.set()
+        try:
+            await loop.create_future()
+        finally:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                raise ConnectionError("the connection cannot be closed") from None
+
+    async def work() -> None:
+        if way == "block":
+            async with bursar.atool("search", cost="0.10 USD"):
+                try:
+                    await send()
+                except ConnectionError as error:
+                    raise ValueError("not answered") from error
+        else:
+            reservation = await bursar.atool("search", cost="0.10 USD").__aenter__()
+            try:
+                await send()
+            except ConnectionError:
+                await settled(None).aend(reservation)
+
+    coroutine = work()
+    task = loop.create_task(coroutine)
+    loop.run_until_complete(begun.wait())
+    loop.close()
+    with contextlib.suppress(RuntimeError):
+        coroutine.close()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    bursar.close()
+    with Bursar(url) as again:
+        assert again.store.open_reservations() == 0
+        assert [record.cost_nanos for record in again.records()] == [100_000_000]
+
+
+AT_EXIT = """
+from bursar import Budget, Bursar, facade
+
+facade._CLOSING_S = 3600.0
+
+class Holder:
+    bursar = Bursar("memory:", [Budget("b", "1 USD")])
+
+    def __del__(self):
+        self.bursar.close()
+        print("closed")
+
+holder = Holder()
+with holder.bursar.tool("search", cost="0.10 USD"):
+    pass
+"""
+
+
+def test_a_bursar_that_is_closed_when_the_interpreter_goes_waits_for_no_thread_of_it() -> None:
+    """They are stopped then."""
+    ran = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "closed\n"

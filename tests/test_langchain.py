@@ -9,9 +9,10 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from uuid import uuid4
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import BaseCallbackHandler, CallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
@@ -202,6 +203,34 @@ def test_calls_that_are_given_the_same_run_id_at_once_are_all_booked(
     assert reserved(guard) == 0
 
 
+def test_a_call_that_begins_between_two_handlers_of_another_with_its_run_id_is_not_ended_by_that(
+    provider: Provider, guard: Bursar
+) -> None:
+    provider.script(Answer(input_tokens=100 + number, output_tokens=20) for number in range(2))
+    run, begun, goes_on = uuid4(), threading.Event(), threading.Event()
+
+    class Held(BaseCallbackHandler):
+        def on_chat_model_start(self, *given: Any, **more: Any) -> None:
+            begun.set()
+            goes_on.wait(20)
+
+    other: RunnableConfig = {"callbacks": [BursarCallbackHandler(guard), Held()], "run_id": run}
+
+    class Between(BaseCallbackHandler):
+        def on_llm_end(self, *given: Any, **more: Any) -> None:
+            later.append(pool.submit(chat(provider).invoke, "second", other))
+            begun.wait(20)
+
+    later: list[Future[Any]] = []
+    handlers = [BursarCallbackHandler(guard), Between(), BursarCallbackHandler(guard)]
+    with ThreadPoolExecutor(1) as pool:
+        chat(provider).invoke("first", {"callbacks": handlers, "run_id": run})
+        goes_on.set()
+        later[0].result(20)
+    assert [record.usage["input_tokens"] for record in guard.records()] == [100, 101]
+    assert not any(record.estimated for record in guard.records())
+
+
 def test_two_guards_each_reserve_once(provider: Provider, guard: Bursar) -> None:
     with Bursar("memory:", budgets=[Budget("other", limit="1 USD")]) as other:
         chat(provider).invoke("hi", {"callbacks": [BursarCallbackHandler(guard), BursarCallbackHandler(other)]})
@@ -218,6 +247,18 @@ def test_a_refusal_by_the_second_guard_leaves_nothing_open_in_the_first(
     assert first.drain()
     assert (provider.requests, reserved(guard)) == (0, 0)
     assert [record.kind for record in guard.records()] == ["release"]
+
+
+def test_a_refusal_by_another_guard_gives_back_no_other_call(guard: Bursar) -> None:
+    """Tools that are announced by hand may say nothing of themselves."""
+    with Bursar("memory:", [Budget("one", "1 calls")]) as other:
+        one, two = BursarCallbackHandler(guard), BursarCallbackHandler(other)
+        CallbackManager([two]).on_tool_start(None, "a").on_tool_end("done")
+        begun = CallbackManager([one]).on_tool_start(None, "b")
+        with pytest.raises(LangChainBudgetExceeded):
+            CallbackManager([two]).on_tool_start(None, "c")
+    begun.on_tool_end("done")
+    assert [record.kind for record in guard.records()] == ["settlement"]
 
 
 def test_install_guards_every_thread_and_uninstall_ends_it(provider: Provider, broke: Bursar, guard: Bursar) -> None:

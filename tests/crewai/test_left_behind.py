@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import json
@@ -233,3 +234,22 @@ def test_a_stream_that_the_provider_ends_by_an_error_of_a_refusals_code_is_booke
         client(provider.url, stream=True).call("hi")
     (record,) = bursar.records()
     assert (record.kind, record.estimated) == ("settlement", True)
+
+
+def test_a_flow_that_starts_itself_within_goes_on_when_the_inner_one_fails(
+    provider: Provider, bursar: Bursar, client: Make
+) -> None:
+    class Again(Flow):  # type: ignore[type-arg]
+        @start()
+        async def go(self) -> Any:
+            if self.kicked.pop():
+                raise LookupError("the inner one")
+            with contextlib.suppress(LookupError):
+                await self.kickoff_async()
+            return await client(provider.url).acall("hi")
+
+    flow = BursarCrew(bursar).attach(Again())
+    object.__setattr__(flow, "kicked", [True, False])
+    asyncio.run(flow.kickoff_async())
+    (record,) = bursar.records()
+    assert record.tags["workflow"] == "Again"

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 import httpx
-from llama_index.core.llms import ChatMessage
+from llama_index.core.llms import ChatMessage, ChatResponse
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
@@ -103,6 +103,35 @@ def test_a_task_that_is_collected_amid_a_transaction_of_the_same_thread_ends_aft
         uninstall()
     assert bursar.store.open_reservations() == 0
     assert len(list(bursar.records())) == 1
+    bursar.close()
+
+
+class Endless(OpenAI):
+    """Says more than any estimate of it."""
+
+    def stream_chat(self, messages: Any, **settings: Any) -> Any:
+        said = ChatMessage(role="assistant", content="word ")
+        return (ChatResponse(message=said, delta="word ") for _ in range(100_000))
+
+
+def test_a_stream_that_outgrew_its_estimate_and_is_collected_amid_a_transaction_ends_after_it(tmp_path: Path) -> None:
+    """What was reserved beside the estimate does not wait for that transaction's lock either."""
+    clock = Collecting()
+    bursar = Bursar(f"sqlite:///{tmp_path}/b.db?durability=process", [Budget("b", "1 USD")], clock=clock)
+    stream = guard_llm(Endless(model="gpt-4o", api_key="any"), bursar, stop_streams=True).stream_chat(HELLO)
+    while bursar.store.open_reservations() < 2:
+        next(stream)  # type: ignore[call-overload]
+    held: list[Any] = [stream]
+    held.append(held)
+    del stream, held
+    clock.collects = True
+    store = threading.Thread(target=lambda: bursar.store.execute(Tell("one", "policy", {})), daemon=True)
+    store.start()
+    store.join(20)
+    clock.collects = False
+    assert not store.is_alive()
+    assert drain(20)
+    assert bursar.store.open_reservations() == 0
     bursar.close()
 
 

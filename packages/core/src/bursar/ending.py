@@ -117,7 +117,11 @@ def amid_bursar() -> bool:
 
 
 def drain(timeout_s: float) -> bool:
-    """Wait until the ends that were put off so far are booked; False when that takes longer."""
+    """Wait until the ends that were put off so far are booked; False when that takes longer, or nobody would book them."""
+    if _thread is None and _ends.empty():
+        return True
+    if _thread is threading.current_thread() or sys.is_finalizing():  # it is stopped by then
+        return False
     reached = threading.Event()
     expect_orphans()
     _ends.put(reached.set)

@@ -18,6 +18,7 @@ from bursar.commands import Alert, Definitions
 from bursar.decisions import Decisions, renewed
 from bursar.detect import Detectors
 from bursar.driver import Driver
+from bursar.ending import drain
 from bursar.errors import InvalidInput, OperatorRequired, PolicyError, StoreError, shown
 from bursar.guard import Guard, log
 from bursar.making import CallMaker
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from bursar.alerts import Alerts, Deliverer
 
 Client = TypeVar("Client")
+_CLOSING_S = 5.0  # how long `close` waits for the ends of calls that are booked in the background
 
 
 class Bursar:
@@ -267,7 +269,8 @@ class Bursar:
         self._driver.keeper.tend()
 
     def close(self) -> None:
-        """Book kept settlements a last time and close the store. Open reservations stay, and expire."""
+        """Book the ends that wait, a last time, and close the store. Open reservations stay, and expire."""
+        drain(_CLOSING_S)
         self._driver.keeper.stop()
         if self._deliverer is not None:
             self._deliverer.close()

@@ -158,7 +158,8 @@ class Reservation:
     def _ending(self, steps: Steps) -> Ending:
         """Run an end's steps; what the store cannot take now is kept, and tried again in the background.
 
-        So is what was interrupted: nobody knows whether the store has it, and to be told twice does no harm (I6).
+        So is what was interrupted: nobody knows whether the store has it, and to be told twice does no harm (I6). A
+        RuntimeError interrupts too: of a coroutine that is closed when its event loop is gone, or of too deep a recursion.
         """
         command = None
         try:
@@ -168,7 +169,7 @@ class Reservation:
                 try:
                     answer = yield step
                 except BaseException as error:  # noqa: BLE001 - goes into the steps, which decide
-                    if isinstance(error, StoreError) or not isinstance(error, Exception):
+                    if isinstance(error, (StoreError, RuntimeError)) or not isinstance(error, Exception):
                         self._driver.keeper.keep(command)
                     step = steps.throw(error)
                 else:

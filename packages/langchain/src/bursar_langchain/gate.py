@@ -119,13 +119,11 @@ class Gate:
         self.bursar = bursar
         self.runs = Runs()
         self._open: dict[int, Open] = {}
-        self._told: dict[
-            int, list[object]
-        ] = {}  # the ends that were told of several calls with one run id, while one is open
+        # The ends that were told of several calls with one run id, while one is open.
+        self._told: dict[int, list[object]] = {}
         self._order = itertools.count()
-        self._began: ContextVar[int | None] = ContextVar(
-            "bursar_langchain_began", default=None
-        )  # the order of the last call
+        # The run id of this context's last call, and the orders of those of that run which began here.
+        self._began: ContextVar[tuple[int, tuple[int, ...]]] = ContextVar("bursar_langchain_began", default=(0, ()))
         self._unended = 0
         self._ended = threading.Condition()
 
@@ -146,15 +144,19 @@ class Gate:
         """Enter the call; None when it is entered already, by another handler of the same guard."""
         key = run_id.int
         opened = Open(next(self._order), None if parent_run_id is None else parent_run_id.int, said, in_batch, is_chat)
+        began, orders = self._began.get()
+        here = [opened.order]
         with self._ended:
             earlier = opened.earlier = self._open.get(key)
             while earlier is not None:
                 if earlier.said is said:
                     return None
+                if began == key and earlier.order in orders:
+                    here.append(earlier.order)
                 earlier = earlier.earlier
             self._open[key] = opened
             self._unended += 1
-        self._began.set(opened.order)
+        self._began.set((key, tuple(here)))
         expect_orphans()
         # The run's id lives as long as somebody can still report the run's end. Nothing else tells of a call that was
         # cancelled, abandoned or refused by a later handler, so its death ends the call (only queued here: a finaliser
@@ -175,7 +177,7 @@ class Gate:
             self.end_now(other, released("refused with another prompt of its batch"))
         for gate in list(_gates.values()):
             if gate is not self:
-                for other in gate.shown(opened.said):
+                for other in gate.shown(key, opened):
                     gate.end_now(other, released("refused by another guard"))
 
     def admitted(self, run_id: UUID, opened: Open, reservation: Reservation, slot: Slot | None = None) -> None:
@@ -199,13 +201,16 @@ class Gate:
     def take(self, key: int, event: object = None, *, order: int | None = None) -> Open | None:
         """The call, out of the list: whoever gets it ends it. None when it has ended, or was never reserved here.
 
-        `event`: what every handler is shown of this end. Of several with one run id it is that of this `order`; or the one that
-        began in this context; or the last, for those before it may have been abandoned.
+        `event`: what every handler is shown of this end. Of several with one run id it is that of this `order`; or the last that
+        began in this context; where that was another run's, the last of all, for those before may have been abandoned.
         """
+        began, orders = self._began.get() if order is None else (key, (order,))
         with self._ended:
             opened = self._open.get(key)
-            if opened is not None and (opened.earlier is not None or key in self._told or order is not None):
-                opened = self._one_of(key, event, order)
+            if opened is not None and (
+                opened.earlier is not None or key in self._told or (began == key and opened.order not in orders)
+            ):
+                opened = self._one_of(key, event, orders if began == key else None)
             if opened is None or opened.reservation is None:
                 return None
             self._take_out(key, opened)
@@ -215,22 +220,18 @@ class Gate:
             opened.cleanup()
         return opened
 
-    def _one_of(self, key: int, event: object, order: int | None) -> Open | None:
-        """Which of the open calls with one run id this end is of; None where another handler has told of it already."""
+    def _one_of(self, key: int, event: object, orders: tuple[int, ...] | None) -> Open | None:
+        """Which of the open calls with one run id this end is of, one of these orders; None where it has been told already."""
         told = self._told.setdefault(key, [])
         if event is not None and any(event is one for one in told):
             return None
-        there: list[Open] = []
+        told += [] if event is None else [event]
         opened = self._open.get(key)
         while opened is not None:
-            if opened.reservation is not None:
-                there.append(opened)
+            if opened.reservation is not None and (orders is None or opened.order in orders):
+                return opened
             opened = opened.earlier
-        if order is not None:
-            return next((one for one in there if one.order == order), None)
-        told += [] if event is None else [event]
-        began = self._began.get()
-        return next((one for one in there if one.order == began), there[0] if there else None)
+        return None
 
     def _take_out(self, key: int, opened: Open) -> None:
         with self._ended:
@@ -304,9 +305,10 @@ class Gate:
         everyone = list(self._open.items())
         return [(key, other.order < opened.order) for key, other in everyone if other.said is opened.said]
 
-    def shown(self, said: object) -> list[int]:
-        """The open calls of which handlers are shown this object."""
-        return [key for key, opened in list(self._open.items()) if opened.said is said]
+    def shown(self, key: int, refused: Open) -> list[int]:
+        """The open calls that are this one of another guard's gate, or of its batch: what is said may be no more than None."""
+        everyone = list(self._open.items())
+        return [one for one, other in everyone if other.said is refused.said and (one == key or other.in_batch)]
 
     def end_children(self, run_id: UUID) -> None:
         """A run was torn down by a cancellation: so are the calls that it made."""

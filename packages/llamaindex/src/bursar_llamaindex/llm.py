@@ -211,7 +211,7 @@ class _Meter:
 
     def __exit__(self, *error: object) -> None:
         for more in self._added:
-            more.end(released("a part of a stream that is booked as one"))
+            more.drop(released("a part of a stream that is booked as one"))
 
 
 @contextmanager
