@@ -139,13 +139,15 @@ def test_a_response_that_is_told_twice_is_billed_once() -> None:
     assert Usage.from_response("openai", [done("a"), done("b")]).input_tokens == 200
 
 
-def test_counts_that_come_with_every_chunk_are_final_when_the_answer_has_ended() -> None:
+@pytest.mark.parametrize("kind", ["chat.completion.chunk", "text_completion"])
+def test_counts_that_come_with_every_chunk_are_final_when_the_answer_has_ended(kind: str) -> None:
     """Perplexity and vLLM tell with each chunk what it was up to there: where the stream is cut, more was billed."""
+    piece: dict[str, Any] = {"text": "x"} if kind == "text_completion" else {"delta": {"content": "x"}}
 
     def chunk(out: int | None, finish: str | None = None) -> dict[str, Any]:
         usage = None if out is None else {"prompt_tokens": 10, "completion_tokens": out, "total_tokens": 10 + out}
-        choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": finish}
-        return {"object": "chat.completion.chunk", "model": "sonar", "choices": [choice], "usage": usage}
+        choice = {"index": 0, **piece, "finish_reason": finish}
+        return {"object": kind, "model": "sonar", "choices": [choice], "usage": usage}
 
     for events in ([chunk(1)], [chunk(None), chunk(1), chunk(2)]):
         with pytest.raises(UnreadableAnswer) as cut:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bursar import Budget, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
+from bursar import Budget, BudgetExceeded, Bursar, InvalidInput, Operator, OperatorRequired, StoreError, Usage
 from bursar.audit import audit
 from bursar.cli import main
 from bursar.commands import Ended, Entry, Granted, Refused, Rejected, Tell
 from bursar.retention import bound, kept
 from bursar.stores import open_store, retiring
 from bursar.stores.base import Store
+from bursar.stores.memory import MemoryStore
 from bursar.stores.sqlite import SqliteStore
 from bursar.testing import ManualClock
 from bursar.testing.store_contract.made import charge, reserve, rule, settle
@@ -482,6 +483,24 @@ def test_an_operator_alone_decides_to_prune(books: Bursar, clock: ManualClock) -
 def test_memory_is_not_pruned(clock: ManualClock) -> None:
     with pytest.raises(InvalidInput, match="Only stores on SQLite"):
         Operator(open_store("memory:", clock)).prune(0)
+
+
+def test_ended_windows_make_room_in_memory(clock: ManualClock) -> None:
+    """Nobody can prune it: with a budget per user and day it would refuse everybody some day. What is open or named stays."""
+    store = MemoryStore(clock, max_entries=4)
+    with Bursar(store, [Budget("day", "1 USD", window="day", per="user")], clock=clock, max_accounts=6) as bursar:
+        for number in range(20):
+            clock.advance(DAY_S)
+            with bursar.scope(user=f"u{number}"):
+                bursar.reserve("openai", "gpt-4o", input_tokens=100, max_output_tokens=50, ttl_s=DAY_S)
+                bursar.charge("1 USD")
+                bursar.tend()
+        with bursar.scope(user="u19"), pytest.raises(BudgetExceeded):
+            bursar.reserve("openai", "gpt-4o", input_tokens=100, max_output_tokens=50)
+        left = {account.rule.key for account in store.accounts()}
+        assert len(left) <= 6
+        assert {key for entry in store.entries() for key in entry.amounts} <= left
+        assert {key for one in store.reservations() for key, _, _ in one.held} <= left
 
 
 def test_sums_that_nobody_decided_to_keep_are_found(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from bursar import Budget, Bursar, StoreError, Usage, keeper
+from bursar import Budget, Bursar, StoreError, Threshold, Usage, keeper
 from bursar.accounts import Rule
 from bursar.commands import Answer, Ended, Granted, Release, Reserve, Settle
 from bursar.stores import open_store
 from bursar.stores.sqlite import SqliteStore
 from bursar.stores.sqlite_schema import upgrade
+from bursar.testing import ManualClock
 
 DOLLARS = Rule('["b","USD","total UTC",{},0]', "b", "{}", "USD", "window", 10**12)
 TTL_US = 600_000_000
@@ -244,11 +246,39 @@ def test_i12_closed_by_default_and_open_where_every_budget_says_so(path: Path) -
         assert status.spent == sum(record.cost_usd for record in bursar.records())
 
 
+def test_a_damaged_reservation_keeps_no_call_in_flight_from_being_killed(path: Path) -> None:
+    clock = ManualClock()
+    store = SqliteStore(path, clock=clock)
+    kill = Threshold("50%", "kill")
+    budgets = [
+        Budget("lost", "5 USD", match={"agent": "lost"}),
+        Budget("work", "0.10 USD", match={"agent": "work"}, thresholds=[kill]),
+    ]
+    with Bursar(store, budgets, clock=clock) as bursar:
+        with bursar.scope(agent="lost"):
+            bursar.reserve("openai", "gpt-4o", input_tokens=10, max_output_tokens=10)
+        with bursar.scope(agent="work"):
+            bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=5_000)
+        with sqlite3.connect(path) as connection:
+            connection.execute("DELETE FROM accounts WHERE budget = 'lost'")
+        with (
+            bursar.scope(agent="work"),
+            bursar.call("openai", "gpt-4o", input_tokens=10, max_output_tokens=10) as flying,
+        ):
+            clock.advance(601)
+            with fails("damaged", "is missing"):
+                bursar.tend()
+            bursar._driver.keeper.look()
+            assert flying.stopped is not None
+            flying.settle(Usage(input_tokens=10, output_tokens=1))
+
+
 def test_costs_that_nothing_else_would_book_wait_beyond_other_ends(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(keeper, "MAX_KEPT", 1)
     monkeypatch.setattr(keeper, "MAX_UNGUARDED", 3)
+    caplog.set_level(logging.ERROR, "bursar")
     store = SqliteStore(path, busy_timeout_s=0.05)
     with Bursar(store, [Budget("all", "5 USD", on_unreachable="open")]) as bursar, bursar.scope(team="red"):
         guarded = [bursar.reserve("openai", "gpt-4o", input_tokens=1_000, max_output_tokens=100) for _ in range(2)]

@@ -236,6 +236,28 @@ def test_old_decisions_are_not_verified_with_every_change() -> None:
     assert _signed.cache_info().misses == before + 3
 
 
+@pytest.mark.parametrize("kind", ["raise", "approval"])
+@pytest.mark.parametrize("rubbish", [{}, {"account": ["a"]}, {"account": 1}, {"account": "a", "until_us": "soon"}])
+def test_a_decision_of_rubbish_stops_nobody(
+    open_books: Callable[..., Bursar], file: Path, clock: ManualClock, kind: str, rubbish: dict[str, Any]
+) -> None:
+    bursar = open_books(LARGE)
+    decide(file, kind, "rubbish", {"state": "approved", **rubbish})
+    spend(bursar)
+    spend(open_books())
+    clock.advance(3 * 86_400)
+    assert Operator(bursar.store).prune(clock.now_us() - 86_400_000_000)[0].records == 2
+
+
+def test_a_key_that_nests_too_deep_is_rubbish_too(open_books: Callable[..., Bursar], file: Path) -> None:
+    bursar = open_books(LARGE)
+    decide(file, "freeze", "rubbish", {"frozen": True, "account": "[" * 100_000})
+    decide(file, "approval", "rubbish", {"state": "open", "account": "[" * 100_000, "tags": {}})
+    spend(bursar)
+    assert Operator(bursar.store).questions() == []
+    assert list(Operator(bursar.store).frozen()) == ["rubbish"]
+
+
 def test_what_a_former_operator_granted_counts_no_more(open_books: Callable[..., Bursar]) -> None:
     bursar = open_books(SMALL)
     operator = Operator(bursar.store, Operator(bursar.store, by="ann").appoint(), by="ann")

@@ -225,6 +225,33 @@ def test_an_attempt_that_the_client_repeats_may_have_been_billed(
             assert bursar.status()[0].overrun == 0 or estimate == "learned"
 
 
+LOST = Fault("drop", after_events=0)  # billed, and never answered
+
+
+@pytest.mark.parametrize("estimates", [("strict", "strict"), ("strict", "learned"), ("learned", "strict")])
+@pytest.mark.parametrize("faults", [[LOST], [LOST, LOST], [LOST, REFUSED], [FAILED, LOST]])
+def test_an_attempt_that_was_lost_counts_in_every_unit(
+    provider: Provider, faults: list[Fault], estimates: tuple[str, str]
+) -> None:
+    provider.script(faults)
+    before, asked = provider.billed_nanos, len(faults) + (len(faults) == 1)
+    budgets = [
+        Budget("money", "100 USD", estimate=estimates[0]),
+        Budget("tokens", "1000000 tokens", estimate=estimates[1]),
+        Budget("requests", "100 requests", estimate="strict"),
+    ]
+    with Bursar("memory:", budgets) as bursar:
+        _ask(bursar, provider, "sync", timeout_s=30)
+        record, billed = only(bursar), provider.billed_nanos - before
+        money, requests, tokens = bursar.status()
+        assert record.cost_nanos == int(money.spent * 10**9) >= billed > 0
+        if REFUSED not in faults:
+            assert requests.spent == asked
+        once = record.usage["input_tokens"]
+        assert tokens.spent >= once + (faults == [LOST]) * once
+        assert not any(one.overrun for one in (tokens, requests)) or estimates[1] == "learned"
+
+
 def _ask(bursar: Bursar, provider: Provider, style: str, *, timeout_s: float) -> None:
     """One call that is tried twice at most, and may fail all the same."""
     messages = [{"role": "user", "content": "hello " * 1_000}]

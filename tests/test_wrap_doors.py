@@ -110,6 +110,21 @@ def test_what_is_not_a_chat_is_billed_as_its_provider_bills_it(
     assert (record.cost_nanos, record.estimated) == (cost_nanos, False)
 
 
+@pytest.mark.parametrize("estimate", ["strict", "learned"])
+def test_pictures_that_were_lost_twice_are_booked_twice(estimate: str) -> None:
+    """Whoever answers 500 may have drawn and billed them."""
+    failing = Canned({"error": {}}, status=500, headers={"retry-after-ms": "1"})
+    budgets = [Budget("money", "100 USD", estimate=estimate), Budget("requests", "100 requests", estimate="strict")]
+    with CannedProvider({"POST /v1/images/generations": failing}) as provider, Bursar("memory:", budgets) as bursar:
+        client = bursar.wrap(openai.OpenAI(base_url=f"{provider.url}/v1", api_key="any", max_retries=1))
+        with pytest.raises(openai.InternalServerError):
+            client.images.generate(model="dall-e-2", prompt="a cat", n=2)
+        assert only(bursar).cost_nanos == 2 * 40_000_000
+        money, requests = bursar.status()
+        assert (str(money.spent), str(requests.spent), requests.overrun) == ("0.08", "2", 0)
+        assert estimate == "learned" or not money.overrun
+
+
 @pytest.mark.parametrize("what", BILLED)
 def test_what_is_not_a_chat_is_refused_by_a_budget(what: str, provider: CannedProvider) -> None:
     with Bursar("memory:", [Budget("tiny", "0.000001 USD")]) as bursar, pytest.raises(BudgetExceeded):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bursar import accounts, clock, guard, keeper, windows
+from bursar import accounts, booking, clock, guard, keeper, windows
 from bursar.commands import Decision, Ended, Entry, Expire, Extend, Release, Reserve, Settle
 from bursar.law import POLICY_KEY, ends
 from bursar.prices import PriceBook
@@ -258,9 +258,9 @@ BUGS: dict[str, Patch] = {
     "slots are kept after an expiry": handler(Expire, _slots_kept),
     "what has expired is free": handler(Expire, _expiry_free),
     "a process goes on while the store is away": function(guard.Guard, "goes_unguarded", _fail_open),
-    "the real cost is not looked at": function(guard.Guard, "settle", _settle_reserved),
-    "the real cost is counted in floats": function(guard.Guard, "settle", _floats),
-    "a call is settled at the prices of another table": function(guard.Guard, "settle", _price_of_now),
+    "the real cost is not looked at": function(booking.Booking, "settle", _settle_reserved),
+    "the real cost is counted in floats": function(booking.Booking, "settle", _floats),
+    "a call is settled at the prices of another table": function(booking.Booking, "settle", _price_of_now),
     "an unknown price is another model's": function(PriceBook, "_find", _unknown_is_free),
     "a bucket leaves the window late": everywhere("age", _bucket_off(1)),
     "a bucket leaves the window early": everywhere("age", _bucket_off(-1)),

@@ -37,13 +37,12 @@ class Amounts:
             amounts = bound if one.budget.estimate == "strict" else learned
             lines.append((one.rule, amounts[one.rule.unit]))
         assert call.estimate is not None
-        held = max([count for rule, count in lines if rule.unit == "USD"], default=learned["USD"])
         usage = {}
         if call.estimate.input_tokens:
             usage["input_tokens"] = call.estimate.input_tokens
         if call.estimate.output_tokens:
             usage["output_tokens"] = call.estimate.output_tokens
-        self.write_draft(call, held, usage)
+        self.write_draft(call, (bound or learned)["USD"], usage)  # of what the estimate is for
         return tuple(lines)
 
     def _learned(self, call: Call) -> dict[str, int]:
@@ -67,7 +66,7 @@ class Amounts:
         assert call.request is not None
         assert call.price is not None
         if call.usage is not None:
-            return _said(call, call.usage, call.price.cost_nanos(call.usage) * call.attempts)
+            return _said(call, call.usage, call.price.cost_nanos(call.usage), call.attempts, is_bound=True)
         estimate = call.estimate = strict(
             call.request,
             context_window=call.price.context_window,
@@ -146,12 +145,17 @@ class Amounts:
         return most if most >= MIN_OUTPUT_TOKENS else None
 
 
-def _said(call: Call, usage: Usage, cost_nanos: int) -> dict[str, int]:
+def _said(call: Call, usage: Usage, cost_nanos: int, attempts: int = 1, *, is_bound: bool = False) -> dict[str, int]:
     """The amounts of what the caller said that the call will be billed."""
     call.estimate = Estimate(
-        usage.input_tokens, usage.output_tokens, usage.output_tokens, 1, True, "the caller's count"
+        usage.input_tokens * attempts,
+        usage.output_tokens * attempts,
+        usage.output_tokens,
+        attempts,
+        is_bound,
+        "the caller's count",
     )
-    return amounts_of(call.estimate, cost_nanos, requests=1)
+    return amounts_of(call.estimate, cost_nanos * attempts, requests=attempts)
 
 
 def amounts_of(estimate: Estimate, cost_nanos: int, *, requests: int) -> dict[str, int]:

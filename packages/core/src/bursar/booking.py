@@ -106,13 +106,19 @@ class Booking:
                 continue
             if (told is not None and told is known) or least > cost:
                 cost, usage = least, worst.as_dict()
-                actuals |= {"USD": cost, "tokens": worst.input_tokens + worst.output_tokens}
             break
-        if call.lost and call.estimate is not None and not call.estimate.strict:  # else it is for all attempts already
-            lost_nanos, lost_tokens = _lost(call)
-            cost += lost_nanos
-            tokens = usage.get("input_tokens", 0) + usage.get("output_tokens", 0) + lost_tokens
-            actuals |= {"USD": cost, "tokens": tokens, "requests": 1 + call.lost}
+        if call.estimate is not None:
+            tokens = usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
+            if call.lost:
+                lost_nanos, lost_tokens = _lost(call, known)
+                if call.estimate.strict:  # what was reserved is for all attempts
+                    lost_nanos = min(lost_nanos, max(0, call.draft["cost_nanos"] - cost))
+                    lost_tokens = min(
+                        lost_tokens, max(0, call.estimate.input_tokens + call.estimate.output_tokens - tokens)
+                    )
+                cost, tokens = cost + lost_nanos, tokens + lost_tokens
+                actuals["requests"] = 1 + call.lost
+            actuals |= {"USD": cost, "tokens": tokens}
         facts = facts_of(latency_us=now_us - call.reserved_us)
         self.notices.sentry.failed(call, now_us)
         return self._end(call, Settle(call.id, actuals, cost, usage, "failed", True, printable(reason), facts))
@@ -229,13 +235,19 @@ def _lost(call: Call, answered: Usage | None = None) -> tuple[int, int]:
     estimate = call.estimate
     if estimate is None or call.price is None:
         return 0, 0
+    if estimate.strict:  # it is for all attempts
+        nanos, tokens = call.draft["cost_nanos"], estimate.input_tokens + estimate.output_tokens
+        return call.lost * -(-nanos // call.attempts), call.lost * -(-tokens // call.attempts)
     known = answered and answered.replace(server_tools={}, other_models=(), stated_cost_nanos=None)
     worst = call.usage or _worst(call, known)
     assert worst is not None
-    nanos, tokens = call.price.cost_nanos(worst), worst.input_tokens + worst.output_tokens
-    if estimate.strict and call.usage is None:  # it is for all attempts
-        nanos, tokens = -(-call.draft["cost_nanos"] // call.attempts), -(-tokens // call.attempts)
-    return call.lost * nanos, call.lost * tokens
+    try:
+        nanos = call.price.cost_nanos(worst)
+    except UnknownPrice:  # the answer counts what has no rate; what was reserved for has one
+        worst = _worst(call, None)
+        assert worst is not None
+        nanos = call.price.cost_nanos(worst)
+    return call.lost * nanos, call.lost * (worst.input_tokens + worst.output_tokens)
 
 
 def _served(call: Call, usage: Usage) -> Usage:

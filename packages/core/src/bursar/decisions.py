@@ -61,8 +61,9 @@ class Decisions:
         self._unchecked: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
         for kind in ("raise", "approval"):
             for name, one in _plain(held.get(kind, {})):
-                if kind == "raise" or one.get("state") == "approved":
-                    self._unchecked.setdefault(one["account"], []).append((kind, name, one))
+                account = one.get("account")  # anything, where somebody wrote it past Bursar
+                if isinstance(account, str) and (kind == "raise" or one.get("state") == "approved"):
+                    self._unchecked.setdefault(account, []).append((kind, name, one))
         self._checked: dict[str, list[dict[str, Any]]] = {}
 
     def _granted(self, account: str) -> list[dict[str, Any]]:
@@ -147,7 +148,7 @@ def end_us(account: Any) -> int:
         _, _, name, _, start_us = json.loads(account)
         kind, _, zone = name.rpartition(" ")
         return (window(kind, zone).bounds(start_us)[1] if start_us else None) or FOREVER_US
-    except (InvalidInput, ValueError, TypeError, AttributeError, OverflowError):
+    except (InvalidInput, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return FOREVER_US  # a rate has no window; and whatever else it is, the switch stays
 
 

@@ -234,10 +234,8 @@ class Bursar:
             if self.store.version() != self.guard.policy.version:  # no refusal tells who only charges of a newer policy
                 try:
                     yield Reload()
-                except (
-                    PolicyError,
-                    OperatorRequired,
-                ) as error:  # calls are refused then; this cost is there all the same
+                except (PolicyError, OperatorRequired) as error:
+                    # calls are refused then; this cost is there all the same
                     log.error("%s What was incurred is booked by the policy of before.", error)
             entry = yield from self.guard.charge(call, {"USD": cost_nanos}, self.store.now_us())
         except StoreError:

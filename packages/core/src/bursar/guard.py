@@ -182,6 +182,7 @@ def _as_granted(call: Call, granted: Mapping[str, Any], now_us: int) -> None:
         call.model_asked = call.model_asked or call.model
         call.request = request = request.for_model(model)
         call.model, call.price = model, call.book.find(call.provider, model, now_us, {**call.tags(), "model": model})
+    call.draft = dict(granted)
     most = granted.get("max_output_tokens")
     if most is not None:
         request.max_output_tokens, call.capped = most, True

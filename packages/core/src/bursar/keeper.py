@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from bursar.call import Call
 from bursar.commands import Charge, Command, Extend, Rejected, Release, Settle, settling
@@ -114,17 +115,19 @@ class Keeper:
         return [live.call for live in list(self._live.values())]
 
     def tend(self) -> None:
-        """One round. Raises StoreError when the store is out of reach, or cannot hold a kept end; nothing is forgotten then."""
+        """One round. Raises StoreError when the store is out of reach, or cannot hold an end, a kept or an overdue one, which is
+        tried again.
+        """
         self._extend()
         failed: StoreError | None = None
-        for id, command in list(self._kept.items()):
+        works: list[Callable[[], object]] = [partial(self._book, *kept) for kept in list(self._kept.items())]
+        for work in (*works, self._store.sweep):
             try:
-                self._book(id, command)
+                work()
             except StoreError as error:
                 if error.fault not in ITS_OWN:
                     raise
                 failed = error  # nothing else waits for it: the other ends, what is overdue, what is to be stopped
-        self._store.sweep()
         self._kill(self._in_flight())
         if failed is not None:
             raise failed

@@ -103,7 +103,8 @@ class Operator:
         for id, one in held.get("approval", {}).items():
             try:
                 found.append(_question(id, one.definition, now_us))
-            except (KeyError, ValueError, TypeError, AttributeError):  # raised, it would hide all others
+            # raised, it would hide all others
+            except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
                 log.warning("the question %r cannot be read: no threshold has put it", id)
         return found
 

@@ -90,7 +90,7 @@ class Chat(Tally):
         self.ended = self.ended or any(choice.get("finish_reason") for choice in choices)
         if usage is not None:
             self.usage = usage
-            self.final = self.final or not any("delta" in choice for choice in choices)
+            self.final = self.final or not any(_is_piece(choice) for choice in choices)
         # Perplexity and vLLM tell with every chunk what was billed up to there.
         self.final = self.final or (self.ended and self.usage is not None)
         self.breakdown = items(part(data, "usage_breakdown"), "models") or self.breakdown
@@ -119,6 +119,11 @@ class Chat(Tally):
         return tools(
             self.facts | tier(self.usage.get("service_tier")) | words, self.used | spent if spent else self.used
         )
+
+
+def _is_piece(choice: Json) -> bool:
+    """Whether it is of a stream's chunk. Those of text completions look like whole ones, but for an end that is still open."""
+    return "delta" in choice or ("text" in choice and choice.get("finish_reason", "") is None)
 
 
 def usual_usage(answer: Any) -> Usage | None:

@@ -20,6 +20,7 @@ from bursar.commands import (
     Entry,
     Granted,
     Refused,
+    Rejected,
     Reservation,
     Row,
     Tell,
@@ -30,9 +31,13 @@ from bursar.signing import changes, operator_of
 from bursar.stores import forks
 from bursar.stores.base import expire_all
 
+RETIRE_US = 60_000_000  # between two looks for accounts that may go
+
 
 class MemoryStore:
-    """Budgets in this process only. Holds the newest `max_entries` entries; older ones are dropped, balances stay."""
+    """Budgets in this process only. Holds the newest `max_entries` entries; older ones are dropped, balances stay, but
+    those of ended windows where a budget has as many accounts as it may.
+    """
 
     durability = "memory"
 
@@ -46,6 +51,7 @@ class MemoryStore:
         self._history: list[tuple[int, str, str, dict[str, Any]]] = []
         self._outbox: dict[str, tuple[int, int, bool]] = {}  # by alert: due at, claims, told
         self._lock = threading.RLock()
+        self._retired_us = -RETIRE_US
         self._closed = False
         self.now_us = self._clock.now_us
         forks.watch(self)
@@ -55,6 +61,8 @@ class MemoryStore:
             if self._closed:
                 raise StoreError("The store is closed. Open a new Bursar.", fault="closed")
             answer, puts = decide(self._rows.get, command, self.now_us())
+            if type(answer) is Rejected and answer.why == "accounts" and self._retire():
+                answer, puts = decide(self._rows.get, command, self.now_us())
             if puts:
                 if type(answer) is Granted:
                     self._open[command.id] = None
@@ -86,6 +94,31 @@ class MemoryStore:
             oldest = self._ended.popleft()
             self._rows.pop(oldest, None)
             self._outbox.pop(oldest[1:], None)
+
+    def _retire(self) -> bool:
+        """Let the accounts of ended windows go that nothing names any more, once entries have been dropped. Whether any went; one
+        look a minute, for it is at all rows.
+        """
+        now_us = self.now_us()
+        if len(self._ended) < self._max_entries or now_us < self._retired_us + RETIRE_US:
+            return False
+        self._retired_us = now_us
+        named: set[str] = set()
+        for row in self._rows.values():
+            if type(row) is Entry:
+                named.update(row.amounts)
+            elif type(row) is Reservation:
+                named.update(key for key, _, _ in row.held)
+        over = [
+            row for row in self._rows.values() if type(row) is Account and (row.rule.end_us or now_us + 1) <= now_us
+        ]
+        gone = [row.rule for row in over if row.rule.key not in named]
+        for rule in gone:
+            count = self._rows["#" + rule.budget]
+            assert type(count) is int
+            self._rows["#" + rule.budget] = count - 1
+            del self._rows[rule.key]
+        return bool(gone)
 
     def sweep(self) -> int:
         now_us = self.now_us()

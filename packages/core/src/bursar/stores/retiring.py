@@ -53,7 +53,8 @@ def granted(held: Definitions, now_us: int) -> frozenset[str]:
     return frozenset(
         str(one.get("account"))
         for one in found
-        if one.get("state", "approved") == "approved" and now_us < (one.get("until_us") or now_us + 1)
+        if one.get("state", "approved") == "approved"
+        and not (isinstance(until_us := one.get("until_us"), int) and 0 < until_us <= now_us)
     )
 
 
