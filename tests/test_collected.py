@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from bursar import Budget, Bursar
 from bursar.commands import Tell
-from bursar.ending import drain, settled
+from bursar.ending import drain, end_soon, settled
 from bursar.testing import ManualClock
 from bursar.waiting import WaitingRoom
 
@@ -112,22 +113,30 @@ def test_i9_the_call_of_a_task_that_nobody_goes_on_with_ends(in_loop: bool, tmp_
     bursar.close()
 
 
-def test_i9_what_ends_in_the_background_is_booked_before_the_store_closes(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/b.db"
-
+@pytest.mark.parametrize("store", ["memory:", "sqlite"])
+def test_a_stream_that_is_closed_makes_room_for_the_next_at_once(store: str, tmp_path: Path) -> None:
     async def parts(bursar: Bursar) -> AsyncGenerator[None]:
-        async with bursar.atool("search", cost="0.10 USD"):
+        async with bursar.acall("openai", "gpt-4o", messages="hello", max_output_tokens=10):
+            yield
             yield
 
     async def work() -> None:
-        with Bursar(url, [Budget("b", "10 USD")]) as bursar:
-            streams = [parts(bursar) for _ in range(50)]
-            for stream in streams:
-                await anext(stream)
-            for stream in streams:
-                await stream.aclose()
+        with Bursar(url, [Budget("one at a time", "1 slots")]) as bursar:
+            for _ in range(50):
+                async with contextlib.aclosing(parts(bursar)) as stream:
+                    async for _part in stream:
+                        break
 
+    url = f"sqlite:///{tmp_path}/b.db" if store == "sqlite" else store
     asyncio.run(work())
+
+
+def test_i9_what_ends_in_the_background_is_booked_before_the_store_closes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/b.db"
+
+    with Bursar(url, [Budget("b", "10 USD")]) as bursar:
+        for reservation in [bursar.tool("search", cost="0.10 USD").__enter__() for _ in range(50)]:
+            end_soon(partial(settled(None).end, reservation))
     with Bursar(url) as again:
         assert again.store.open_reservations() == 0
         assert len(list(again.records())) == 50

@@ -135,6 +135,20 @@ def test_a_stream_that_outgrew_its_estimate_and_is_collected_amid_a_transaction_
     bursar.close()
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_stream_that_is_closed_makes_room_for_the_next_at_once(guarded: bool) -> None:
+    with Provider(Answer(chunks=20)) as provider, Bursar("memory:", [Budget("one at a time", "1 slots")]) as bursar:
+        llm = OpenAI(model="gpt-4o", api_base=f"{provider.url}/v1", api_key="any", max_tokens=10, max_retries=0)
+        uninstall = install(bursar)
+        try:
+            for _ in range(30):
+                stream: Any = (guard_llm(llm, bursar) if guarded else llm).stream_chat(HELLO)
+                next(stream)
+                stream.close()
+        finally:
+            uninstall()
+
+
 async def _await(asked: Awaitable[Any]) -> Any:
     return await asked
 

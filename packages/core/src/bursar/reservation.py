@@ -216,15 +216,18 @@ class Block:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        # A task that nobody goes on with is closed: it cannot wait any more.
+        # A generator that is closed, or a task that nobody goes on with, which cannot wait any more.
         is_closed = isinstance(error, GeneratorExit) or isinstance(getattr(error, "__context__", None), GeneratorExit)
-        steps = self._leaving(error, is_closed=is_closed)
+        steps = self._leaving(error)
         if steps is not None:
             with self._reported(error):
-                await self._driver.arun(steps)
+                if is_closed:
+                    self._driver.run(steps)
+                else:
+                    await self._driver.arun(steps)
         return False
 
-    def _leaving(self, error: BaseException | None, *, is_closed: bool = False) -> Ending | None:
+    def _leaving(self, error: BaseException | None) -> Ending | None:
         """What is left to do, in steps; None where that is nothing, or is done in the background."""
         if not self._reservation.is_open or self._driver.keeper.keeps(self._call):
             return None
@@ -234,7 +237,7 @@ class Block:
             steps = self._reservation._settle_unknown("left without settling")
         else:
             steps = self._reservation._settle_error(error)
-        if is_closed or (error is not None and amid_bursar()):
+        if error is not None and amid_bursar():
             end_soon(partial(self._driver.run, steps))
             return None
         return steps

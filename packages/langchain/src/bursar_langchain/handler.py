@@ -16,9 +16,10 @@ from bursar.ending import Ending, amid_bursar, end_soon, released, settled, told
 from bursar.sending import Sending
 from bursar_langchain.answer import read_end, read_error
 from bursar_langchain.asking import areserve, reserve
-from bursar_langchain.gate import Gate, Open, Slot, current_slot
+from bursar_langchain.gate import Gate, Open
 from bursar_langchain.request import limit_names, read_start
 from bursar_langchain.runs import clean
+from bursar_langchain.slot import Slot, current_slot
 
 if TYPE_CHECKING:
     import asyncio

@@ -11,9 +11,10 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langgraph.errors import GraphBubbleUp
 
 from bursar.errors import ApprovalRequired, BudgetExceeded, Stopped
-from bursar_langchain.gate import Gate, Slot, current_slot
+from bursar_langchain.gate import Gate
 from bursar_langchain.handler import BursarCallbackHandler
 from bursar_langchain.hooks import active, hook
+from bursar_langchain.slot import Slot, current_slot
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel

@@ -139,9 +139,7 @@ class BursarCallbackHandler(BaseCallbackHandler):
         error = payload.get(EventPayload.EXCEPTION)
         if event_type is CBEventType.EMBEDDING and payload:
             sending.set(())
-        if isinstance(error, GeneratorExit):
-            call.end_soon(call.failed(error))  # a stream that is dropped: this may be the garbage collector's doing
-        elif error is not None:
+        if error is not None:
             call.drop(call.failed(error))
         elif event_type is CBEventType.EMBEDDING:
             ending = (

@@ -218,9 +218,6 @@ class _Meter:
 def _failing(call: Call) -> Iterator[None]:
     try:
         yield
-    except GeneratorExit as error:  # the stream is dropped: this may be the garbage collector's doing
-        call.end_soon(call.failed(error))
-        raise
     except BaseException as error:
         call.drop(call.failed(error))
         raise
