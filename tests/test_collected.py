@@ -7,45 +7,19 @@ import contextlib
 import gc
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from collecting import Collecting, drop, in_time
 
 from bursar import Budget, Bursar
 from bursar.commands import Tell
 from bursar.ending import drain, end_soon, settled
-from bursar.testing import ManualClock
 from bursar.waiting import WaitingRoom
-
-
-class Collecting(ManualClock):
-    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
-
-    collects = False
-
-    def now_us(self) -> int:
-        if self.collects:
-            gc.collect()
-        return super().now_us()
-
-
-def drop(generator: Generator[None]) -> None:
-    """Leave it half-way, as a part of a cycle: nobody but the collector will find it."""
-    next(generator)
-    held: list[object] = [generator]
-    held.append(held)
-
-
-def ends(work: Callable[[], object]) -> bool:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(20)
-    return not thread.is_alive()
 
 
 def test_i9_a_block_that_is_collected_amid_a_transaction_of_the_same_thread_ends_after_it(tmp_path: Path) -> None:
@@ -58,7 +32,7 @@ def test_i9_a_block_that_is_collected_amid_a_transaction_of_the_same_thread_ends
 
     drop(stream())
     clock.collects = True
-    assert ends(lambda: bursar.store.execute(Tell("one", "policy", {})))
+    assert in_time(lambda: bursar.store.execute(Tell("one", "policy", {})))
     clock.collects = False
     assert drain(20)
     assert bursar.store.open_reservations() == 0
@@ -79,7 +53,7 @@ def test_a_call_that_is_collected_while_it_waits_leaves_the_room_whatever_that_d
             room.leave(ticket)
 
     drop(waits())
-    assert ends(lambda: room.freed("a" for _ in range(1) if gc.collect() >= 0))
+    assert in_time(lambda: room.freed("a" for _ in range(1) if gc.collect() >= 0))
     assert not room
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from collecting import Collecting, drop, in_time
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
@@ -21,7 +21,6 @@ from langchain_openai import ChatOpenAI
 
 from bursar import Budget, Bursar
 from bursar.commands import Tell
-from bursar.testing import ManualClock
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_langchain import BursarCallbackHandler, LangChainBudgetExceeded
 
@@ -52,31 +51,6 @@ def model(provider: Provider) -> ChatOpenAI:
     return ChatOpenAI(
         model="gpt-4o", base_url=f"{provider.url}/v1", api_key="local", max_tokens=50, max_retries=0, stream_usage=True
     )
-
-
-class Collecting(ManualClock):
-    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
-
-    collects = False
-
-    def now_us(self) -> int:
-        if self.collects:
-            gc.collect()
-        return super().now_us()
-
-
-def drop(stream: Iterator[Any]) -> None:
-    """Leave it half-way, as a part of a cycle: nobody but the collector will find it."""
-    next(stream)
-    held: list[object] = [stream]
-    held.append(held)
-
-
-def in_time(work: Callable[[], object]) -> bool:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(20)
-    return not thread.is_alive()
 
 
 def ends(guard: Bursar, handler: BursarCallbackHandler) -> list[tuple[str, bool]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from collecting import Collecting
 
 pytest.importorskip("bursar_crewai")
 
@@ -27,7 +27,6 @@ from crewai.rag.embeddings.factory import build_embedder
 from bursar import Budget, Bursar
 from bursar.commands import Tell
 from bursar.ending import drain
-from bursar.testing import ManualClock
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_crewai import BursarCrew, CrewBudgetExceeded, install
 
@@ -175,17 +174,6 @@ def test_a_copy_of_litellms_client_is_retried_as_the_client_is(provider: Provide
         llm.call("hi")
         copy.deepcopy(llm).call("hi")
     assert [record.outcome for record in bursar.records(model="gpt-4o")].count("completed") == 2
-
-
-class Collecting(ManualClock):
-    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
-
-    collects = False
-
-    def now_us(self) -> int:
-        if self.collects:
-            gc.collect()
-        return super().now_us()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # CrewAI's own, in such a task

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from collecting import Collecting
 
 pytest.importorskip("llama_index.core")
 
@@ -22,22 +22,10 @@ from llama_index.llms.openai import OpenAI
 from bursar import Budget, Bursar
 from bursar.commands import Tell
 from bursar.ending import drain
-from bursar.testing import ManualClock
 from bursar.testing.provider import Answer, Fault, Provider
 from bursar_llamaindex import guard_llm, guard_tool, install
 
 HELLO = [ChatMessage(role="user", content="hello")]
-
-
-class Collecting(ManualClock):
-    """A clock that has garbage collected when it is asked for the time: the SQLite store asks amid its transaction."""
-
-    collects = False
-
-    def now_us(self) -> int:
-        if self.collects:
-            gc.collect()
-        return super().now_us()
 
 
 async def sends(*given: Any, **settings: Any) -> Any:
